@@ -1,0 +1,681 @@
+/* libalignedkv: an LLM's KV cache as precision-aligned digit planes, and decode attention that reads only the digits
+ * that matter, with a certified error bound.
+ * Generated from src/capi by bindings/gen: do not edit. MIT OR Apache-2.0.
+ */
+
+#ifndef ALIGNEDKV_H
+#define ALIGNEDKV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+
+// Version of the binary interface. Pass it in `akv_context_desc.abi_version`; `akv_abi_version()` tells what the
+// library that was loaded speaks.
+#define AKV_ABI_VERSION 1
+
+// Element types of rows: IEEE binary32.
+#define AKV_F32 0
+
+// IEEE binary16.
+#define AKV_F16 1
+
+// bfloat16, the upper half of a binary32.
+#define AKV_BF16 2
+
+// Backends (`akv_context_desc.backend`, `akv_stats.backend`): the CPU; also what 0 stands for.
+#define AKV_CPU 1
+
+// CUDA devices. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_CUDA 2
+
+// Instruction sets (`akv_context_desc.isa`, `akv_stats.isa`): portable code. 0 in a descriptor picks the best here.
+#define AKV_ISA_SCALAR 1
+
+// x86-64 with AVX2.
+#define AKV_ISA_AVX2 2
+
+// x86-64 with AVX-512 F, BW, VL and VNNI.
+#define AKV_ISA_AVX512 3
+
+// Ways that attention can take (`akv_stats.path`, a sum of those that ran): plane 0 of all keys first, then only the
+// digits that matter.
+#define AKV_PATH_PROGRESSIVE 1
+
+// Every stored digit of every row: exact mode, long prefills, the raw format.
+#define AKV_PATH_DENSE 2
+
+// The criterion of the published AlignedKV scheme.
+#define AKV_PATH_PUBLISHED 4
+
+// Storage formats (`akv_cache_desc.format`): precision-aligned digit planes under shared scales.
+#define AKV_FORMAT_ALIGNED 0
+
+// AlignedKV as published (arXiv 2409.16546): f16 cut into 8 | 4 | 4 bits, lossless; for comparison. f16 rows only.
+#define AKV_FORMAT_PUBLISHED 1
+
+// Rows as given, attended in f32: the exact baseline.
+#define AKV_FORMAT_RAW 2
+
+// Placements (`akv_cache_desc.placement`): the library appends rows to sequences.
+#define AKV_APPEND 0
+
+// The engine's cells are the truth: rows are written to any cell. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_SLOTS 1
+
+// The engine keeps its own rows, the library an index beside them. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_ATTACHED 2
+
+// Modes (`akv_attention_desc.mode`): errors of tokens add as if independent; the rms error per channel stays near
+// `tolerance`.
+#define AKV_EXPECTED 0
+
+// Error bounds add: `bound` itself meets the tolerance, as far as the stored planes can (16 bits: to about 3e-2).
+#define AKV_GUARANTEED 1
+
+// All stored digits are read.
+#define AKV_EXACT 2
+
+// Visibility (`akv_attention_desc.visibility`): a query row sees tokens at its own position and before.
+#define AKV_CAUSAL 0
+
+// A query row sees all tokens of its sequence.
+#define AKV_FULL 1
+
+// What NaN or infinity in K, V or q does (`akv_cache_desc.nan_policy`): the call fails with AKV_E_NONFINITE.
+#define AKV_NAN_ERROR 0
+
+// It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_PROPAGATE 1
+
+// It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_ZERO 2
+
+// RoPE pairings (`akv_rope.pairing`): channels 2i and 2i + 1 turn together.
+#define AKV_ROPE_INTERLEAVED 0
+
+// Channels i and i + n_dims / 2 turn together.
+#define AKV_ROPE_HALVES 1
+
+// For `exact_head` and `exact_tail`, where 0 means the default: none at all.
+#define AKV_NONE UINT32_MAX
+
+// Log levels: something the caller should know of.
+#define AKV_LOG_WARN 1
+
+// What runs and where.
+#define AKV_LOG_INFO 2
+
+// The sequences of one model step.
+typedef struct akv_batch akv_batch;
+
+// The KV rows of all sequences, for all layers of a model (or one, if the engine keeps one cache per layer).
+typedef struct akv_cache akv_cache;
+
+// A backend, its threads and its allocator. Everything else is made from one.
+typedef struct akv_context akv_context;
+
+// Who sees which cell, prepared once per graph (AKV_SLOTS and AKV_ATTACHED).
+typedef struct akv_mask akv_mask;
+
+// Result of a call: `AKV_OK` (0) or a negative code. The list only ever grows at its end.
+typedef int32_t akv_status;
+
+// Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
+// `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
+typedef void *(*akv_alloc_fn)(void *user, size_t bytes, size_t align, int32_t backend, void *stream);
+
+// Takes back what `akv_alloc_fn` gave, with the same `bytes`.
+typedef void (*akv_dealloc_fn)(void *user, void *p, size_t bytes, int32_t backend, void *stream);
+
+// Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the library.
+typedef void (*akv_log_fn)(void *user, int32_t level, const char *text);
+
+// What a context is made of. Zeroed apart from `struct_size` and `abi_version`: CPU backend, best instruction set, no
+// threads, malloc, no log.
+typedef struct {
+    // sizeof(akv_context_desc).
+    uint32_t struct_size;
+    // AKV_ABI_VERSION.
+    uint32_t abi_version;
+    // AKV_CPU or AKV_CUDA; 0 = AKV_CPU. The environment variable AKV_BACKEND (cpu, cuda) overrides it, for tests.
+    int32_t backend;
+    // CUDA device ordinal.
+    int32_t device;
+    // AKV_ISA_*; 0 = the best of this machine. The environment variable AKV_ISA (scalar, avx2, avx512) overrides it,
+    // for tests. One that this machine lacks is AKV_E_UNSUPPORTED, never replaced in silence.
+    int32_t isa;
+    // Threads that attention may use, the calling one included: 0 and 1 start none, n > 1 starts n - 1 workers that
+    // live as long as the context. They serve calls without `akv_threads`, one call at a time.
+    int32_t n_threads;
+    // CUcontext to use; NULL = the device's primary one.
+    void *cuda_context;
+    // Allocator of everything large (pages, kept rows, workspaces); NULL = the library's own. Both or neither.
+    akv_alloc_fn alloc;
+    // Its counterpart.
+    akv_dealloc_fn dealloc;
+    // Passed to both.
+    void *alloc_user;
+    // Where log lines go; NULL = nowhere.
+    akv_log_fn log;
+    // Passed to it.
+    void *log_user;
+} akv_context_desc;
+
+// A sequence of a cache: index and generation, so that a stale id is noticed. 0 is never one.
+typedef uint64_t akv_sequence;
+
+// Shape of one layer's attention. An array element: fixed size.
+typedef struct {
+    // Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of up to 64.
+    int32_t n_q_heads;
+    // KV heads.
+    int32_t n_kv_heads;
+    // Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
+    int32_t dim_k;
+    // Channels of V and of the output: a multiple of 8 from 16 to 256; 0 = dim_k.
+    int32_t dim_v;
+    // AKV_F32, AKV_F16 or AKV_BF16: element type of the K rows that will be appended.
+    int32_t dtype_k;
+    // The same of V.
+    int32_t dtype_v;
+    // Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory.
+    int32_t planes_k;
+    // The same of V.
+    int32_t planes_v;
+    // Sliding window: a row at position p sees positions above p - window; 0 = none.
+    int32_t window;
+    // Layers whose page tables are shared; 0 (the only one built).
+    int32_t group;
+    // 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
+    int32_t share_with;
+    // Non-zero: V is the first dim_v channels of K (MLA). Not built yet.
+    int32_t v_is_prefix_of_k;
+} akv_layer_desc;
+
+// What a cache is made of.
+typedef struct {
+    // sizeof(akv_cache_desc).
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // AKV_FORMAT_*.
+    int32_t format;
+    // AKV_APPEND, AKV_SLOTS or AKV_ATTACHED.
+    int32_t placement;
+    // AKV_NAN_*.
+    int32_t nan_policy;
+    // Number of elements of `layers`, 1 to 4096.
+    int32_t n_layers;
+    // The layers; copied.
+    const akv_layer_desc *layers;
+    // Most sequences alive at once; 0 = 65536.
+    uint32_t max_sequences;
+    // First tokens of every sequence whose rows are kept as given and attended exactly, since attention sinks would
+    // coarsen the scales of their tile: up to 128; 0 = 4, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
+    uint32_t exact_head;
+    // Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
+    // 128; 0 = 64, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
+    uint32_t exact_tail;
+    // 0.
+    uint32_t reserved;
+    // Cells of AKV_SLOTS and AKV_ATTACHED.
+    uint64_t n_slots;
+    // Most bytes the cache may take from the allocator, page tables and staging included; 0 = no limit.
+    uint64_t max_bytes;
+} akv_cache_desc;
+
+// A three-dimensional array `[row][head][dim]` in the caller's memory, `dim` contiguous. What it must hold is said by
+// the call that takes it. Never kept beyond the call.
+typedef struct {
+    // Row 0, head 0; aligned to the element size. Only read where it is an input.
+    void *data;
+    // Bytes from a row to the next; a multiple of the element size; 0 = rows are contiguous.
+    int64_t stride_row;
+    // Bytes from a head to the next; a multiple of the element size; 0 = heads are contiguous (dim elements).
+    int64_t stride_head;
+    // AKV_F32, AKV_F16 or AKV_BF16.
+    int32_t dtype;
+    // 0.
+    int32_t reserved;
+} akv_rows;
+
+// What an attention call read and how. Written on success only, over what was there.
+typedef struct {
+    // Bytes of K read: digits, scale bytes and exact rows. A query row reads a KV head once for its whole GQA group;
+    // further query rows read it again.
+    uint64_t bytes_k;
+    // The same of V.
+    uint64_t bytes_v;
+    // Of both: scale bytes.
+    uint64_t bytes_scales;
+    // Of both: rows kept as given (exact head).
+    uint64_t bytes_exact;
+    // Tokens, per KV head and query row, of which 0 to 4 planes of K were read (none has 0). Exact rows are not here.
+    uint64_t planes_k[5];
+    // The same of V.
+    uint64_t planes_v[5];
+    // Tokens attended, summed over KV heads and query rows: elements of K are tokens * dim_k, of V tokens * dim_v.
+    uint64_t tokens;
+    // Query rows that took the dense path.
+    uint64_t dense_rows;
+    // AKV_CPU or AKV_CUDA.
+    int32_t backend;
+    // AKV_ISA_*.
+    int32_t isa;
+    // Sum of AKV_PATH_*.
+    int32_t path;
+    // 0.
+    int32_t reserved;
+} akv_stats;
+
+// Returns when all `nth` threads of a call have entered it.
+typedef void (*akv_barrier_fn)(void *user);
+
+// The caller's own threads: `nth` of them make the same call with the same descriptor, each with its own `ith`, and
+// together do its work. Every one returns the same status. The bits of the result do not depend on nth.
+typedef struct {
+    // Index of this thread, 0 to nth - 1.
+    int32_t ith;
+    // Number of threads.
+    int32_t nth;
+    // Barrier over all nth threads; may be NULL if nth is 1. If the arguments pass validation, which is the same in
+    // all threads, each of them enters it the same number of times, also when the call then fails.
+    akv_barrier_fn barrier;
+    // Passed to it.
+    void *user;
+} akv_threads;
+
+// An attention call. Zeroed apart from `struct_size`, `q` and `out`: softmax of scaled dot products, causal, default
+// tolerance.
+typedef struct {
+    // sizeof(akv_attention_desc).
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // Queries `[sum of n_q][n_q_heads][dim_k]`, sequence by sequence, after RoPE.
+    akv_rows q;
+    // Where the outputs `[sum of n_q][n_q_heads][dim_v]` go. Must not overlap q. A row that sees nothing gets zeros.
+    akv_rows out;
+    // Factor of the dot products; 0 = 1 / sqrt(dim_k).
+    float scale;
+    // Cap c of the scores, c * tanh(score / c); 0 = none (the only one built).
+    float logit_softcap;
+    // Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT.
+    float tolerance;
+    // AKV_EXPECTED, AKV_GUARANTEED or AKV_EXACT.
+    int32_t mode;
+    // AKV_CAUSAL or AKV_FULL.
+    int32_t visibility;
+    // Sliding window of this call; 0 = the layer's.
+    int32_t window;
+    // `[n_q_heads]`; NULL = none (the only one built).
+    const float *alibi_slopes;
+    // `[n_q_heads]`; NULL = none (the only one built).
+    const float *sink_logits;
+    // For akv_slots_attention; replaces visibility and window.
+    const akv_mask *mask;
+    // `[sum of n_q]`: row r sees only tokens (by index, not position) from kv_from[r] on; NULL = 0.
+    const int64_t *kv_from;
+    // `[sum of n_q]`: and below kv_to[r]; NULL = all.
+    const int64_t *kv_to;
+    // `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    const uint64_t *tree;
+    // Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
+    // Log of the softmax's normaliser: log sum exp(score).
+    float *lse;
+    // Certificate: no channel of the output is further than this from attention over the caller's own K, V and q in
+    // exact arithmetic. Float rounding inside the library is included, rounding to out's dtype is not. Infinite where
+    // no bound is claimed (AKV_FORMAT_PUBLISHED).
+    float *bound;
+    // The same for lse.
+    float *lse_bound;
+    // Root mean square error of a channel that is to be expected.
+    float *estimate;
+    // A = sum over tokens of p * max|v|: what tolerance is relative to.
+    float *amplitude;
+    // NULL, or where statistics go: host memory, or device memory under CUDA.
+    akv_stats *stats;
+    // NULL = this thread alone, or the context's threads.
+    const akv_threads *threads;
+    // NULL, or scratch memory of akv_batch_workspace's size and alignment, for this call alone. Required for nth > 1;
+    // otherwise the batch keeps its own.
+    void *workspace;
+    // Its size.
+    size_t workspace_bytes;
+    // CUstream; NULL on the CPU.
+    void *stream;
+} akv_attention_desc;
+
+// What a cache holds at the moment.
+typedef struct {
+    // sizeof(akv_usage), set by the caller.
+    uint32_t struct_size;
+    // Sequences alive.
+    uint32_t n_sequences;
+    // Bytes taken from the allocator; what `max_bytes` limits.
+    uint64_t bytes_reserved;
+    // Of these: in use by sequences and batches (the rest waits for reuse).
+    uint64_t bytes_used;
+    // Of these: rows kept as given (exact head, open tiles, exact tail).
+    uint64_t bytes_kept;
+    // Pages in use; a page is 128 tokens of one layer.
+    uint64_t pages_used;
+    // Pages waiting for reuse.
+    uint64_t pages_free;
+    // Pages that more than one sequence holds (counted once).
+    uint64_t pages_shared;
+    // Committed tokens of all sequences, shared ones counted for each.
+    uint64_t tokens;
+} akv_usage;
+
+// Rotary position embedding of a layer, for `akv_sequence_shift`.
+typedef struct {
+    // AKV_ROPE_INTERLEAVED or AKV_ROPE_HALVES.
+    int32_t pairing;
+    // Channels that turn: even, at most dim_k.
+    int32_t n_dims;
+    // First of them.
+    int32_t first_dim;
+    // 0.
+    int32_t reserved;
+    // `[n_dims / 2]` radians per position, any scaling folded in.
+    const float *inv_freq;
+} akv_rope;
+
+// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+typedef int (*akv_write_fn)(void *user, const void *bytes, size_t n);
+
+// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+typedef int (*akv_read_fn)(void *user, void *bytes, size_t n);
+
+// One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
+typedef struct {
+    // sizeof(akv_batch_desc).
+    uint32_t struct_size;
+    // Sequences of this step; 0 in akv_batch_create.
+    uint32_t n_sequences;
+    // `[n_sequences]`, each at most once.
+    const akv_sequence *sequences;
+    // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = none.
+    const int32_t *n_new;
+    // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
+    // decode may mix.
+    const int32_t *n_q;
+    // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
+    // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
+    const int64_t *positions;
+    // Bound of n_sequences; 0 in akv_batch_begin, and 0 in akv_batch_create = no bound.
+    int32_t max_sequences;
+    // Bound of the sum of n_q; likewise.
+    int32_t max_q;
+    // Bound of a sequence's tokens after the step; likewise.
+    int64_t max_kv;
+    // Bound of akv_threads.nth; 0 = 1, or the context's n_threads if that is larger.
+    int32_t max_threads;
+    // 0.
+    int32_t reserved;
+} akv_batch_desc;
+
+// Partial attention over a part of the context, as attention writes it: `out` is `[rows][heads][dim]`, the others
+// `[rows][heads]`, all f32 and contiguous.
+typedef struct {
+    float *out;
+    float *lse;
+    // The next four may be NULL in an output; NULL in any input makes that output NULL's value, infinity.
+    float *bound;
+    float *lse_bound;
+    float *estimate;
+    float *amplitude;
+} akv_state;
+
+// Done.
+#define AKV_OK 0
+
+// An argument breaks a documented rule; `akv_last_error` names it.
+#define AKV_E_ARGUMENT -1
+
+// Valid, but not built yet, or not on this machine.
+#define AKV_E_UNSUPPORTED -2
+
+// The allocator returned NULL.
+#define AKV_E_MEMORY -3
+
+// A limit that the caller set is reached: `max_bytes`, `max_sequences`, the bounds of a batch.
+#define AKV_E_CAPACITY -4
+
+// A handle or sequence id that is dead, or belongs to another object, or to another copy of the library.
+#define AKV_E_HANDLE -5
+
+// NaN or infinity in K, V or q.
+#define AKV_E_NONFINITE -6
+
+// A finite value that the format cannot hold (magnitude above about 3e10), or that f16 output cannot.
+#define AKV_E_RANGE -7
+
+// The object is in use in a way that excludes this call: nothing waited, nothing changed, try later.
+#define AKV_E_BUSY -8
+
+// Imported bytes are damaged.
+#define AKV_E_CORRUPT -9
+
+// A struct, library or file of another version: unknown non-zero tail bytes, wrong `abi_version`.
+#define AKV_E_VERSION -10
+
+// The device or its driver failed.
+#define AKV_E_DEVICE -11
+
+// A bug in the library (a panic was stopped at the boundary); the objects of the call should be destroyed.
+#define AKV_E_INTERNAL -12
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The AKV_ABI_VERSION that this library speaks.
+uint32_t akv_abi_version(void);
+
+// Name, version, commit and what is built in, for logs: static, never NULL.
+const char *akv_version_string(void);
+
+// Name of a status ("AKV_E_ARGUMENT"), or "unknown status": static, never NULL.
+const char *akv_status_string(akv_status status);
+
+// Copies the text of this thread's last failed call, cut to `cap` bytes with its NUL, into `buf`; `needed` (NULL
+// allowed) gets the bytes that the whole text needs. The text stays until the thread's next failing call; without one
+// it is empty. `buf` may be NULL if `cap` is 0. It never fails for a small `cap`.
+akv_status akv_last_error(char *buf, size_t cap, size_t *needed);
+
+// Makes a context. `*out` is written on success only.
+//
+// Errors: AKV_E_VERSION (abi_version, unknown tail), AKV_E_ARGUMENT, AKV_E_UNSUPPORTED (backend or ISA that this
+// machine or build lacks), AKV_E_MEMORY.
+//
+// Threads: a context may be used from any number of threads at once.
+akv_status akv_context_create(const akv_context_desc *desc, akv_context **out);
+
+// Destroys a context and joins its threads. AKV_E_BUSY while caches made from it live (nothing happens then). NULL is
+// AKV_E_HANDLE.
+akv_status akv_context_destroy(akv_context *context);
+
+// Returns and clears the sticky fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none,
+// otherwise the fault's status, with the place in `*sequence`, `*layer`, `*row` (each NULL allowed). On the CPU every
+// fault is returned by the call itself, so this is always AKV_OK.
+akv_status akv_poll(akv_context *context, akv_sequence *sequence, int32_t *layer, uint64_t *row);
+
+// Asks whether caches of `cache` can be created here and attended as `attention` says (NULL: with defaults), without
+// making one: AKV_OK, or what the real call would return, with its text. `*path` (NULL allowed) gets the sum of
+// AKV_PATH_* that such calls can take. Pointers inside `attention` are only tested for NULL.
+akv_status akv_supports(const akv_context *context,
+                        const akv_cache_desc *cache,
+                        const akv_attention_desc *attention,
+                        int32_t *path);
+
+// Makes a cache. Memory for rows is taken as sequences grow. `*out` is written on success only.
+//
+// Errors: AKV_E_ARGUMENT, AKV_E_UNSUPPORTED, AKV_E_VERSION, AKV_E_HANDLE, AKV_E_MEMORY.
+//
+// Threads: calls on different sequences may run at once. A sequence is read by any number of calls at once or written
+// by one; a call that finds it otherwise returns AKV_E_BUSY and changes nothing.
+akv_status akv_cache_create(akv_context *context, const akv_cache_desc *desc, akv_cache **out);
+
+// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it.
+akv_status akv_cache_destroy(akv_cache *cache);
+
+// Reports what the cache holds. `out->struct_size` must be set.
+akv_status akv_cache_usage(const akv_cache *cache, akv_usage *out);
+
+// Makes an empty sequence. AKV_E_CAPACITY beyond max_sequences.
+akv_status akv_sequence_create(akv_cache *cache, akv_sequence *out);
+
+// Destroys a sequence. Pages that forks share stay with them. AKV_E_BUSY while it is in a begun batch.
+akv_status akv_sequence_destroy(akv_cache *cache, akv_sequence sequence);
+
+// Makes a new sequence of the first `n_tokens` tokens of another (-1 = all): whole tiles of 128 tokens are shared by
+// reference, the rest is copied. AKV_E_BUSY while it is in a begun batch.
+akv_status akv_sequence_fork(akv_cache *cache, akv_sequence sequence, int64_t n_tokens, akv_sequence *out);
+
+// Keeps the first `n_tokens` tokens. Taking away at most exact_tail tokens is as if they had never been appended, bit
+// for bit; taking away more reopens the tile that is cut, whose rows are then known as they were stored: no error is
+// added unless later rows outgrow the tile's scales, and what that adds is in every later certificate. AKV_E_BUSY
+// while it is in a begun batch.
+akv_status akv_sequence_truncate(akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
+
+// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_sequence_remove(akv_cache *cache, akv_sequence sequence, int64_t from_position, int64_t to_position);
+
+// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
+// an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_sequence_shift(akv_cache *cache,
+                              akv_sequence sequence,
+                              int64_t from_position,
+                              int64_t to_position,
+                              int64_t delta,
+                              const akv_rope *rope_per_layer);
+
+// Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
+// committed tokens.
+akv_status akv_sequence_length(const akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
+
+// Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_sequence_export(akv_cache *cache, akv_sequence sequence, uint32_t flags, akv_write_fn write, void *user);
+
+// Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_sequence_import(akv_cache *cache, akv_read_fn read, void *user, akv_sequence *out);
+
+// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
+// as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
+// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL.
+akv_status akv_dequantize_kv(akv_cache *cache,
+                             akv_sequence sequence,
+                             int32_t layer,
+                             int64_t first,
+                             int64_t n,
+                             const akv_rows *key,
+                             const akv_rows *value,
+                             void *stream);
+
+// Makes a batch: it carries one model step at a time through all layers. `bounds` holds max_sequences, max_q, max_kv,
+// max_threads; the rest is 0 or NULL. `*out` is written on success only.
+//
+// Threads: begin, commit, abort and destroy by one thread at a time; akv_aligned_attention on a begun batch from any
+// number at once, also for different layers; akv_quantize_kv for different layers at once.
+akv_status akv_batch_create(akv_cache *cache, const akv_batch_desc *bounds, akv_batch **out);
+
+// Begins a step: reserves the pages that its new tokens need in all layers, all or nothing, and makes the sequences
+// its own. Until commit or abort nothing fails for capacity. A sequence that is in another begun batch is AKV_E_BUSY;
+// one beyond the bounds or max_bytes AKV_E_CAPACITY; a batch that is begun already AKV_E_BUSY. Then, per layer:
+// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
+// capture.
+akv_status akv_batch_begin(akv_batch *batch, const akv_batch_desc *desc, void *stream);
+
+// Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
+// for one (the step stays begun).
+akv_status akv_batch_commit(akv_batch *batch);
+
+// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun.
+akv_status akv_batch_abort(akv_batch *batch);
+
+// Size and alignment of the workspace of one attention call, from the bounds alone. AKV_E_ARGUMENT if max_q or max_kv
+// is unbounded.
+akv_status akv_batch_workspace(const akv_batch *batch, size_t *bytes, size_t *align);
+
+// Destroys a batch; a begun step is aborted.
+akv_status akv_batch_destroy(akv_batch *batch);
+
+// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
+// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
+// (a second time is AKV_E_ARGUMENT). All rows are checked first: on error nothing is appended.
+//
+// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
+akv_status akv_quantize_kv(akv_batch *batch, int32_t layer, const akv_rows *key, const akv_rows *value, void *stream);
+
+// Attention of the step's query rows over their sequences' rows in one layer. Queries of up to 8 rows of a sequence
+// take the progressive path: plane 0 of all visible keys is scanned, every token's share of the error decides how many
+// further digits of its K and V are read, and the certificate says how far off the result can be. Longer ones
+// (prefill), AKV_EXACT and AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other rows of the
+// batch, nor on the number of threads.
+//
+// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED, AKV_E_BUSY, AKV_E_MEMORY (own workspace). Outputs
+// are undefined after an error that is found during the work, untouched after one found before.
+akv_status akv_aligned_attention(akv_batch *batch, int32_t layer, const akv_attention_desc *desc);
+
+// Merges `n` partial states over disjoint parts of a context into the state of the whole: outputs by their LSE, bounds
+// rigorously. Empty parts have lse = -inf. `out` may be the same memory as one of `states`. `[rows][heads][dim]`, all
+// f32, host memory on the CPU.
+akv_status akv_merge_states(akv_context *context,
+                            const akv_state *states,
+                            int32_t n,
+                            int64_t rows,
+                            int32_t heads,
+                            int32_t dim,
+                            const akv_state *out,
+                            void *stream);
+
+// Writes `n` rows of K and V to the cells `slots`; NULL rows = the attached rows already hold the new values. Not
+// built yet: AKV_E_UNSUPPORTED.
+akv_status akv_slots_write(akv_cache *cache,
+                           int32_t layer,
+                           const int64_t *slots,
+                           int64_t n,
+                           const akv_rows *key,
+                           const akv_rows *value,
+                           void *stream);
+
+// Reads cells `first..first + n` back. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_slots_read(akv_cache *cache,
+                          int32_t layer,
+                          int64_t first,
+                          int64_t n,
+                          const akv_rows *key,
+                          const akv_rows *value,
+                          void *stream);
+
+// Forgets cells `first..first + n`. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_slots_invalidate(akv_cache *cache, int32_t layer, int64_t first, int64_t n);
+
+// Names the engine's own rows of a layer (AKV_ATTACHED); they must outlive the cache. Not built yet:
+// AKV_E_UNSUPPORTED.
+akv_status akv_attach_rows(akv_cache *cache, int32_t layer, const akv_rows *key, const akv_rows *value);
+
+// Attention of `n_q` query rows over the first `n_kv` cells, as `desc->mask` says. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_slots_attention(akv_cache *cache,
+                               int32_t layer,
+                               int64_t n_kv,
+                               int64_t n_q,
+                               const akv_attention_desc *desc);
+
+// Makes a mask of up to `max_rows` query rows and `max_kv` cells. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_mask_create(akv_cache *cache, int64_t max_rows, int64_t max_kv, akv_mask **out);
+
+// Sets a mask from `[rows][n_kv]` f16, 0 or -inf, or additive; `stride` in bytes. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_mask_set(akv_mask *mask, const void *f16, int64_t rows, int64_t n_kv, int64_t stride, void *stream);
+
+// Destroys a mask. Not built yet: AKV_E_UNSUPPORTED.
+akv_status akv_mask_destroy(akv_mask *mask);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* ALIGNEDKV_H */

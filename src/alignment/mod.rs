@@ -1,0 +1,1 @@
+//! Who is read how finely.

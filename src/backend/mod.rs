@@ -1,0 +1,111 @@
+//! Backends: what computes. [`cpu`] is the embedded default.
+
+pub mod cpu;
+
+use crate::cache::SequenceView;
+use crate::format::{PLANES, Rows, RowsMut, Shape};
+
+/// How errors of tokens are added up when deciding how many digits to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// As independent.
+    Expected,
+    /// As bounds.
+    Guaranteed,
+    /// All stored digits are read.
+    Exact,
+}
+
+/// One query row of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueryRow {
+    /// Index in [`Attention::sequences`].
+    pub sequence: usize,
+    /// It sees tokens `from..to` (none if from >= to).
+    pub from: usize,
+    /// End of what it sees.
+    pub to: usize,
+    /// True: all digits are read; false: as [`Mode`] says.
+    pub dense: bool,
+}
+
+/// Shared output `[row][head]` of f32, contiguous.
+#[derive(Debug, Clone, Copy)]
+pub struct Floats(*mut f32);
+
+// SAFETY: writers write disjoint elements (the contract of `set`).
+unsafe impl Send for Floats {}
+// SAFETY: as above.
+unsafe impl Sync for Floats {}
+
+impl Floats {
+    /// # Safety
+    /// `p` must be valid for writing every element that the call will set, for as long as it runs.
+    pub unsafe fn new(p: *mut f32) -> Floats {
+        Floats(p)
+    }
+
+    /// # Safety
+    /// `index` is in bounds, and no other thread sets it at the same time.
+    pub unsafe fn set(self, index: usize, value: f32) {
+        // SAFETY: the contract of `new` and of this call.
+        unsafe { *self.0.add(index) = value }
+    }
+}
+
+/// One attention call over one layer. All arguments are valid; rows lie by sequence, in order.
+pub struct Attention<'a> {
+    /// Shape of the layer.
+    pub shape: &'a Shape,
+    /// Sequences.
+    pub sequences: &'a [SequenceView<'a>],
+    /// Query rows; index = row of `q` and of the outputs.
+    pub rows: &'a [QueryRow],
+    /// `[row][n_q_heads][dim_k]`, finite.
+    pub q: Rows<'a>,
+    /// `[row][n_q_heads][dim_v]`.
+    pub out: RowsMut<'a>,
+    /// Factor of the dot products.
+    pub scale: f32,
+    /// Relative to the amplitude.
+    pub tolerance: f32,
+    /// See [`Mode`].
+    pub mode: Mode,
+    /// Optional outputs.
+    pub lse: Option<Floats>,
+    /// Certificate.
+    pub bound: Option<Floats>,
+    /// Certificate of `lse`.
+    pub lse_bound: Option<Floats>,
+    /// Expected rms error of a channel.
+    pub estimate: Option<Floats>,
+    /// Sum of p * max|v|.
+    pub amplitude: Option<Floats>,
+}
+
+/// The threads of a call.
+#[derive(Clone, Copy)]
+pub struct Threads<'a> {
+    /// This one.
+    pub ith: usize,
+    /// How many.
+    pub nth: usize,
+    /// Barrier over all of them.
+    pub barrier: &'a (dyn Fn() + Sync),
+}
+
+/// What a call read; the fields of `akv_stats`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Stats {
+    pub bytes_k: u64,
+    pub bytes_v: u64,
+    pub bytes_scales: u64,
+    pub bytes_exact: u64,
+    pub planes_k: [u64; PLANES + 1],
+    pub planes_v: [u64; PLANES + 1],
+    pub tokens: u64,
+    pub dense_rows: u64,
+    /// Sum of `AKV_PATH_*`.
+    pub path: i32,
+}

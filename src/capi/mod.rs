@@ -1,0 +1,32 @@
+//! The C ABI: the only `extern "C"` of the library. Every function goes through [`guard`], which turns errors and
+//! panics into codes; validation is here, work is elsewhere. One file per C object. Outputs are written on success
+//! only. `include/alignedkv.h` is generated from these files (`bindings/gen`).
+
+pub mod attention;
+pub mod batch;
+pub mod cache;
+pub mod context;
+pub mod sequence;
+pub mod slots;
+pub mod status;
+pub mod types;
+
+use crate::{Error, Result};
+use types::*;
+
+/// Runs the body of a C function: an error or a panic becomes a status and this thread's last error.
+fn guard(body: impl FnOnce() -> Result<()>) -> akv_status {
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(Error::Internal(text.unwrap_or_else(|| "panic".to_owned())))
+    });
+    match result {
+        Ok(()) => AKV_OK,
+        Err(error) => status::fail(&error),
+    }
+}
+
+/// What the header declares and this version does not do.
+fn unbuilt(what: &str) -> Result<()> {
+    Err(Error::Unsupported(format!("{what} is not built yet")))
+}

@@ -1,0 +1,46 @@
+//! What can go wrong. Every variant is one status code of the C ABI; the text names the argument, its value and what
+//! was expected of it.
+
+/// An error; its text is what `akv_last_error` returns.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// An argument breaks the documented rules.
+    #[error("{0}")]
+    Argument(String),
+    /// Valid, but not built (yet) or not on this machine.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The allocator returned nothing.
+    #[error("out of memory: {0}")]
+    Memory(String),
+    /// A limit that the caller set (`max_bytes`, `max_sequences`, batch bounds) is reached.
+    #[error("{0}")]
+    Capacity(String),
+    /// A handle or sequence id that is dead, or belongs to another object or another copy of the library.
+    #[error("{0}")]
+    Handle(String),
+    /// NaN or infinity in K, V or q.
+    #[error("{0}")]
+    NonFinite(String),
+    /// A finite value that the format cannot hold.
+    #[error("{0}")]
+    Range(String),
+    /// The object is in use in a way that excludes this call.
+    #[error("{0}")]
+    Busy(String),
+    /// Imported bytes are damaged.
+    #[error("{0}")]
+    Corrupt(String),
+    /// A struct or file of a newer version.
+    #[error("{0}")]
+    Version(String),
+    /// The device or its driver failed.
+    #[error("{0}")]
+    Device(String),
+    /// A bug in the library.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// Result of the library's own calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,343 @@
+//! A tile of digit planes.
+//!
+//! A plane of a token is one row of `dim / 2` bytes; byte `b` holds channel `b` in its low nibble and channel
+//! `b + dim / 2` in its high one. A head's part of a page is, each array starting on a cache line:
+//!
+//! | array | shape | |
+//! |---|---|---|
+//! | K plane 0 | `[TILE][dim_k / 2]` | what the scan reads |
+//! | K further planes | `[TILE][planes_k - 1][dim_k / 2]` | a token's lie together |
+//! | V planes | `[TILE][planes_v][dim_v / 2]` | p planes of a token are the first p rows |
+//! | K scale bytes | `[dim_k]` | |
+//! | V scale bytes | `[TILE]` | |
+//! | meta | 8 bytes | see [`Meta`] |
+
+use super::layout::align;
+use super::{LEFT, MAX_DIM, OFFSET, PLANES, Shape, Source, TILE, decode, encode as code_of, inverse, scale};
+
+pub(super) struct Offsets {
+    k_rest: usize,
+    v: usize,
+    k_scales: usize,
+    v_scales: usize,
+    meta: usize,
+    pub bytes: usize,
+}
+
+impl Offsets {
+    pub fn new(s: &Shape) -> Offsets {
+        let k_rest = align(TILE * s.dim_k / 2);
+        let v = k_rest + align(TILE * (s.planes_k - 1) * s.dim_k / 2);
+        let k_scales = v + align(TILE * s.planes_v * s.dim_v / 2);
+        let v_scales = k_scales + align(s.dim_k);
+        let meta = v_scales + align(TILE);
+        Offsets { k_rest, v, k_scales, v_scales, meta, bytes: meta + align(Meta::BYTES) }
+    }
+}
+
+/// What attention knows about the K rows of a tile beyond its scales.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Meta {
+    /// No token's plane-0 digits have a larger sum of magnitudes.
+    pub digit_sum: u16,
+    /// No token's plane-0 digits have a larger sum of squares.
+    pub digit_square_sum: u16,
+    /// Error beyond [`LEFT`], in units of the scale, that re-encoding reopened rows has left.
+    pub slack: f32,
+}
+
+impl Meta {
+    const BYTES: usize = 8;
+
+    /// Of an open tile: what holds for any digits, so that it does not depend on how the rows came in.
+    fn open(dim: usize, slack: f32) -> Meta {
+        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack }
+    }
+
+    fn read(bytes: &[u8]) -> Meta {
+        Meta {
+            digit_sum: u16::from_le_bytes([bytes[0], bytes[1]]),
+            digit_square_sum: u16::from_le_bytes([bytes[2], bytes[3]]),
+            slack: f32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+        }
+    }
+
+    fn write(self, bytes: &mut [u8]) {
+        bytes[0..2].copy_from_slice(&self.digit_sum.to_le_bytes());
+        bytes[2..4].copy_from_slice(&self.digit_square_sum.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.slack.to_le_bytes());
+    }
+}
+
+/// One tile of one KV head.
+#[derive(Debug, Clone, Copy)]
+pub struct Tile<'a> {
+    /// Plane 0 of K.
+    pub k0: &'a [u8],
+    /// Further planes of K.
+    pub k_rest: &'a [u8],
+    /// Planes of V.
+    pub v: &'a [u8],
+    /// Scale bytes of K, one per channel.
+    pub k_scales: &'a [u8],
+    /// Scale bytes of V, one per token.
+    pub v_scales: &'a [u8],
+    /// See [`Meta`].
+    pub meta: Meta,
+    dim_k: usize,
+    dim_v: usize,
+}
+
+impl<'a> Tile<'a> {
+    /// The tile in a head's part of a page.
+    pub fn new(s: &Shape, part: &'a [u8]) -> Tile<'a> {
+        let o = Offsets::new(s);
+        Tile {
+            k0: &part[..TILE * s.dim_k / 2],
+            k_rest: &part[o.k_rest..o.k_rest + TILE * (s.planes_k - 1) * s.dim_k / 2],
+            v: &part[o.v..o.v + TILE * s.planes_v * s.dim_v / 2],
+            k_scales: &part[o.k_scales..o.k_scales + s.dim_k],
+            v_scales: &part[o.v_scales..o.v_scales + TILE],
+            meta: Meta::read(&part[o.meta..]),
+            dim_k: s.dim_k,
+            dim_v: s.dim_v,
+        }
+    }
+
+    /// Planes 1 and up of a token's K, one after another.
+    #[inline(always)]
+    pub fn k_row(&self, row: usize) -> &'a [u8] {
+        let bytes = self.k_rest.len() / TILE;
+        &self.k_rest[row * bytes..(row + 1) * bytes]
+    }
+
+    /// The planes of a token's V, one after another.
+    #[inline(always)]
+    pub fn v_row(&self, row: usize) -> &'a [u8] {
+        let bytes = self.v.len() / TILE;
+        &self.v[row * bytes..(row + 1) * bytes]
+    }
+
+    /// K of a token at the precision of `planes` planes.
+    pub fn decode_k(&self, row: usize, planes: usize, out: &mut [f32]) {
+        let half = self.dim_k / 2;
+        let first = &self.k0[row * half..(row + 1) * half];
+        let rest = self.k_row(row);
+        for (c, x) in out.iter_mut().enumerate() {
+            let (b, shift) = place(c, half);
+            let mut stored = u16::from((first[b] >> shift) & 15) << 12;
+            for p in 1..planes {
+                stored |= u16::from((rest[(p - 1) * half + b] >> shift) & 15) << (12 - 4 * p);
+            }
+            *x = decode(stored, planes) * scale(self.k_scales[c]);
+        }
+    }
+
+    /// V of a token at the precision of `planes` planes.
+    pub fn decode_v(&self, row: usize, planes: usize, out: &mut [f32]) {
+        let half = self.dim_v / 2;
+        let (bytes, unit) = (self.v_row(row), scale(self.v_scales[row]));
+        for (c, x) in out.iter_mut().enumerate() {
+            let (b, shift) = place(c, half);
+            let mut stored = 0;
+            for p in 0..planes {
+                stored |= u16::from((bytes[p * half + b] >> shift) & 15) << (12 - 4 * p);
+            }
+            *x = decode(stored, planes) * unit;
+        }
+    }
+}
+
+/// Byte and shift of a channel in a plane's row.
+#[inline(always)]
+fn place(channel: usize, half: usize) -> (usize, u32) {
+    if channel < half { (channel, 0) } else { (channel - half, 4) }
+}
+
+/// Digit `plane` of every code, two to a byte.
+#[inline(always)]
+fn pack(codes: &[u16], plane: usize, row: &mut [u8]) {
+    let shift = 12 - 4 * plane;
+    let (low, high) = codes.split_at(codes.len() / 2);
+    for ((byte, &l), &h) in row.iter_mut().zip(low).zip(high) {
+        *byte = ((l >> shift) & 15 | ((h >> shift) & 15) << 4) as u8;
+    }
+}
+
+/// Puts one code in its place in the first planes.
+#[inline(always)]
+fn set_digits(planes: [&mut [u8]; 2], half: usize, n_planes: usize, channel: usize, code: u16) {
+    let (b, shift) = place(channel, half);
+    let [first, rest] = planes;
+    for p in 0..n_planes {
+        let byte = if p == 0 { &mut first[b] } else { &mut rest[(p - 1) * half + b] };
+        let nibble = ((code >> (12 - 4 * p)) & 15) as u8;
+        *byte = *byte & !(15 << shift) | nibble << shift;
+    }
+}
+
+const ZERO: u16 = OFFSET as u16;
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn encode(
+    s: &Shape,
+    part: &mut [u8],
+    base: Option<&[u8]>,
+    source: &Source,
+    head: usize,
+    skip: usize,
+    from: usize,
+    to: usize,
+) {
+    let o = Offsets::new(s);
+    let (planes, scales) = part.split_at_mut(o.k_scales);
+    let (k_planes, v_planes) = planes.split_at_mut(o.v);
+    let (k0, k_rest) = k_planes.split_at_mut(o.k_rest);
+    let (k_scales, rest) = scales.split_at_mut(o.v_scales - o.k_scales);
+    let (v_scales, meta) = rest.split_at_mut(o.meta - o.v_scales);
+    encode_k(s, base, source, head, skip, from, to, [k0, k_rest, &mut k_scales[..s.dim_k], meta]);
+    encode_v(s, source, head, skip, from, to, v_planes, v_scales);
+}
+
+#[allow(clippy::too_many_arguments)]
+fn encode_k(
+    s: &Shape,
+    base: Option<&[u8]>,
+    source: &Source,
+    head: usize,
+    skip: usize,
+    from: usize,
+    to: usize,
+    [k0, k_rest, scales, meta]: [&mut [u8]; 4],
+) {
+    let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
+    let rest_row = (planes - 1) * half;
+    let mut x = [0.0f32; MAX_DIM];
+    let x = &mut x[..d];
+    let base = base.map(|part| Tile::new(s, part));
+
+    // Scales only ever grow while a tile is open: start from the smallest, or from what the page has.
+    if from == 0 {
+        scales.fill(0);
+        Meta::open(d, 0.0).write(meta);
+    }
+    let mut peak = [0.0f32; MAX_DIM];
+    for row in from.max(skip)..to {
+        source.k.read(row, head, x);
+        for (p, v) in peak.iter_mut().zip(x.iter()) {
+            *p = p.max(v.abs());
+        }
+    }
+    for c in 0..d {
+        let byte = super::scale::smallest(peak[c]);
+        if byte <= scales[c] {
+            continue;
+        }
+        scales[c] = byte;
+        // The rows before were encoded under a smaller scale: encode this channel of theirs anew.
+        for row in skip..from {
+            let value = match &base {
+                Some(tile) if row < source.base_rows => {
+                    let mut stored = 0;
+                    let (b, shift) = place(c, half);
+                    for p in 0..planes {
+                        let byte = if p == 0 { tile.k0[row * half + b] } else { tile.k_row(row)[(p - 1) * half + b] };
+                        stored |= u16::from((byte >> shift) & 15) << (12 - 4 * p);
+                    }
+                    decode(stored, planes) * scale(tile.k_scales[c])
+                }
+                _ => source.k.element(row, head, c),
+            };
+            let rows = [&mut k0[row * half..(row + 1) * half], &mut k_rest[row * rest_row..(row + 1) * rest_row]];
+            set_digits(rows, half, planes, c, code_of(value, inverse(byte)));
+        }
+    }
+
+    let factors: [f32; MAX_DIM] = std::array::from_fn(|c| scales.get(c).map_or(0.0, |&u| inverse(u)));
+    let mut codes = [ZERO; MAX_DIM];
+    let codes = &mut codes[..d];
+    for row in from..to {
+        if row < skip {
+            codes.fill(ZERO);
+        } else {
+            source.k.read(row, head, x);
+            for ((code, &v), &factor) in codes.iter_mut().zip(x.iter()).zip(&factors) {
+                *code = code_of(v, factor);
+            }
+        }
+        pack(codes, 0, &mut k0[row * half..(row + 1) * half]);
+        for p in 1..planes {
+            let at = row * rest_row + (p - 1) * half;
+            pack(codes, p, &mut k_rest[at..at + half]);
+        }
+    }
+
+    // Rows that only the base knows carry its error, grown by what re-encoding them lost.
+    let slack = base.map_or(0.0, |tile| {
+        let lost = LEFT[planes] + tile.meta.slack;
+        (0..d).fold(tile.meta.slack, |slack, c| {
+            let (old, new) = (scale(tile.k_scales[c]), scale(scales[c]));
+            if scales[c] > tile.k_scales[c] { slack.max(lost * (old / new)) } else { slack }
+        })
+    });
+    let whole = if to == TILE { digit_sums(k0, half, skip) } else { (8 * d as u32, 64 * d as u32) };
+    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack }.write(meta);
+}
+
+/// Largest sum of magnitudes and of squares of a token's plane-0 digits.
+fn digit_sums(k0: &[u8], half: usize, skip: usize) -> (u32, u32) {
+    let mut most = (0, 0);
+    for row in k0[..TILE * half].chunks_exact(half).skip(skip) {
+        let (mut sum, mut squares) = (0u32, 0u32);
+        for &byte in row {
+            let (low, high) = (i32::from(byte & 15) - 8, i32::from(byte >> 4) - 8);
+            sum += low.unsigned_abs() + high.unsigned_abs();
+            squares += (low * low + high * high) as u32;
+        }
+        most = (most.0.max(sum), most.1.max(squares));
+    }
+    most
+}
+
+#[allow(clippy::too_many_arguments)]
+fn encode_v(
+    s: &Shape,
+    source: &Source,
+    head: usize,
+    skip: usize,
+    from: usize,
+    to: usize,
+    v_planes: &mut [u8],
+    v_scales: &mut [u8],
+) {
+    let (d, half, planes) = (s.dim_v, s.dim_v / 2, s.planes_v);
+    let mut x = [0.0f32; MAX_DIM];
+    let x = &mut x[..d];
+    let mut codes = [ZERO; MAX_DIM];
+    let codes = &mut codes[..d];
+    for row in from..to {
+        v_scales[row] = 0;
+        codes.fill(ZERO);
+        if row >= skip {
+            source.v.read(row, head, x);
+            let byte = super::scale::smallest(x.iter().fold(0.0f32, |m, v| m.max(v.abs())));
+            v_scales[row] = byte;
+            let factor = inverse(byte);
+            for (code, &v) in codes.iter_mut().zip(x.iter()) {
+                *code = code_of(v, factor);
+            }
+        }
+        for p in 0..planes {
+            let at = (row * planes + p) * half;
+            pack(codes, p, &mut v_planes[at..at + half]);
+        }
+    }
+}
+
+pub(super) fn reopen(s: &Shape, part: &mut [u8]) {
+    let bytes = &mut part[Offsets::new(s).meta..];
+    let slack = Meta::read(bytes).slack;
+    Meta::open(s.dim_k, slack).write(bytes);
+}
+
+const _: () = assert!(PLANES == 4 && 64 * 256 <= u16::MAX as usize);

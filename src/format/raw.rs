@@ -1,0 +1,43 @@
+//! Rows as the caller gave them: `[token][dim]` of K, then of V, per tile and KV head.
+
+use super::layout::align;
+use super::{Rows, Shape, Source, TILE};
+
+pub(super) struct Offsets {
+    v: usize,
+    pub bytes: usize,
+}
+
+impl Offsets {
+    pub fn new(s: &Shape) -> Offsets {
+        let v = align(TILE * s.dim_k * s.dtype_k.size());
+        Offsets { v, bytes: v + align(TILE * s.dim_v * s.dtype_v.size()) }
+    }
+}
+
+/// One tile of one KV head.
+#[derive(Debug, Clone, Copy)]
+pub struct Tile<'a> {
+    /// K rows (one head).
+    pub k: Rows<'a>,
+    /// V rows (one head).
+    pub v: Rows<'a>,
+}
+
+impl<'a> Tile<'a> {
+    /// The tile in a head's part of a page.
+    pub fn new(s: &Shape, part: &'a [u8]) -> Tile<'a> {
+        let (k, v) = part.split_at(Offsets::new(s).v);
+        Tile { k: Rows::contiguous(k, 1, s.dtype_k, s.dim_k), v: Rows::contiguous(v, 1, s.dtype_v, s.dim_v) }
+    }
+}
+
+pub(super) fn encode(s: &Shape, part: &mut [u8], source: &Source, head: usize, from: usize, to: usize) {
+    let (k, v) = part.split_at_mut(Offsets::new(s).v);
+    for (to_bytes, rows) in [(k, source.k), (v, source.v)] {
+        let bytes = rows.dim() * rows.dtype().size();
+        for row in from..to {
+            to_bytes[row * bytes..(row + 1) * bytes].copy_from_slice(rows.bytes(row, head));
+        }
+    }
+}
