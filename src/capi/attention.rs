@@ -16,7 +16,11 @@ use std::ffi::c_void;
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_aligned_attention(batch: *mut akv_batch, layer: i32, desc: *const akv_attention_desc) -> akv_status {
+pub unsafe extern "C" fn akv_aligned_attention(
+    batch: *mut akv_batch,
+    layer: i32,
+    desc: *const akv_attention_desc,
+) -> akv_status {
     guard(|| unbuilt("akv_aligned_attention"))
 }
 
@@ -27,6 +31,15 @@ pub unsafe extern "C" fn akv_aligned_attention(batch: *mut akv_batch, layer: i32
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_merge_states(context: *mut akv_context, states: *const akv_state, n: i32, rows: i64, heads: i32, dim: i32, out: *const akv_state, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_merge_states(
+    context: *mut akv_context,
+    states: *const akv_state,
+    n: i32,
+    rows: i64,
+    heads: i32,
+    dim: i32,
+    out: *const akv_state,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_merge_states"))
 }

@@ -13,7 +13,11 @@ use std::ffi::c_void;
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_batch_create(cache: *mut akv_cache, bounds: *const akv_batch_desc, out: *mut *mut akv_batch) -> akv_status {
+pub unsafe extern "C" fn akv_batch_create(
+    cache: *mut akv_cache,
+    bounds: *const akv_batch_desc,
+    out: *mut *mut akv_batch,
+) -> akv_status {
     guard(|| unbuilt("akv_batch_create"))
 }
 
@@ -26,7 +30,11 @@ pub unsafe extern "C" fn akv_batch_create(cache: *mut akv_cache, bounds: *const 
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_batch_begin(batch: *mut akv_batch, desc: *const akv_batch_desc, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_batch_begin(
+    batch: *mut akv_batch,
+    desc: *const akv_batch_desc,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_batch_begin"))
 }
 
@@ -55,7 +63,11 @@ pub unsafe extern "C" fn akv_batch_abort(batch: *mut akv_batch) -> akv_status {
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_batch_workspace(batch: *const akv_batch, bytes: *mut usize, align: *mut usize) -> akv_status {
+pub unsafe extern "C" fn akv_batch_workspace(
+    batch: *const akv_batch,
+    bytes: *mut usize,
+    align: *mut usize,
+) -> akv_status {
     guard(|| unbuilt("akv_batch_workspace"))
 }
 
@@ -77,6 +89,12 @@ pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status 
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_quantize_kv(batch: *mut akv_batch, layer: i32, key: *const akv_rows, value: *const akv_rows, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_quantize_kv(
+    batch: *mut akv_batch,
+    layer: i32,
+    key: *const akv_rows,
+    value: *const akv_rows,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_quantize_kv"))
 }

@@ -14,7 +14,11 @@ use std::ffi::c_void;
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_cache_create(context: *mut akv_context, desc: *const akv_cache_desc, out: *mut *mut akv_cache) -> akv_status {
+pub unsafe extern "C" fn akv_cache_create(
+    context: *mut akv_context,
+    desc: *const akv_cache_desc,
+    out: *mut *mut akv_cache,
+) -> akv_status {
     guard(|| unbuilt("akv_cache_create"))
 }
 

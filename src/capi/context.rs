@@ -35,7 +35,12 @@ pub unsafe extern "C" fn akv_context_destroy(context: *mut akv_context) -> akv_s
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_poll(context: *mut akv_context, sequence: *mut akv_sequence, layer: *mut i32, row: *mut u64) -> akv_status {
+pub unsafe extern "C" fn akv_poll(
+    context: *mut akv_context,
+    sequence: *mut akv_sequence,
+    layer: *mut i32,
+    row: *mut u64,
+) -> akv_status {
     guard(|| unbuilt("akv_poll"))
 }
 
@@ -46,6 +51,11 @@ pub unsafe extern "C" fn akv_poll(context: *mut akv_context, sequence: *mut akv_
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_supports(context: *const akv_context, cache: *const akv_cache_desc, attention: *const akv_attention_desc, path: *mut i32) -> akv_status {
+pub unsafe extern "C" fn akv_supports(
+    context: *const akv_context,
+    cache: *const akv_cache_desc,
+    attention: *const akv_attention_desc,
+    path: *mut i32,
+) -> akv_status {
     guard(|| unbuilt("akv_supports"))
 }

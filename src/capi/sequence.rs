@@ -28,7 +28,12 @@ pub unsafe extern "C" fn akv_sequence_destroy(cache: *mut akv_cache, sequence: a
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_fork(cache: *mut akv_cache, sequence: akv_sequence, n_tokens: i64, out: *mut akv_sequence) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_fork(
+    cache: *mut akv_cache,
+    sequence: akv_sequence,
+    n_tokens: i64,
+    out: *mut akv_sequence,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_fork"))
 }
 
@@ -40,7 +45,11 @@ pub unsafe extern "C" fn akv_sequence_fork(cache: *mut akv_cache, sequence: akv_
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_truncate(cache: *mut akv_cache, sequence: akv_sequence, n_tokens: i64) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_truncate(
+    cache: *mut akv_cache,
+    sequence: akv_sequence,
+    n_tokens: i64,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_truncate"))
 }
 
@@ -49,7 +58,12 @@ pub unsafe extern "C" fn akv_sequence_truncate(cache: *mut akv_cache, sequence: 
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_remove(cache: *mut akv_cache, sequence: akv_sequence, from_position: i64, to_position: i64) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_remove(
+    cache: *mut akv_cache,
+    sequence: akv_sequence,
+    from_position: i64,
+    to_position: i64,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_remove"))
 }
 
@@ -59,7 +73,14 @@ pub unsafe extern "C" fn akv_sequence_remove(cache: *mut akv_cache, sequence: ak
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_shift(cache: *mut akv_cache, sequence: akv_sequence, from_position: i64, to_position: i64, delta: i64, rope_per_layer: *const akv_rope) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_shift(
+    cache: *mut akv_cache,
+    sequence: akv_sequence,
+    from_position: i64,
+    to_position: i64,
+    delta: i64,
+    rope_per_layer: *const akv_rope,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_shift"))
 }
 
@@ -69,7 +90,12 @@ pub unsafe extern "C" fn akv_sequence_shift(cache: *mut akv_cache, sequence: akv
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_length(cache: *const akv_cache, sequence: akv_sequence, layer: i32, out: *mut i64) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_length(
+    cache: *const akv_cache,
+    sequence: akv_sequence,
+    layer: i32,
+    out: *mut i64,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_length"))
 }
 
@@ -78,7 +104,13 @@ pub unsafe extern "C" fn akv_sequence_length(cache: *const akv_cache, sequence: 
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_export(cache: *mut akv_cache, sequence: akv_sequence, flags: u32, write: akv_write_fn, user: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_export(
+    cache: *mut akv_cache,
+    sequence: akv_sequence,
+    flags: u32,
+    write: akv_write_fn,
+    user: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_export"))
 }
 
@@ -87,7 +119,12 @@ pub unsafe extern "C" fn akv_sequence_export(cache: *mut akv_cache, sequence: ak
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_sequence_import(cache: *mut akv_cache, read: akv_read_fn, user: *mut c_void, out: *mut akv_sequence) -> akv_status {
+pub unsafe extern "C" fn akv_sequence_import(
+    cache: *mut akv_cache,
+    read: akv_read_fn,
+    user: *mut c_void,
+    out: *mut akv_sequence,
+) -> akv_status {
     guard(|| unbuilt("akv_sequence_import"))
 }
 
@@ -98,6 +135,15 @@ pub unsafe extern "C" fn akv_sequence_import(cache: *mut akv_cache, read: akv_re
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_dequantize_kv(cache: *mut akv_cache, sequence: akv_sequence, layer: i32, first: i64, n: i64, key: *const akv_rows, value: *const akv_rows, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_dequantize_kv(
+    cache: *mut akv_cache,
+    sequence: akv_sequence,
+    layer: i32,
+    first: i64,
+    n: i64,
+    key: *const akv_rows,
+    value: *const akv_rows,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_dequantize_kv"))
 }

@@ -10,7 +10,15 @@ use std::ffi::c_void;
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_slots_write(cache: *mut akv_cache, layer: i32, slots: *const i64, n: i64, key: *const akv_rows, value: *const akv_rows, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_slots_write(
+    cache: *mut akv_cache,
+    layer: i32,
+    slots: *const i64,
+    n: i64,
+    key: *const akv_rows,
+    value: *const akv_rows,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_slots_write"))
 }
 
@@ -19,7 +27,15 @@ pub unsafe extern "C" fn akv_slots_write(cache: *mut akv_cache, layer: i32, slot
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_slots_read(cache: *mut akv_cache, layer: i32, first: i64, n: i64, key: *const akv_rows, value: *const akv_rows, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_slots_read(
+    cache: *mut akv_cache,
+    layer: i32,
+    first: i64,
+    n: i64,
+    key: *const akv_rows,
+    value: *const akv_rows,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_slots_read"))
 }
 
@@ -38,7 +54,12 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_attach_rows(cache: *mut akv_cache, layer: i32, key: *const akv_rows, value: *const akv_rows) -> akv_status {
+pub unsafe extern "C" fn akv_attach_rows(
+    cache: *mut akv_cache,
+    layer: i32,
+    key: *const akv_rows,
+    value: *const akv_rows,
+) -> akv_status {
     guard(|| unbuilt("akv_attach_rows"))
 }
 
@@ -47,7 +68,13 @@ pub unsafe extern "C" fn akv_attach_rows(cache: *mut akv_cache, layer: i32, key:
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_slots_attention(cache: *mut akv_cache, layer: i32, n_kv: i64, n_q: i64, desc: *const akv_attention_desc) -> akv_status {
+pub unsafe extern "C" fn akv_slots_attention(
+    cache: *mut akv_cache,
+    layer: i32,
+    n_kv: i64,
+    n_q: i64,
+    desc: *const akv_attention_desc,
+) -> akv_status {
     guard(|| unbuilt("akv_slots_attention"))
 }
 
@@ -56,7 +83,12 @@ pub unsafe extern "C" fn akv_slots_attention(cache: *mut akv_cache, layer: i32, 
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_mask_create(cache: *mut akv_cache, max_rows: i64, max_kv: i64, out: *mut *mut akv_mask) -> akv_status {
+pub unsafe extern "C" fn akv_mask_create(
+    cache: *mut akv_cache,
+    max_rows: i64,
+    max_kv: i64,
+    out: *mut *mut akv_mask,
+) -> akv_status {
     guard(|| unbuilt("akv_mask_create"))
 }
 
@@ -65,7 +97,14 @@ pub unsafe extern "C" fn akv_mask_create(cache: *mut akv_cache, max_rows: i64, m
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn akv_mask_set(mask: *mut akv_mask, f16: *const c_void, rows: i64, n_kv: i64, stride: i64, stream: *mut c_void) -> akv_status {
+pub unsafe extern "C" fn akv_mask_set(
+    mask: *mut akv_mask,
+    f16: *const c_void,
+    rows: i64,
+    n_kv: i64,
+    stride: i64,
+    stream: *mut c_void,
+) -> akv_status {
     guard(|| unbuilt("akv_mask_set"))
 }
 

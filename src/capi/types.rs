@@ -141,7 +141,13 @@ pub type akv_read_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *mu
 /// Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
 /// `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
 pub type akv_alloc_fn = Option<
-    unsafe extern "C" fn(user: *mut c_void, bytes: usize, align: usize, backend: i32, stream: *mut c_void) -> *mut c_void,
+    unsafe extern "C" fn(
+        user: *mut c_void,
+        bytes: usize,
+        align: usize,
+        backend: i32,
+        stream: *mut c_void,
+    ) -> *mut c_void,
 >;
 /// Takes back what `akv_alloc_fn` gave, with the same `bytes`.
 pub type akv_dealloc_fn =
