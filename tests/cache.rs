@@ -1,5 +1,7 @@
 //! The cache against a plain model: sequences of tokens whose rows are functions of a seed.
 
+#![allow(clippy::needless_range_loop)]
+
 use alignedkv::Error;
 use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, SequenceView, StepSequence, Usage};
 use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, scale};
@@ -180,18 +182,17 @@ impl Model {
     }
 }
 
-/// All that attention reads of the first `n` rows of a part of a page.
-fn live<'a>(shape: &Shape, part: &'a [u8], n: usize) -> (Vec<&'a [u8]>, aligned::Meta) {
+/// All that attention reads of the first `n` rows of a part of a page: scale bytes, meta, and the digits, which under
+/// given scales are what they decode to.
+fn live(shape: &Shape, part: &[u8], n: usize) -> (Vec<u8>, aligned::Meta, Vec<f32>) {
     let tile = aligned::Tile::new(shape, part);
-    let (k, v) = (shape.dim_k / 2, shape.dim_v / 2);
-    let arrays = vec![
-        &tile.k0[..n * k],
-        &tile.k_rest[..n * k * (shape.planes_k - 1)],
-        &tile.v[..n * v * shape.planes_v],
-        tile.k_scales,
-        &tile.v_scales[..n],
-    ];
-    (arrays, tile.meta)
+    let mut values = vec![0.0; n * (shape.dim_k + shape.dim_v)];
+    for (row, values) in values.chunks_exact_mut(shape.dim_k + shape.dim_v).enumerate() {
+        let (k, v) = values.split_at_mut(shape.dim_k);
+        tile.decode_k(row, shape.planes_k, k);
+        tile.decode_v(row, shape.planes_v, v);
+    }
+    ([tile.k_scales, &tile.v_scales[..n]].concat(), tile.meta, values)
 }
 
 /// A page of `tokens` as if they had been appended all at once.
@@ -250,6 +251,7 @@ fn check(view: &SequenceView, layer: usize, model: &Model, exact_head: usize) {
                     continue;
                 }
                 let t = aligned::Tile::new(shape, layout.part(page, head));
+                assert!(tokens.len() == TILE || usize::from(t.meta.digit_sum) == 8 * shape.dim_k, "an open tile");
                 assert!(if exact { t.meta.slack == 0.0 } else { t.meta.slack <= 7.0 * LEFT[shape.planes_k] });
                 for c in 0..shape.dim_k {
                     let bound = (LEFT[shape.planes_k] + t.meta.slack) * scale(t.k_scales[c]) * 1.0001;
@@ -726,6 +728,8 @@ fn forks_share_whole_tiles_and_nothing_else() {
     grow(&batch, id, &mut model, &tokens(&mut random, 300, 0));
     let before = cache.usage();
     assert_eq!((before.pages_used, before.pages_shared), (6, 0));
+    let kept = |n: usize| cache.layouts().iter().map(|l| l.kept_bytes(n) as u64).sum::<u64>();
+    assert_eq!(before.bytes_kept, 2 * kept(TILE) + kept(4), "tile 1, the open one, and the head");
 
     let (fork, mut fork_model) = (cache.fork(id, None).unwrap(), model.clone());
     let after = cache.usage();
@@ -748,6 +752,12 @@ fn forks_share_whole_tiles_and_nothing_else() {
     assert_eq!(cache.usage().pages_shared, 0);
     cache.destroy(fork).unwrap();
     check_all_layers(&cache, id, &model);
+    // 32 tokens; then tile 0 closes and stays within reach; then it does not.
+    for (n, tiles) in [(0, 1), (96 + 63, 2), (1, 1)] {
+        let first = model.tokens[model.tokens.len() - 1].position + 1;
+        grow(&batch, id, &mut model, &tokens(&mut random, n, first));
+        assert_eq!(cache.usage().bytes_kept, tiles * kept(TILE) + kept(4));
+    }
     cache.destroy(id).unwrap();
     assert_eq!(cache.usage().bytes_used, 0);
 }
