@@ -1,12 +1,28 @@
 //! Memory from the caller's allocator or the system's, counted against a limit.
 
 use crate::Result;
+use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 /// Where memory comes from.
 #[derive(Debug, Clone, Default)]
 pub struct Allocator {}
+
+#[allow(unused_variables)]
+impl Allocator {
+    /// The caller's functions.
+    ///
+    /// # Safety
+    /// Both are as `akv_alloc_fn` and `akv_dealloc_fn` say, from any thread, for as long as the allocator is in use.
+    pub unsafe fn from_hooks(
+        alloc: unsafe extern "C" fn(*mut c_void, usize, usize, i32, *mut c_void) -> *mut c_void,
+        dealloc: unsafe extern "C" fn(*mut c_void, *mut c_void, usize, i32, *mut c_void),
+        user: *mut c_void,
+    ) -> Allocator {
+        todo!()
+    }
+}
 
 /// An allocator, a limit, and what has been taken.
 #[derive(Debug)]

@@ -1,8 +1,417 @@
 //! Attention, and merging partial attention.
 
+use super::batch::{Object, WORKSPACE_ALIGN};
+use super::check::{
+    Bytes, Grid, array, count, descriptor, disjoint, no_stream, not_built, optional, pointer, within, wrong, zero,
+};
+use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
-use super::{guard, unbuilt};
+use super::{context, guard};
+use crate::backend::cpu::{Cpu, State, merge};
+use crate::backend::{Attention, Floats, Mode, QueryRow, Threads};
+use crate::cache::{Reader, SequenceView, StepSequence};
+use crate::format::{Format, MAX_DIM, Rows, Shape};
+use crate::{Error, Result};
 use std::ffi::c_void;
+
+/// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
+const MAX_PROGRESSIVE: usize = 8;
+
+/// What an attention call asks for, apart from memory: checked here for `akv_aligned_attention` and `akv_supports`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Options {
+    scale: f32,
+    tolerance: f32,
+    mode: Mode,
+    causal: bool,
+    window: usize,
+    /// No row takes another path than the dense one.
+    all_dense: bool,
+    /// AKV_PATH_* that rows can take.
+    pub paths: i32,
+}
+
+impl Options {
+    pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape) -> Result<Options> {
+        let at = |field: &str| format!("{name}->{field}");
+        zero(at("flags"), d.flags)?;
+        Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
+        Grid::new(&d.out, &at("out"), shape.n_q_heads, shape.dim_v)?;
+        no_stream(&at("stream"), d.stream)?;
+        if !d.scale.is_finite() {
+            return Err(wrong(at("scale"), d.scale, "a finite factor, or 0 for 1 / sqrt(dim_k)"));
+        }
+        if !(d.tolerance >= 0.0 && d.tolerance.is_finite()) {
+            return Err(wrong(at("tolerance"), d.tolerance, "a finite number above 0, or 0 for 1e-3"));
+        }
+        let mode = match d.mode {
+            AKV_EXPECTED => Mode::Expected,
+            AKV_GUARANTEED => Mode::Guaranteed,
+            AKV_EXACT => Mode::Exact,
+            other => return Err(wrong(at("mode"), other, "AKV_EXPECTED (0), AKV_GUARANTEED (1) or AKV_EXACT (2)")),
+        };
+        within(at("visibility"), d.visibility, AKV_CAUSAL..=AKV_FULL)?;
+        let window = within(at("window"), d.window, 0..=i32::MAX)? as usize;
+        if d.logit_softcap != 0.0 {
+            return Err(not_built(at("logit_softcap"), d.logit_softcap, 0));
+        }
+        for (field, null) in [
+            ("alibi_slopes", d.alibi_slopes.is_null()),
+            ("sink_logits", d.sink_logits.is_null()),
+            ("mask", d.mask.is_null()),
+            ("tree", d.tree.is_null()),
+        ] {
+            if !null {
+                return Err(not_built(at(field), "not NULL", "NULL"));
+            }
+        }
+        let all_dense = mode == Mode::Exact || format == Format::Raw;
+        let paths = match format {
+            _ if all_dense => AKV_PATH_DENSE,
+            Format::Published => AKV_PATH_DENSE | AKV_PATH_PUBLISHED,
+            _ => AKV_PATH_DENSE | AKV_PATH_PROGRESSIVE,
+        };
+        Ok(Options {
+            scale: if d.scale == 0.0 { 1.0 / (shape.dim_k as f32).sqrt() } else { d.scale },
+            tolerance: if d.tolerance == 0.0 { 1e-3 } else { d.tolerance },
+            mode,
+            causal: d.visibility == AKV_CAUSAL,
+            window: if window == 0 { shape.window } else { window },
+            all_dense,
+            paths,
+        })
+    }
+}
+
+/// The caller's threads.
+struct Team {
+    ith: usize,
+    nth: usize,
+    barrier: akv_barrier_fn,
+    user: *mut c_void,
+}
+
+// SAFETY: `barrier` and `user` are made to be used by many threads.
+unsafe impl Sync for Team {}
+
+impl Team {
+    /// # Safety
+    /// `threads` is NULL, misaligned, or valid.
+    unsafe fn new(threads: *const akv_threads, max_threads: usize) -> Result<Option<Team>> {
+        if threads.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: checked, and the caller's contract.
+        let t = unsafe { pointer(threads, "desc->threads")?.read() };
+        let nth = count("desc->threads->nth", t.nth.into())?;
+        if nth == 0 || nth > max_threads {
+            return Err(wrong("desc->threads->nth", nth, format_args!("1 to the batch's max_threads ({max_threads})")));
+        }
+        let ith = within("desc->threads->ith", t.ith, 0..=t.nth - 1)? as usize;
+        if nth > 1 && t.barrier.is_none() {
+            return Err(wrong("desc->threads->barrier", "NULL", "a function if nth is above 1"));
+        }
+        Ok(Some(Team { ith, nth, barrier: t.barrier, user: t.user }))
+    }
+
+    fn wait(&self) {
+        if let Some(barrier) = self.barrier {
+            // SAFETY: the caller's function, with the caller's pointer.
+            unsafe { barrier(self.user) }
+        }
+    }
+}
+
+/// Memory of an optional output of `n` floats: none if it is NULL.
+fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
+    if p.is_null() {
+        return Ok(Bytes { from: 0, to: 0 });
+    }
+    Bytes::new(pointer(p, name)?, n, name)
+}
+
+/// Which tokens every query row sees.
+fn query_rows(
+    views: &[SequenceView],
+    step: &[StepSequence],
+    options: &Options,
+    kv_from: Option<&[i64]>,
+    kv_to: Option<&[i64]>,
+) -> Vec<QueryRow> {
+    let mut rows = Vec::with_capacity(step.iter().map(|s| s.n_q).sum());
+    for (sequence, (view, step)) in views.iter().zip(step).enumerate() {
+        let dense = options.all_dense || step.n_q > MAX_PROGRESSIVE;
+        for token in view.len - step.n_q..view.len {
+            let position = view.positions.at(token);
+            let mut to =
+                if options.causal { view.positions.below(position.saturating_add(1), view.len) } else { view.len };
+            let mut from = match options.window {
+                0 => 0,
+                w => view.positions.below(position.saturating_sub(w as i64 - 1), view.len),
+            };
+            // Checked to be 0 or more.
+            if let Some(bound) = kv_from {
+                from = from.max(bound[rows.len()] as usize);
+            }
+            if let Some(bound) = kv_to {
+                to = to.min(bound[rows.len()] as usize);
+            }
+            rows.push(QueryRow { sequence, from, to, dense });
+        }
+    }
+    rows
+}
+
+/// Looks at every `nth` head of q, from the `ith` on.
+fn finite(q: &Rows, n_rows: usize, n_heads: usize, ith: usize, nth: usize) -> Result<()> {
+    let mut x = [0.0; MAX_DIM];
+    let x = &mut x[..q.dim()];
+    for i in (ith..n_rows * n_heads).step_by(nth) {
+        let (row, head) = (i / n_heads, i % n_heads);
+        q.read(row, head, x);
+        if x.iter().any(|x| !x.is_finite()) {
+            return Err(Error::NonFinite(format!("desc->q: NaN or infinity in row {row}, head {head}")));
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// What `desc` points to is as documented.
+unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Result<()> {
+    let step = batch.step()?;
+    let (cache, cpu) = (&batch.owner.cache, &batch.owner.context.cpu);
+    let layer = batch.owner.layer(layer)?;
+    let layout = &cache.layouts()[layer];
+    let shape = &layout.shape;
+
+    // Arguments first: all threads of a call come to the same conclusion about them, before any of them waits.
+    let options = Options::new(desc, "desc", layout.format, shape)?;
+    // SAFETY: the caller's contract.
+    let team = unsafe { Team::new(desc.threads, batch.max_threads) }?;
+    let (ith, nth) = team.as_ref().map_or((0, 1), |t| (t.ith, t.nth));
+    let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
+    let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
+    let n = step.n_q.checked_mul(shape.n_q_heads);
+    // SAFETY: the caller's contract.
+    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
+        unsafe { (optional(desc.kv_from, step.n_q, "desc->kv_from")?, optional(desc.kv_to, step.n_q, "desc->kv_to")?) };
+    for (name, array) in [("kv_from", kv_from), ("kv_to", kv_to)] {
+        if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
+            return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
+        }
+    }
+    let max_len = step.lens.iter().copied().max().unwrap_or(0);
+    let workers = if team.is_some() { nth } else { cpu.n_threads() };
+    let needed = Cpu::workspace_bytes(layout, step.n_q, max_len, workers);
+    if desc.workspace.is_null() {
+        if nth > 1 {
+            return Err(wrong("desc->workspace", "NULL", "memory of akv_batch_workspace's size if nth is above 1"));
+        }
+    } else if desc.workspace as usize % WORKSPACE_ALIGN != 0 {
+        let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
+        return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
+    } else if desc.workspace_bytes < needed {
+        return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
+    }
+    let stats = match desc.stats.is_null() {
+        true => Bytes { from: 0, to: 0 },
+        false => Bytes::new(pointer(desc.stats, "desc->stats")?, Some(1), "desc->stats")?,
+    };
+    disjoint(
+        &[
+            ("desc->out", out.bytes("desc->out", step.n_q)?),
+            ("desc->lse", floats(desc.lse, n, "desc->lse")?),
+            ("desc->bound", floats(desc.bound, n, "desc->bound")?),
+            ("desc->lse_bound", floats(desc.lse_bound, n, "desc->lse_bound")?),
+            ("desc->estimate", floats(desc.estimate, n, "desc->estimate")?),
+            ("desc->amplitude", floats(desc.amplitude, n, "desc->amplitude")?),
+            ("desc->stats", stats),
+            (
+                "desc->workspace",
+                Bytes::new(desc.workspace.cast::<u8>(), Some(desc.workspace_bytes), "desc->workspace")?,
+            ),
+        ],
+        &[("desc->q", q.bytes("desc->q", step.n_q)?)],
+    )?;
+    if step.n_q == 0 {
+        // SAFETY: checked, and the caller's contract.
+        return unsafe { report(desc.stats, ith, Default::default(), cpu) };
+    }
+
+    // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
+    // SAFETY: extents are checked; that all threads of a call write the same `out`, each its own rows and heads, is
+    // the backend's business.
+    let (q, out) = unsafe { (q.rows(), out.rows_mut()) };
+    let prepared = batch.batch.read(layer).and_then(|readers| {
+        for (i, (reader, &len)) in readers.iter().zip(&step.lens).enumerate() {
+            let there = reader.1.view().len;
+            if there != len {
+                return Err(Error::Argument(format!(
+                    "layer {layer} holds {there} of the {len} tokens of desc->sequences[{i}] of this step: \
+                     expected akv_quantize_kv before akv_aligned_attention"
+                )));
+            }
+        }
+        finite(&q, step.n_q, shape.n_q_heads, ith, nth)?;
+        Ok(readers)
+    });
+    let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
+    let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
+    let rows = query_rows(&views, &step.sequences, &options, kv_from, kv_to);
+    // SAFETY: checked for n floats each, and the caller's contract.
+    let floats = |p: *mut f32| if p.is_null() { None } else { Some(unsafe { Floats::new(p) }) };
+    let call = Attention {
+        shape,
+        sequences: &views,
+        rows: &rows,
+        q,
+        out,
+        scale: options.scale,
+        tolerance: options.tolerance,
+        mode: options.mode,
+        lse: floats(desc.lse),
+        bound: floats(desc.bound),
+        lse_bound: floats(desc.lse_bound),
+        estimate: floats(desc.estimate),
+        amplitude: floats(desc.amplitude),
+    };
+    let call = prepared.as_ref().map(|_| &call).map_err(Clone::clone);
+    let barrier = || team.as_ref().map_or((), Team::wait);
+    let threads = team.as_ref().map(|t| Threads { ith: t.ith, nth: t.nth, barrier: &barrier });
+    let stats = if desc.workspace.is_null() {
+        // Alone: there is nobody to meet.
+        let call = Ok(call?);
+        batch.with_workspace(needed, |workspace| {
+            // SAFETY: as large as needed, aligned as every block, and nobody else's.
+            unsafe { cpu.attention(call, threads, workspace.as_mut_ptr(), workspace.len()) }
+        })
+    } else {
+        // SAFETY: checked above, and by the caller's contract this call's own.
+        unsafe { cpu.attention(call, threads, desc.workspace.cast(), desc.workspace_bytes) }
+    }?;
+    // SAFETY: checked, and the caller's contract.
+    unsafe { report(desc.stats, ith, stats, cpu) }
+}
+
+/// Writes the statistics of a call: one of its threads does.
+///
+/// # Safety
+/// `to` is NULL or valid.
+unsafe fn report(to: *mut akv_stats, ith: usize, s: crate::backend::Stats, cpu: &Cpu) -> Result<()> {
+    if to.is_null() || ith > 0 {
+        return Ok(());
+    }
+    let stats = akv_stats {
+        bytes_k: s.bytes_k,
+        bytes_v: s.bytes_v,
+        bytes_scales: s.bytes_scales,
+        bytes_exact: s.bytes_exact,
+        planes_k: s.planes_k,
+        planes_v: s.planes_v,
+        tokens: s.tokens,
+        dense_rows: s.dense_rows,
+        backend: AKV_CPU,
+        isa: context::isa_code(cpu.isa()),
+        path: s.path,
+        reserved: 0,
+    };
+    // SAFETY: the caller's contract.
+    unsafe { to.write(stats) };
+    Ok(())
+}
+
+/// The arrays of an `akv_state` as numbers of elements: `out`, then the five others.
+fn state_arrays(s: &akv_state, out: usize, others: usize) -> [(&'static str, *mut f32, usize); 6] {
+    [
+        ("out", s.out, out),
+        ("lse", s.lse, others),
+        ("bound", s.bound, others),
+        ("lse_bound", s.lse_bound, others),
+        ("estimate", s.estimate, others),
+        ("amplitude", s.amplitude, others),
+    ]
+}
+
+/// # Safety
+/// What `states` and `out` point to is as documented.
+unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
+    let sizes = n.checked_mul(dim).filter(|&n| n <= isize::MAX as usize / 4);
+    let n_out = sizes.ok_or_else(|| wrong("rows", n, "states that fit the address space"))?;
+    let check = |state: &akv_state, name: &str| -> Result<[Bytes; 6]> {
+        let mut all = [Bytes { from: 0, to: 0 }; 6];
+        for (i, (field, p, n)) in state_arrays(state, n_out, n).into_iter().enumerate() {
+            let name = format!("{name}{field}");
+            if i < 2 {
+                pointer(p, &name)?;
+            }
+            all[i] = floats(p, Some(n), &name)?;
+        }
+        Ok(all)
+    };
+    let outputs = check(out, "out->")?;
+    for i in 0..6 {
+        if let Some(j) = (0..i).find(|&j| outputs[i].overlaps(&outputs[j])) {
+            let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
+            return Err(wrong(
+                format_args!("out->{}", names[i]),
+                format_args!("in out->{}", names[j]),
+                "separate memory",
+            ));
+        }
+    }
+    for (s, state) in states.iter().enumerate() {
+        let inputs = check(state, &format!("states[{s}]."))?;
+        for (i, output) in outputs.iter().enumerate() {
+            // An element is read by all states before it is written, so the same array may be both.
+            if let Some(j) = (0..6).find(|&j| output.overlaps(&inputs[j]) && !(i == j && *output == inputs[j])) {
+                let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
+                return Err(wrong(
+                    format_args!("out->{}", names[i]),
+                    format_args!("in states[{s}].{}", names[j]),
+                    "separate memory, or exactly the same array",
+                ));
+            }
+        }
+    }
+    let mut parts: Vec<State> = Vec::with_capacity(states.len());
+    let mut buffer = [0.0; MAX_DIM];
+    for i in 0..n {
+        parts.clear();
+        for s in states {
+            // SAFETY: checked for n (times dim) floats; nothing is written while these borrows are used.
+            unsafe {
+                let one = |p: *mut f32| std::slice::from_raw_parts(p.add(i), 1);
+                let some = |p: *mut f32| if p.is_null() { None } else { Some(one(p)) };
+                parts.push(State {
+                    out: std::slice::from_raw_parts(s.out.add(i * dim), dim),
+                    lse: one(s.lse),
+                    bound: some(s.bound),
+                    lse_bound: some(s.lse_bound),
+                    estimate: some(s.estimate),
+                    amplitude: some(s.amplitude),
+                });
+            }
+        }
+        let merged = merge(&parts, 0, dim, &mut buffer[..dim]);
+        // SAFETY: as above, and the borrows are not used any more.
+        unsafe {
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), out.out.add(i * dim), dim);
+            for (p, value) in [
+                (out.lse, merged.lse),
+                (out.bound, merged.bound),
+                (out.lse_bound, merged.lse_bound),
+                (out.estimate, merged.estimate),
+                (out.amplitude, merged.amplitude),
+            ] {
+                if !p.is_null() {
+                    p.add(i).write(value);
+                }
+            }
+        }
+    }
+    Ok(())
+}
 
 /// Attention of the step's query rows over their sequences' rows in one layer. Queries of up to 8 rows of a sequence
 /// take the progressive path: plane 0 of all visible keys is scanned, every token's share of the error decides how many
@@ -21,7 +430,11 @@ pub unsafe extern "C" fn akv_aligned_attention(
     layer: i32,
     desc: *const akv_attention_desc,
 ) -> akv_status {
-    guard(|| unbuilt("akv_aligned_attention"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        // SAFETY: the caller's contract.
+        unsafe { attend(&batch, layer, &descriptor(desc, "desc")?) }
+    })
 }
 
 /// Merges `n` partial states over disjoint parts of a context into the state of the whole: outputs by their LSE, bounds
@@ -41,5 +454,15 @@ pub unsafe extern "C" fn akv_merge_states(
     out: *const akv_state,
     stream: *mut c_void,
 ) -> akv_status {
-    guard(|| unbuilt("akv_merge_states"))
+    guard(|| {
+        CONTEXTS.get(context, "context")?;
+        no_stream("stream", stream)?;
+        let n = within("n", n, 1..=i32::MAX)? as usize;
+        let (rows, heads) = (count("rows", rows)?, count("heads", heads.into())?);
+        let dim = within("dim", dim, 1..=MAX_DIM as i32)? as usize;
+        let elements =
+            rows.checked_mul(heads).ok_or_else(|| wrong("rows", rows, "states that fit the address space"))?;
+        // SAFETY: the caller's contract.
+        unsafe { merge_states(array(states, n, "states")?, elements, dim, &*pointer(out, "out")?) }
+    })
 }
