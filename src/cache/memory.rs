@@ -15,7 +15,7 @@ impl Allocator {
     ///
     /// # Safety
     /// Both are as `akv_alloc_fn` and `akv_dealloc_fn` say, from any thread, for as long as the allocator is in use.
-    pub unsafe fn from_hooks(
+    pub unsafe fn hooks(
         alloc: unsafe extern "C" fn(*mut c_void, usize, usize, i32, *mut c_void) -> *mut c_void,
         dealloc: unsafe extern "C" fn(*mut c_void, *mut c_void, usize, i32, *mut c_void),
         user: *mut c_void,

@@ -201,9 +201,8 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
             return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
         }
     }
-    let max_len = step.lens.iter().copied().max().unwrap_or(0);
     let workers = if team.is_some() { nth } else { cpu.n_threads() };
-    let needed = Cpu::workspace_bytes(layout, step.n_q, max_len, workers);
+    let needed = Cpu::workspace_bytes(layout, step.n_q, step.max_kv, workers);
     if desc.workspace.is_null() {
         if nth > 1 {
             return Err(wrong("desc->workspace", "NULL", "memory of akv_batch_workspace's size if nth is above 1"));
@@ -244,15 +243,6 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     // the backend's business.
     let (q, out) = unsafe { (q.rows(), out.rows_mut()) };
     let prepared = batch.batch.read(layer).and_then(|readers| {
-        for (i, (reader, &len)) in readers.iter().zip(&step.lens).enumerate() {
-            let there = reader.1.view().len;
-            if there != len {
-                return Err(Error::Argument(format!(
-                    "layer {layer} holds {there} of the {len} tokens of desc->sequences[{i}] of this step: \
-                     expected akv_quantize_kv before akv_aligned_attention"
-                )));
-            }
-        }
         finite(&q, step.n_q, shape.n_q_heads, ith, nth)?;
         Ok(readers)
     });
@@ -465,4 +455,150 @@ pub unsafe extern "C" fn akv_merge_states(
         // SAFETY: the caller's contract.
         unsafe { merge_states(array(states, n, "states")?, elements, dim, &*pointer(out, "out")?) }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Dtype;
+
+    const SHAPE: Shape = Shape {
+        n_q_heads: 8,
+        n_kv_heads: 2,
+        dim_k: 64,
+        dim_v: 32,
+        dtype_k: Dtype::F32,
+        dtype_v: Dtype::F32,
+        planes_k: 4,
+        planes_v: 4,
+        window: 100,
+    };
+
+    fn options(format: Format, change: impl Fn(&mut akv_attention_desc)) -> Result<Options> {
+        // SAFETY: plain data.
+        let mut desc: akv_attention_desc = unsafe { std::mem::zeroed() };
+        change(&mut desc);
+        Options::new(&desc, "desc", format, &SHAPE)
+    }
+
+    #[test]
+    fn zeros_are_defaults() {
+        let o = options(Format::Aligned, |_| ()).unwrap();
+        assert_eq!((o.scale, o.tolerance, o.mode, o.causal, o.window), (0.125, 1e-3, Mode::Expected, true, 100));
+        let o =
+            options(Format::Aligned, |d| (d.scale, d.tolerance, d.visibility, d.window) = (0.5, 0.1, 1, 7)).unwrap();
+        assert_eq!((o.scale, o.tolerance, o.causal, o.window), (0.5, 0.1, false, 7));
+    }
+
+    #[test]
+    fn paths() {
+        let paths = |format, mode| options(format, |d| d.mode = mode).unwrap().paths;
+        assert_eq!(paths(Format::Aligned, AKV_EXPECTED), AKV_PATH_PROGRESSIVE | AKV_PATH_DENSE);
+        assert_eq!(paths(Format::Published, AKV_EXPECTED), AKV_PATH_PUBLISHED | AKV_PATH_DENSE);
+        assert_eq!(paths(Format::Raw, AKV_EXPECTED), AKV_PATH_DENSE);
+        assert_eq!(paths(Format::Aligned, AKV_EXACT), AKV_PATH_DENSE);
+    }
+
+    #[test]
+    fn every_field_is_checked_and_named() {
+        type Desc = akv_attention_desc;
+        let cases: [(&str, fn(&mut Desc)); 15] = [
+            ("desc->flags", |d| d.flags = 1),
+            ("desc->q->dtype", |d| d.q.dtype = 9),
+            ("desc->q->stride_head", |d| d.q.stride_head = 252),
+            ("desc->out->reserved", |d| d.out.reserved = 1),
+            ("desc->out->stride_row", |d| d.out.stride_row = -128),
+            ("desc->stream", |d| d.stream = std::ptr::dangling_mut()),
+            ("desc->scale", |d| d.scale = f32::NAN),
+            ("desc->scale", |d| d.scale = f32::INFINITY),
+            ("desc->tolerance", |d| d.tolerance = -1e-3),
+            ("desc->tolerance", |d| d.tolerance = f32::NAN),
+            ("desc->tolerance", |d| d.tolerance = f32::INFINITY),
+            ("desc->mode", |d| d.mode = 3),
+            ("desc->visibility", |d| d.visibility = 2),
+            ("desc->visibility", |d| d.visibility = -1),
+            ("desc->window", |d| d.window = -1),
+        ];
+        for (name, change) in cases {
+            match options(Format::Aligned, change) {
+                Err(Error::Argument(text)) if text.starts_with(&format!("{name} is ")) => {}
+                other => panic!("{other:?} for {name}"),
+            }
+        }
+        let cases: [(&str, fn(&mut Desc)); 5] = [
+            ("desc->logit_softcap", |d| d.logit_softcap = 30.0),
+            ("desc->alibi_slopes", |d| d.alibi_slopes = std::ptr::dangling()),
+            ("desc->sink_logits", |d| d.sink_logits = std::ptr::dangling()),
+            ("desc->mask", |d| d.mask = std::ptr::dangling()),
+            ("desc->tree", |d| d.tree = std::ptr::dangling()),
+        ];
+        for (name, change) in cases {
+            match options(Format::Aligned, change) {
+                Err(Error::Unsupported(text)) if text.starts_with(&format!("{name} is ")) => {}
+                other => panic!("{other:?} for {name}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_callers_threads() {
+        unsafe extern "C" fn wait(_: *mut c_void) {}
+        let barrier: akv_barrier_fn = Some(wait);
+        let team = |ith, nth, barrier| {
+            let threads = akv_threads { ith, nth, barrier, user: std::ptr::null_mut() };
+            // SAFETY: valid.
+            unsafe { Team::new(&threads, 4) }.map(|t| t.unwrap().nth)
+        };
+        assert_eq!(team(0, 1, None), Ok(1));
+        assert_eq!(team(3, 4, barrier), Ok(4));
+        let bad = [(0, 0, None), (0, -1, None), (1, 1, None), (-1, 2, barrier), (0, 5, barrier), (0, 2, None)];
+        for (ith, nth, barrier) in bad {
+            assert!(matches!(team(ith, nth, barrier), Err(Error::Argument(_))), "{ith} of {nth}");
+        }
+        // SAFETY: NULL means none.
+        assert!(unsafe { Team::new(std::ptr::null(), 4) }.unwrap().is_none());
+    }
+
+    #[test]
+    fn a_query_with_nan_is_found_by_one_of_the_threads() {
+        let mut q = vec![1.0f32; 3 * 8 * 64];
+        q[(2 * 8 + 5) * 64 + 63] = f32::NAN;
+        // SAFETY: plain data.
+        let bytes = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<u8>(), 4 * q.len()) };
+        let q = Rows::contiguous(bytes, 8, Dtype::F32, 64);
+        for nth in 1..5 {
+            let found: Vec<_> = (0..nth).filter_map(|ith| finite(&q, 3, 8, ith, nth).err()).collect();
+            assert_eq!(found, [Error::NonFinite("desc->q: NaN or infinity in row 2, head 5".to_owned())]);
+        }
+        assert!(finite(&q, 2, 8, 0, 1).is_ok());
+    }
+
+    #[test]
+    fn states_overlap_only_as_a_whole() {
+        let mut memory = [0f32; 64];
+        let p = memory.as_mut_ptr();
+        let null = std::ptr::null_mut();
+        let state = |out: usize, lse: usize| akv_state {
+            out: p.wrapping_add(out),
+            lse: p.wrapping_add(lse),
+            bound: null,
+            lse_bound: null,
+            estimate: null,
+            amplitude: null,
+        };
+        // One element of 8 channels.
+        let refused = |states: &[akv_state], out: akv_state, name: &str| {
+            // SAFETY: all within `memory`, or NULL.
+            match unsafe { merge_states(states, 1, 8, &out) } {
+                Err(Error::Argument(text)) if text.starts_with(name) => {}
+                other => panic!("{other:?} for {name}"),
+            }
+        };
+        refused(&[state(0, 8), state(16, 24)], state(4, 32), "out->out is in states[0].out");
+        refused(&[state(0, 8), state(16, 24)], state(32, 17), "out->lse is in states[1].out");
+        refused(&[state(0, 8)], state(16, 17), "out->lse is in out->out");
+        refused(&[akv_state { lse: null, ..state(0, 8) }], state(16, 24), "states[0].lse is NULL");
+        refused(&[state(0, 8)], akv_state { out: null, ..state(16, 24) }, "out->out is NULL");
+        refused(&[state(0, 8)], akv_state { bound: p.wrapping_byte_add(1), ..state(16, 24) }, "out->bound is 0x");
+    }
 }

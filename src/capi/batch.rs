@@ -28,10 +28,10 @@ pub(super) struct Object {
 pub(super) struct Step {
     begun: bool,
     pub sequences: Vec<StepSequence>,
-    /// Tokens of each once the step's new ones are in.
-    pub lens: Vec<usize>,
     pub n_new: usize,
     pub n_q: usize,
+    /// Most tokens of a sequence once the step's new ones are in.
+    pub max_kv: usize,
 }
 
 impl Object {
@@ -109,27 +109,11 @@ impl<'a> Request<'a> {
             let n_q = at(n_q, "n_q", i)?.unwrap_or(n_new);
             sequences.push(StepSequence { sequence, n_new, n_q });
         }
-        let mut sorted = ids.to_vec();
-        sorted.sort_unstable();
-        if let Some(twice) = sorted.windows(2).find(|w| w[0] == w[1]) {
-            return Err(wrong("desc->sequences", format_args!("{:#x} twice", twice[0]), "each sequence at most once"));
-        }
         // At most 2^32 summands below 2^31.
         let n_new = sequences.iter().map(|s| s.n_new).sum();
         let n_q = sequences.iter().map(|s| s.n_q).sum();
         // SAFETY: the caller's contract.
-        let positions: Option<&[i64]> = unsafe { optional(desc.positions, n_new, "desc->positions") }?;
-        if let Some(positions) = positions {
-            let mut first = 0;
-            for s in &sequences {
-                let end = first + s.n_new;
-                if let Some(i) = (first + 1..end).find(|&i| positions[i] < positions[i - 1]) {
-                    let expected = format_args!("at least {}, its sequence's position before", positions[i - 1]);
-                    return Err(wrong(format_args!("desc->positions[{i}]"), positions[i], expected));
-                }
-                first = end;
-            }
-        }
+        let positions = unsafe { optional(desc.positions, n_new, "desc->positions") }?;
         Ok(Request { sequences, positions, n_new, n_q })
     }
 }
@@ -216,16 +200,10 @@ pub unsafe extern "C" fn akv_batch_begin(
             return Err(Error::Busy("batch has a step in progress: commit or abort it first".to_owned()));
         }
         batch.batch.begin(&request.sequences, request.positions)?;
-        let lens = request.sequences.iter().enumerate().map(|(i, s)| {
-            let len = batch.owner.cache.length(s.sequence, None)? + s.n_new;
-            if s.n_q > len {
-                let expected = format_args!("at most {len}, the tokens of the sequence after this step");
-                return Err(wrong(format_args!("desc->n_q[{i}]"), s.n_q, expected));
-            }
-            Ok(len)
-        });
+        let lens = request.sequences.iter().map(|s| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new));
         let lens = lens.collect::<Result<Vec<_>>>().inspect_err(|_| batch.batch.abort())?;
-        *step = Step { begun: true, sequences: request.sequences, lens, n_new: request.n_new, n_q: request.n_q };
+        let max_kv = lens.into_iter().max().unwrap_or(0);
+        *step = Step { begun: true, sequences: request.sequences, n_new: request.n_new, n_q: request.n_q, max_kv };
         Ok(())
     })
 }
@@ -389,12 +367,8 @@ mod tests {
         let r = request(&[5, 3], &[2, 0], Some(&[1, 7]), None).unwrap();
         assert_eq!((r.n_new, r.n_q), (2, 8));
         assert_eq!((r.sequences[1].n_new, r.sequences[1].n_q), (0, 7));
-        // A sequence's positions say nothing about the next one's.
-        assert!(request(&[5, 3], &[2, 2], None, Some(&[8, 9, 0, 1])).is_ok());
-        argument(request(&[5, 3], &[2, 2], None, Some(&[8, 9, 1, 0])), "desc->positions[3] is 0");
         argument(request(&[5, 3], &[2, -1], None, None), "desc->n_new[1] is -1");
         argument(request(&[5, 3], &[2, 1], Some(&[-2, 1]), None), "desc->n_q[0] is -2");
-        argument(request(&[5, 3, 5], &[1, 1, 1], None, None), "0x5 twice");
         argument(request(&[], &[], None, None), "desc->n_sequences is 0");
         // SAFETY: NULL is refused.
         unsafe {

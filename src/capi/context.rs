@@ -77,7 +77,7 @@ unsafe fn create(desc: &akv_context_desc) -> Result<Object> {
     let allocator = match (desc.alloc, desc.dealloc) {
         (None, None) => Allocator::default(),
         // SAFETY: the caller's contract.
-        (Some(alloc), Some(dealloc)) => unsafe { Allocator::from_hooks(alloc, dealloc, desc.alloc_user) },
+        (Some(alloc), Some(dealloc)) => unsafe { Allocator::hooks(alloc, dealloc, desc.alloc_user) },
         (None, Some(_)) => return Err(wrong("desc->alloc", "NULL but desc->dealloc is not", "both or neither")),
         (Some(_), None) => return Err(wrong("desc->dealloc", "NULL but desc->alloc is not", "both or neither")),
     };
@@ -174,4 +174,20 @@ pub unsafe extern "C" fn akv_supports(
         }
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_overrides_and_is_checked() {
+        let names = [("cpu", 1), ("cuda", 2)];
+        let value = |v: &str| Some(v.to_owned());
+        assert_eq!(forced("AKV_BACKEND", None, &names), Ok(None));
+        assert_eq!(forced("AKV_BACKEND", value(""), &names), Ok(None));
+        assert_eq!(forced("AKV_BACKEND", value("cuda"), &names), Ok(Some(2)));
+        let text = "environment variable AKV_BACKEND is \"gpu\": expected cpu or cuda".to_owned();
+        assert_eq!(forced("AKV_BACKEND", value("gpu"), &names), Err(Error::Argument(text)));
+    }
 }
