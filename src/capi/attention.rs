@@ -403,14 +403,16 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
     Ok(())
 }
 
-/// Attention of the step's query rows over their sequences' rows in one layer. Queries of up to 8 rows of a sequence
-/// take the progressive path: plane 0 of all visible keys is scanned, every token's share of the error decides how many
-/// further digits of its K and V are read, and the certificate says how far off the result can be. Longer ones
-/// (prefill), AKV_EXACT and AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other rows of the
-/// batch, nor on the number of threads.
+/// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
+/// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+/// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
+/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
+/// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
+/// number of threads.
 ///
-/// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED, AKV_E_BUSY, AKV_E_MEMORY (own workspace). Outputs
-/// are undefined after an error that is found during the work, untouched after one found before.
+/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+/// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
+/// workspace). Outputs are untouched, apart from AKV_E_INTERNAL.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -427,9 +429,9 @@ pub unsafe extern "C" fn akv_aligned_attention(
     })
 }
 
-/// Merges `n` partial states over disjoint parts of a context into the state of the whole: outputs by their LSE, bounds
-/// rigorously. Empty parts have lse = -inf. `out` may be the same memory as one of `states`. `[rows][heads][dim]`, all
-/// f32, host memory on the CPU.
+/// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
+/// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
+/// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

@@ -140,10 +140,11 @@ fn bounds(desc: &akv_batch_desc) -> Result<Bounds> {
 }
 
 /// Makes a batch: it carries one model step at a time through all layers. `bounds` holds max_sequences, max_q, max_kv,
-/// max_threads; the rest is 0 or NULL. `*out` is written on success only.
+/// max_threads; the rest is 0 or NULL. Steps beyond the bounds are AKV_E_CAPACITY. `*out` is written on success only.
 ///
-/// Threads: begin, commit, abort and destroy by one thread at a time; akv_aligned_attention on a begun batch from any
-/// number at once, also for different layers; akv_quantize_kv for different layers at once.
+/// Threads: begin, commit, abort and destroy are AKV_E_BUSY while other calls use the batch. In between,
+/// akv_aligned_attention may run any number of times at once, also for different layers, and akv_quantize_kv for
+/// different layers at once.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -182,6 +183,9 @@ pub unsafe extern "C" fn akv_batch_create(
 /// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 /// capture.
 ///
+/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
+/// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
@@ -209,7 +213,7 @@ pub unsafe extern "C" fn akv_batch_begin(
 }
 
 /// Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
-/// for one (the step stays begun).
+/// for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -227,7 +231,8 @@ pub unsafe extern "C" fn akv_batch_commit(batch: *mut akv_batch) -> akv_status {
     })
 }
 
-/// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun.
+/// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun; AKV_E_BUSY
+/// while calls work on the step.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -244,8 +249,8 @@ pub unsafe extern "C" fn akv_batch_abort(batch: *mut akv_batch) -> akv_status {
     })
 }
 
-/// Size and alignment of the workspace of one attention call, from the bounds alone. AKV_E_ARGUMENT if max_q or max_kv
-/// is unbounded.
+/// Size and alignment of the workspace that any attention call within the batch's bounds can do with, in any layer, on
+/// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_q or max_kv has no bound.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -275,7 +280,7 @@ pub unsafe extern "C" fn akv_batch_workspace(
     })
 }
 
-/// Destroys a batch; a begun step is aborted.
+/// Destroys a batch; a begun step is aborted. AKV_E_BUSY while calls are in it.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -290,7 +295,8 @@ pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status 
 
 /// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
 /// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-/// (a second time is AKV_E_ARGUMENT). All rows are checked first: on error nothing is appended.
+/// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
+/// is appended, and the call may be made again.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
 ///

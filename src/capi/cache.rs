@@ -157,7 +157,8 @@ pub unsafe extern "C" fn akv_cache_create(
     })
 }
 
-/// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it.
+/// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it (nothing
+/// happens then).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -166,7 +167,7 @@ pub unsafe extern "C" fn akv_cache_destroy(cache: *mut akv_cache) -> akv_status 
     guard(|| CACHES.remove(cache, "cache", "destroy its batches first, and let calls end").map(drop))
 }
 
-/// Reports what the cache holds. `out->struct_size` must be set.
+/// Reports what the cache holds. `out->struct_size` must be set, and the rest zeroed if it is a later version's.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

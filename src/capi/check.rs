@@ -122,7 +122,7 @@ pub(super) unsafe fn sized<T: Descriptor>(p: *const T, name: &str) -> Result<*mu
     match tail.iter().position(|&b| b != 0) {
         None => Ok(p),
         Some(i) => Err(Error::Version(format!(
-            "byte {} of {name} is set: this version of the library knows the first {known} bytes of {} and expects 0 beyond",
+            "byte {} of {name} is set: this version of the library knows {known} bytes of {} and expects 0 beyond",
             known + i,
             T::NAME
         ))),
@@ -262,7 +262,8 @@ impl Grid {
             && rows.is_some_and(|r| self.stride_head < r)
         {
             return Err(Error::Argument(format!(
-                "{name}->stride_row is {} and {name}->stride_head {}: expected {n} rows of {} heads of {row} bytes not to overlap",
+                "{name}->stride_row is {}, {name}->stride_head is {}: expected {n} rows of {} heads of {row} bytes \
+                 not to overlap",
                 self.stride_row, self.stride_head, self.heads
             )));
         }

@@ -162,7 +162,8 @@ pub unsafe extern "C" fn akv_sequence_import(
 
 /// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 /// as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
-/// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL.
+/// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
+/// nothing written, if a value is too large for the dtype.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
