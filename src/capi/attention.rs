@@ -207,7 +207,7 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
         if nth > 1 {
             return Err(wrong("desc->workspace", "NULL", "memory of akv_batch_workspace's size if nth is above 1"));
         }
-    } else if desc.workspace as usize % WORKSPACE_ALIGN != 0 {
+    } else if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
         let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
         return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
     } else if desc.workspace_bytes < needed {

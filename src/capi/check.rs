@@ -249,7 +249,7 @@ impl Grid {
         if self.data.is_null() {
             return Err(wrong(field, "NULL", format_args!("{n} rows")));
         }
-        if self.data as usize % size != 0 {
+        if !(self.data as usize).is_multiple_of(size) {
             return Err(wrong(field, format_args!("{:p}", self.data), format_args!("an address aligned to {size}")));
         }
         let row = self.dim * size;
