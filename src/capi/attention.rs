@@ -162,15 +162,15 @@ fn query_rows(
     rows
 }
 
-/// Looks at every `nth` head of q, from the `ith` on.
-fn finite(q: &Rows, n_rows: usize, n_heads: usize, ith: usize, nth: usize) -> Result<()> {
+fn finite(q: &Rows, n_rows: usize, n_heads: usize) -> Result<()> {
     let mut x = [0.0; MAX_DIM];
     let x = &mut x[..q.dim()];
-    for i in (ith..n_rows * n_heads).step_by(nth) {
-        let (row, head) = (i / n_heads, i % n_heads);
-        q.read(row, head, x);
-        if x.iter().any(|x| !x.is_finite()) {
-            return Err(Error::NonFinite(format!("desc->q: NaN or infinity in row {row}, head {head}")));
+    for row in 0..n_rows {
+        for head in 0..n_heads {
+            q.read(row, head, x);
+            if x.iter().any(|x| !x.is_finite()) {
+                return Err(Error::NonFinite(format!("desc->q: NaN or infinity in row {row}, head {head}")));
+            }
         }
     }
     Ok(())
@@ -202,7 +202,7 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
         }
     }
     let workers = if team.is_some() { nth } else { cpu.n_threads() };
-    let needed = Cpu::workspace_bytes(layout, step.n_q, step.max_kv, workers);
+    let needed = Cpu::workspace_bytes(layout, step.max_kv, workers);
     if desc.workspace.is_null() {
         if nth > 1 {
             return Err(wrong("desc->workspace", "NULL", "memory of akv_batch_workspace's size if nth is above 1"));
@@ -238,14 +238,13 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
         return unsafe { report(desc.stats, ith, Default::default(), cpu) };
     }
 
-    // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
     // SAFETY: extents are checked; that all threads of a call write the same `out`, each its own rows and heads, is
     // the backend's business.
     let (q, out) = unsafe { (q.rows(), out.rows_mut()) };
-    let prepared = batch.batch.read(layer).and_then(|readers| {
-        finite(&q, step.n_q, shape.n_q_heads, ith, nth)?;
-        Ok(readers)
-    });
+    finite(&q, step.n_q, shape.n_q_heads)?;
+
+    // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
+    let prepared = batch.batch.read(layer);
     let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
     let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
     let rows = query_rows(&views, &step.sequences, &options, kv_from, kv_to);
@@ -274,11 +273,11 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
         let call = Ok(call?);
         batch.with_workspace(needed, |workspace| {
             // SAFETY: as large as needed, aligned as every block, and nobody else's.
-            unsafe { cpu.attention(call, threads, workspace.as_mut_ptr(), workspace.len()) }
+            unsafe { cpu.attention(call, threads, workspace.as_mut_ptr()) }
         })
     } else {
         // SAFETY: checked above, and by the caller's contract this call's own.
-        unsafe { cpu.attention(call, threads, desc.workspace.cast(), desc.workspace_bytes) }
+        unsafe { cpu.attention(call, threads, desc.workspace.cast()) }
     }?;
     // SAFETY: checked, and the caller's contract.
     unsafe { report(desc.stats, ith, stats, cpu) }
@@ -412,7 +411,8 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
 ///
 /// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 /// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
-/// workspace). Outputs are untouched, apart from AKV_E_INTERNAL.
+/// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
+/// AKV_E_INTERNAL: they are undefined.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -562,17 +562,17 @@ mod tests {
     }
 
     #[test]
-    fn a_query_with_nan_is_found_by_one_of_the_threads() {
-        let mut q = vec![1.0f32; 3 * 8 * 64];
-        q[(2 * 8 + 5) * 64 + 63] = f32::NAN;
-        // SAFETY: plain data.
-        let bytes = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<u8>(), 4 * q.len()) };
-        let q = Rows::contiguous(bytes, 8, Dtype::F32, 64);
-        for nth in 1..5 {
-            let found: Vec<_> = (0..nth).filter_map(|ith| finite(&q, 3, 8, ith, nth).err()).collect();
-            assert_eq!(found, [Error::NonFinite("desc->q: NaN or infinity in row 2, head 5".to_owned())]);
+    fn a_query_with_nan_is_found() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut q = vec![1.0f32; 3 * 8 * 64];
+            q[(2 * 8 + 5) * 64 + 63] = bad;
+            // SAFETY: plain data.
+            let bytes = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<u8>(), 4 * q.len()) };
+            let q = Rows::contiguous(bytes, 8, Dtype::F32, 64);
+            let text = "desc->q: NaN or infinity in row 2, head 5".to_owned();
+            assert_eq!(finite(&q, 3, 8), Err(Error::NonFinite(text)));
+            assert_eq!(finite(&q, 2, 8), Ok(()));
         }
-        assert!(finite(&q, 2, 8, 0, 1).is_ok());
     }
 
     #[test]

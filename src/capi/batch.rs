@@ -250,7 +250,7 @@ pub unsafe extern "C" fn akv_batch_abort(batch: *mut akv_batch) -> akv_status {
 }
 
 /// Size and alignment of the workspace that any attention call within the batch's bounds can do with, in any layer, on
-/// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_q or max_kv has no bound.
+/// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_kv has no bound.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -264,13 +264,11 @@ pub unsafe extern "C" fn akv_batch_workspace(
         let batch = BATCHES.get(batch, "batch")?;
         let (bytes, align) = (pointer(bytes, "bytes")?, pointer(align, "align")?);
         let bounds = batch.batch.bounds();
-        let unbounded = |name| wrong(format_args!("the batch's {name}"), "0 (no bound)", "a bound");
-        let max_q = bounds.max_q.ok_or_else(|| unbounded("max_q"))?;
-        let max_kv = bounds.max_kv.ok_or_else(|| unbounded("max_kv"))?;
+        let max_kv = bounds.max_kv.ok_or_else(|| wrong("the batch's max_kv", "0 (no bound)", "a bound"))?;
         // The context's threads serve a call that names none.
         let nth = batch.max_threads.max(batch.owner.context.cpu.n_threads());
         let layouts = batch.owner.cache.layouts().iter();
-        let most = layouts.map(|layout| Cpu::workspace_bytes(layout, max_q, max_kv, nth)).max().unwrap_or(0);
+        let most = layouts.map(|layout| Cpu::workspace_bytes(layout, max_kv, nth)).max().unwrap_or(0);
         // SAFETY: checked, and the caller's contract.
         unsafe {
             bytes.write(most);

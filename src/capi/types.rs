@@ -426,7 +426,7 @@ pub struct akv_attention_desc {
     /// Queries `[sum of n_q][n_q_heads][dim_k]`, sequence by sequence, after RoPE.
     pub q: akv_rows,
     /// Where the outputs `[sum of n_q][n_q_heads][dim_v]` go, in any dtype. A row that sees nothing gets zeros (and an
-    /// lse of -inf). Outputs overlap neither each other nor q. In AKV_F16, what is beyond 65504 becomes infinity.
+    /// lse of -inf). Outputs overlap neither each other nor q.
     pub out: akv_rows,
     /// Factor of the dot products, score = scale * (q . k); 0 = 1 / sqrt(dim_k).
     pub scale: f32,
