@@ -265,7 +265,7 @@ typedef struct akv_cache_desc {
     uint32_t reserved;
     // Cells of AKV_SLOTS and AKV_ATTACHED.
     uint64_t n_slots;
-    // Most bytes the cache may take from the allocator, page tables and staging included; 0 = no limit.
+    // Most bytes the cache may take, page tables, staging and workspaces included; 0 = no limit.
     uint64_t max_bytes;
 } akv_cache_desc;
 
@@ -275,7 +275,7 @@ typedef struct akv_usage {
     uint32_t struct_size;
     // Sequences alive.
     uint32_t n_sequences;
-    // Bytes taken from the allocator; what `max_bytes` limits.
+    // Bytes taken, from the allocator and for tables; what `max_bytes` limits.
     uint64_t bytes_reserved;
     // Of these: in use by sequences and batches (the rest waits for reuse).
     uint64_t bytes_used;
@@ -407,7 +407,7 @@ typedef struct akv_attention_desc {
     // Queries `[sum of n_q][n_q_heads][dim_k]`, sequence by sequence, after RoPE.
     struct akv_rows q;
     // Where the outputs `[sum of n_q][n_q_heads][dim_v]` go, in any dtype. A row that sees nothing gets zeros (and an
-    // lse of -inf). Outputs overlap neither each other nor q. In AKV_F16, what is beyond 65504 becomes infinity.
+    // lse of -inf). Outputs overlap neither each other nor q.
     struct akv_rows out;
     // Factor of the dot products, score = scale * (q . k); 0 = 1 / sqrt(dim_k).
     float scale;
@@ -629,7 +629,7 @@ akv_status akv_batch_commit(struct akv_batch *batch);
 akv_status akv_batch_abort(struct akv_batch *batch);
 
 // Size and alignment of the workspace that any attention call within the batch's bounds can do with, in any layer, on
-// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_q or max_kv has no bound.
+// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_kv has no bound.
 akv_status akv_batch_workspace(const struct akv_batch *batch, size_t *bytes, size_t *align);
 
 // Destroys a batch; a begun step is aborted. AKV_E_BUSY while calls are in it.
@@ -658,7 +658,8 @@ akv_status akv_quantize_kv(struct akv_batch *batch,
 //
 // Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 // AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
-// workspace). Outputs are untouched, apart from AKV_E_INTERNAL.
+// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
+// AKV_E_INTERNAL: they are undefined.
 akv_status akv_aligned_attention(struct akv_batch *batch, int32_t layer, const struct akv_attention_desc *desc);
 
 // Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by

@@ -13,6 +13,8 @@ mod handle;
 pub mod sequence;
 pub mod slots;
 pub mod status;
+#[cfg(test)]
+mod tests;
 pub mod types;
 
 use crate::{Error, Result};

@@ -270,7 +270,7 @@ pub struct akv_cache_desc {
     pub reserved: u32,
     /// Cells of AKV_SLOTS and AKV_ATTACHED.
     pub n_slots: u64,
-    /// Most bytes the cache may take from the allocator, page tables and staging included; 0 = no limit.
+    /// Most bytes the cache may take, page tables, staging and workspaces included; 0 = no limit.
     pub max_bytes: u64,
 }
 
@@ -282,7 +282,7 @@ pub struct akv_usage {
     pub struct_size: u32,
     /// Sequences alive.
     pub n_sequences: u32,
-    /// Bytes taken from the allocator; what `max_bytes` limits.
+    /// Bytes taken, from the allocator and for tables; what `max_bytes` limits.
     pub bytes_reserved: u64,
     /// Of these: in use by sequences and batches (the rest waits for reuse).
     pub bytes_used: u64,
