@@ -469,7 +469,8 @@ typedef struct akv_state {
     float *out;
     // -inf where nothing was seen.
     float *lse;
-    // The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity.
+    // The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity (and
+    // `bound` needs the inputs' `lse_bound` too).
     float *bound;
     float *lse_bound;
     float *estimate;

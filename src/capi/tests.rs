@@ -280,15 +280,17 @@ fn an_error_is_every_threads() {
 fn parts_of_a_context_merge_into_the_whole() {
     let (e, k, v, q) = prefilled(AKV_FORMAT_RAW, &context_desc(), 0, 2);
     let n = q.len() / DIM;
-    let mut arrays: Vec<Vec<f32>> = [q.len(), n, n, q.len(), n, n].map(|n| vec![0.0; n]).into();
+    let mut arrays: Vec<Vec<f32>> = [q.len(), n, n, n, q.len(), n, n, n].map(|n| vec![0.0; n]).into();
     let p: Vec<*mut f32> = arrays.iter_mut().map(|a| a.as_mut_ptr()).collect();
-    let states = [0, 3].map(|i| akv_state { out: p[i], lse: p[i + 1], bound: p[i + 2], ..zeroed() });
+    let states =
+        [0, 4].map(|i| akv_state { out: p[i], lse: p[i + 1], bound: p[i + 2], lse_bound: p[i + 3], ..zeroed() });
     for (state, (from, to)) in states.iter().zip([(0, 100), (100, 10_000)]) {
         let (from, to) = ([from; 2], [to; 2]);
         let desc = akv_attention_desc {
             out: rows(state.out),
             lse: state.lse,
             bound: state.bound,
+            lse_bound: state.lse_bound,
             kv_from: from.as_ptr(),
             kv_to: to.as_ptr(),
             ..attention(&q, &mut [])
@@ -297,16 +299,7 @@ fn parts_of_a_context_merge_into_the_whole() {
     }
     // SAFETY: as many elements as said.
     unsafe {
-        ok(akv_merge_states(
-            e.context,
-            states.as_ptr(),
-            2,
-            2,
-            HEADS as i32,
-            DIM as i32,
-            &akv_state { estimate: null_mut(), ..states[0] },
-            null_mut(),
-        ));
+        ok(akv_merge_states(e.context, states.as_ptr(), 2, 2, HEADS as i32, DIM as i32, &states[0], null_mut()));
     }
     let (out, bound) = (arrays[0].clone(), arrays[2].clone());
     for (i, (x, y)) in out.iter().zip(truth(&q, &k, &v, N, 0, N)).enumerate() {

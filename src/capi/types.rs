@@ -490,7 +490,8 @@ pub struct akv_state {
     pub out: *mut f32,
     /// -inf where nothing was seen.
     pub lse: *mut f32,
-    /// The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity.
+    /// The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity (and
+    /// `bound` needs the inputs' `lse_bound` too).
     pub bound: *mut f32,
     pub lse_bound: *mut f32,
     pub estimate: *mut f32,
