@@ -503,8 +503,8 @@ mod tests {
 
     #[test]
     fn every_field_is_checked_and_named() {
-        type Desc = akv_attention_desc;
-        let cases: [(&str, fn(&mut Desc)); 15] = [
+        type Case = (&'static str, fn(&mut akv_attention_desc));
+        let cases: [Case; 15] = [
             ("desc->flags", |d| d.flags = 1),
             ("desc->q->dtype", |d| d.q.dtype = 9),
             ("desc->q->stride_head", |d| d.q.stride_head = 252),
@@ -527,7 +527,7 @@ mod tests {
                 other => panic!("{other:?} for {name}"),
             }
         }
-        let cases: [(&str, fn(&mut Desc)); 5] = [
+        let cases: [Case; 5] = [
             ("desc->logit_softcap", |d| d.logit_softcap = 30.0),
             ("desc->alibi_slopes", |d| d.alibi_slopes = std::ptr::dangling()),
             ("desc->sink_logits", |d| d.sink_logits = std::ptr::dangling()),

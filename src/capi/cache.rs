@@ -237,8 +237,8 @@ mod tests {
             Err(Error::Argument(text)) if text.starts_with(name) => {}
             other => panic!("{other:?} for {name}"),
         };
-        type Desc = akv_cache_desc;
-        let cases: [(&str, fn(&mut Desc)); 12] = [
+        type Case = (&'static str, fn(&mut akv_cache_desc));
+        let cases: [Case; 12] = [
             ("desc->flags", |d| d.flags = 1),
             ("desc->reserved", |d| d.reserved = 1),
             ("desc->format", |d| d.format = 3),
@@ -255,8 +255,8 @@ mod tests {
         for (name, change) in cases {
             argument(with(change, |_| ()), name);
         }
-        type Layer = akv_layer_desc;
-        let cases: [(&str, fn(&mut Layer)); 19] = [
+        type LayerCase = (&'static str, fn(&mut akv_layer_desc));
+        let cases: [LayerCase; 19] = [
             ("n_kv_heads", |l| l.n_kv_heads = 0),
             ("n_kv_heads", |l| l.n_kv_heads = -2),
             ("n_q_heads", |l| l.n_q_heads = 0),
