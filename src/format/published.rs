@@ -33,11 +33,19 @@ impl Cut<'_> {
         let high = &self.bytes[row * d..][..d];
         let middle = &self.bytes[TILE * d + row * half..][..half];
         let low = &self.bytes[TILE * d + TILE * half + row * half..][..half];
-        // As in every plane: byte b holds channel b in its low nibble and channel b + dim / 2 in its high one.
-        for b in 0..half {
-            let (m, l) = (u16::from(middle[b]), u16::from(low[b]));
-            out[b] = u16::from(high[b]) << 8 | (m & 15) << 4 | l & 15;
-            out[b + half] = u16::from(high[b + half]) << 8 | m & 0xf0 | l >> 4;
+        // As in every plane: byte b holds channel b in its low nibble and channel b + dim / 2 in its high one. Blocks of
+        // 16, so that short rows become vector code too.
+        let (out_low, out_high) = out[..d].split_at_mut(half);
+        let (high_low, high_high) = high.split_at(half);
+        for b in (0..half).step_by(16) {
+            let to = (b + 16).min(half);
+            let digits = middle[b..to].iter().zip(&low[b..to]);
+            for ((x, &h), (&m, &l)) in out_low[b..to].iter_mut().zip(&high_low[b..to]).zip(digits.clone()) {
+                *x = u16::from(h) << 8 | (u16::from(m) & 15) << 4 | u16::from(l) & 15;
+            }
+            for ((x, &h), (&m, &l)) in out_high[b..to].iter_mut().zip(&high_high[b..to]).zip(digits) {
+                *x = u16::from(h) << 8 | u16::from(m) & 0xf0 | u16::from(l) >> 4;
+            }
         }
     }
 

@@ -42,7 +42,7 @@ pub fn inverse(byte: u8) -> f32 {
 
 /// Smallest scale byte that holds `|x| <= peak`.
 pub fn scale_byte(peak: f32) -> Result<u8> {
-    if !(peak <= PEAK_LIMIT) {
+    if peak.is_nan() || peak > PEAK_LIMIT {
         return Err(Error::Range(format!("magnitude {peak:e} cannot be stored: expected at most {PEAK_LIMIT:e}")));
     }
     Ok(smallest(peak))

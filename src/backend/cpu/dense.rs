@@ -2,6 +2,7 @@
 
 use super::fold::score_rounding;
 use super::math::{self, Lane128};
+use super::simd::{LANES, Simd};
 use super::unit::{Unit, Worker};
 use crate::alignment::{ScoreError, Sums};
 use crate::cache::SequenceView;
@@ -23,27 +24,32 @@ pub struct Decoded {
 
 impl Decoded {
     /// The rows that are kept as given, as a tile of their own.
-    pub fn exact(&mut self, view: &SequenceView, kv_head: usize) {
+    pub fn exact<S: Simd>(&mut self, view: &SequenceView, kv_head: usize) {
         let Some((k, v)) = view.exact else { return };
         self.v_unit[view.n_exact..].fill(0.0);
-        self.rows(&view.layout.shape, view.n_exact, |i, out| k.read(i, kv_head, out), |i, out| v.read(i, kv_head, out));
+        self.rows::<S>(
+            &view.layout.shape,
+            view.n_exact,
+            |i, out| k.read(i, kv_head, out),
+            |i, out| v.read(i, kv_head, out),
+        );
     }
 
     /// The first `n` tokens of a page.
     #[inline(always)]
-    pub fn page(&mut self, view: &SequenceView, tile: usize, kv_head: usize, n: usize) {
+    pub fn page<S: Simd>(&mut self, view: &SequenceView, tile: usize, kv_head: usize, n: usize) {
         let shape = &view.layout.shape;
         let part = view.layout.part(view.page(tile), kv_head);
         self.v_unit[n..].fill(0.0);
         match view.layout.format {
-            Format::Aligned => self.aligned(shape, &aligned::Tile::new(shape, part), n),
+            Format::Aligned => self.aligned::<S>(shape, &aligned::Tile::new(shape, part), n),
             Format::Published => {
                 let t = published::Tile::new(shape, part);
-                self.rows(shape, n, |i, out| t.k.decode(i, out), |i, out| t.v.decode(i, out));
+                self.rows::<S>(shape, n, |i, out| t.k.decode(i, out), |i, out| t.v.decode(i, out));
             }
             Format::Raw => {
                 let t = raw::Tile::new(shape, part);
-                self.rows(shape, n, |i, out| t.k.read(i, 0, out), |i, out| t.v.read(i, 0, out));
+                self.rows::<S>(shape, n, |i, out| t.k.read(i, 0, out), |i, out| t.v.read(i, 0, out));
             }
         }
     }
@@ -61,7 +67,7 @@ impl Decoded {
 
     /// Rows that are known exactly.
     #[inline(always)]
-    fn rows(&mut self, s: &Shape, n: usize, k: impl Fn(usize, &mut [f32]), v: impl Fn(usize, &mut [f32])) {
+    fn rows<S: Simd>(&mut self, s: &Shape, n: usize, k: impl Fn(usize, &mut [f32]), v: impl Fn(usize, &mut [f32])) {
         (self.left_k, self.left_v) = (0.0, 0.0);
         self.k_unit = [0.0; MAX_DIM];
         let mut rows = [[0.0f32; MAX_DIM]; 16];
@@ -86,7 +92,7 @@ impl Decoded {
     }
 
     #[inline(always)]
-    fn aligned(&mut self, s: &Shape, tile: &aligned::Tile, n: usize) {
+    fn aligned<S: Simd>(&mut self, s: &Shape, tile: &aligned::Tile, n: usize) {
         let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, s.planes_k, s.planes_v);
         self.left_k = LEFT[pk] + tile.meta.slack;
         self.left_v = LEFT[pv];
@@ -98,7 +104,14 @@ impl Decoded {
         for first in (0..n).step_by(16) {
             let count = (n - first).min(16);
             for (i, row) in rest[..count].iter_mut().enumerate() {
-                math::unpack(tile.k_row(first + i), half_k, pk - 1, weight(pk - 1), CENTRE[pk], &mut row[..s.dim_k]);
+                math::unpack::<S>(
+                    tile.k_row(first + i),
+                    half_k,
+                    pk - 1,
+                    weight(pk - 1),
+                    CENTRE[pk],
+                    &mut row[..s.dim_k],
+                );
             }
             self.put_k(first, s.dim_k, &rest);
             // Plane 0 lies by words of 16 tokens: lanes are tokens already.
@@ -120,7 +133,7 @@ impl Decoded {
         for i in 0..n {
             let unit = scale(tile.v_scales[i]);
             let row = &mut self.v[i][..s.dim_v];
-            math::unpack(tile.v_row(i), half_v, pv, weight(pv - 1), CENTRE[pv], row);
+            math::unpack::<S>(tile.v_row(i), half_v, pv, weight(pv - 1), CENTRE[pv], row);
             for x in row {
                 *x *= unit;
             }
@@ -130,26 +143,32 @@ impl Decoded {
 
     /// Scores of tokens `from..to` of the tile, -inf elsewhere, and what they are uncertain by.
     #[inline(always)]
-    pub fn scores(&self, q: &[f32], from: usize, to: usize, s: &mut Lane128) -> ScoreError {
+    pub fn scores<S: Simd>(&self, q: &[f32], from: usize, to: usize, s: &mut Lane128) -> ScoreError {
         let d = q.len();
-        *s = [0.0; TILE];
-        for (q, k) in q.chunks(d.div_ceil(8)).zip(self.k[..d].chunks(d.div_ceil(8))) {
-            let mut part = [0.0f32; TILE];
-            for (&q, k) in q.iter().zip(k) {
-                math::axpy(q, k, &mut part);
+        // Chains of an eighth of the channels: rounding errors do not pile up over all of them.
+        let part = d.div_ceil(8);
+        for (b, s) in math::blocks_mut(s).iter_mut().enumerate() {
+            let mut sum = S::splat(0.0);
+            for (q, k) in q.chunks(part).zip(self.k[..d].chunks(part)) {
+                let mut chain = S::splat(0.0);
+                for (&q, k) in q.iter().zip(k) {
+                    chain = chain.add(S::load(&math::blocks(k)[b]).mul(S::splat(q)));
+                }
+                sum = sum.add(chain);
             }
-            for (s, p) in s.iter_mut().zip(&part) {
-                *s += p;
-            }
+            sum.store(s);
         }
         s[..from].fill(f32::NEG_INFINITY);
         s[to..].fill(f32::NEG_INFINITY);
-        let (mut worst, mut square) = (0.0f32, 0.0f32);
-        for (&q, &unit) in q.iter().zip(&self.k_unit) {
-            let f = (q * unit).abs();
-            worst += f;
-            square += f * f;
+        let (mut worst, mut square) = (S::splat(0.0), S::splat(0.0));
+        for (q, unit) in q.chunks(LANES).zip(self.k_unit.as_chunks().0) {
+            let mut block = [0.0; LANES];
+            block[..q.len()].copy_from_slice(q);
+            let f = S::load(&block).mul(S::load(unit)).abs();
+            worst = worst.add(f);
+            square = square.add(f.mul(f));
         }
+        let (worst, square) = (math::fold_sum(worst), math::fold_sum(square));
         ScoreError {
             bound: worst * (1.0 + 1e-5) * (self.left_k + score_rounding(d)),
             rms: square.sqrt() * self.left_k * 0.577_350_3,
@@ -159,7 +178,7 @@ impl Decoded {
     /// Adds tokens `from..to` with scores `s` to a row's sums and output.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    pub fn attend(
+    pub fn attend<S: Simd>(
         &self,
         s: &Lane128,
         error: ScoreError,
@@ -169,21 +188,17 @@ impl Decoded {
         out: &mut [f32],
         tile_out: &mut [f32],
     ) {
-        raise(sums, math::max(s), out);
+        raise(sums, math::max::<S>(s), out);
         let mut e = [0.0f32; TILE];
-        for i in from..to {
-            e[i] = math::exp(s[i] - sums.max);
-        }
-        let total = math::sum(|i| e[i]);
-        let weighted = math::sum(|i| e[i] * self.v_unit[i]);
-        let squared = math::sum(|i| (e[i] * self.v_unit[i]) * (e[i] * self.v_unit[i]));
-        sums.add(error, self.left_v, f64::from(total), f64::from(weighted), f64::from(squared));
+        math::weights::<S>(s, sums.max, &mut e);
+        let [total, weighted, squared] = math::sums::<S>(&e, &self.v_unit);
+        sums.add(error, self.left_v, total, weighted, squared);
         sums.note_peak(self.v_unit[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK);
         tile_out.fill(0.0);
         for i in from..to {
-            math::axpy(e[i], &self.v[i][..out.len()], tile_out);
+            math::axpy::<S>(e[i], &self.v[i][..out.len()], tile_out);
         }
-        math::axpy(1.0, tile_out, out);
+        math::axpy::<S>(1.0, tile_out, out);
     }
 }
 
@@ -200,7 +215,7 @@ fn raise(sums: &mut Sums, max: f32, out: &mut [f32]) {
 
 /// One split of a block of query rows of one KV head.
 #[inline(always)]
-pub fn split(w: &mut Worker, unit: &Unit, split: usize) {
+pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (call, g) = (w.call, w.call.shape.group());
     let (d, dv) = (call.shape.dim_k, call.shape.dim_v);
     let view = &call.sequences[call.rows[unit.row].sequence];
@@ -213,7 +228,7 @@ pub fn split(w: &mut Worker, unit: &Unit, split: usize) {
     let exact = split == 0 && unit.from < view.n_exact;
     for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
         let (start, lowest, highest) = if tile < 0 {
-            w.scratch.tile.exact(view, unit.kv_head);
+            w.scratch.tile.exact::<S>(view, unit.kv_head);
             (0, 0, view.n_exact)
         } else {
             let start = (first + tile as usize) * TILE;
@@ -221,7 +236,7 @@ pub fn split(w: &mut Worker, unit: &Unit, split: usize) {
             if lowest >= highest {
                 continue;
             }
-            w.scratch.tile.page(view, first + tile as usize, unit.kv_head, highest - start);
+            w.scratch.tile.page::<S>(view, first + tile as usize, unit.kv_head, highest - start);
             (start, lowest, highest)
         };
         for r in 0..unit.n_rows {
@@ -235,11 +250,11 @@ pub fn split(w: &mut Worker, unit: &Unit, split: usize) {
                 let at = r * g + h;
                 let q = &w.scratch.q[at * d..(at + 1) * d];
                 let mut s = [0.0; TILE];
-                let error = w.scratch.tile.scores(q, from - start, to - start, &mut s);
-                w.check(error.bound, math::max(&s));
+                let error = w.scratch.tile.scores::<S>(q, from - start, to - start, &mut s);
+                w.check(error.bound, math::max::<S>(&s));
                 let out = &mut outs[at * dv..(at + 1) * dv];
                 let tile_out = &mut w.scratch.tile_out[..dv];
-                w.scratch.tile.attend(&s, error, from - start, to - start, &mut sums[at], out, tile_out);
+                w.scratch.tile.attend::<S>(&s, error, from - start, to - start, &mut sums[at], out, tile_out);
             }
         }
     }

@@ -1,8 +1,10 @@
 //! q folded with a tile's K scales, and rounded to two int8 digits for the integer scan.
 
+use super::math;
+use super::simd::{LANES, Simd};
 use crate::alignment::TileError;
 use crate::format::aligned::Meta;
-use crate::format::{CENTRE, MAX_DIM, PEAK, scale};
+use crate::format::{CENTRE, MAX_DIM, PEAK, TILE};
 
 /// Largest rounded q: 127 * 256 + 127, so that both digits are int8.
 const Q_LEVELS: f32 = 127.0 * 257.0;
@@ -21,17 +23,15 @@ pub struct Folded {
 }
 
 impl Folded {
-    pub const ZERO: Folded = Folded {
-        q: [0.0; MAX_DIM],
-        step: 0.0,
-        q_sum: 0,
-        error: TileError { worst: 0.0, rough: 0.0, q_worst: 0.0, q_rms: 0.0, slack: 0.0 },
-    };
-
-    /// Score from the integer sum of `nibble * q`: digits are nibbles - 8, centred on what they leave out.
+    /// Scores from the integer sums of `nibble * q`: digits are nibbles - 8, centred on what they leave out.
     #[inline(always)]
-    pub fn score(&self, integer: i32) -> f32 {
-        self.step * ((integer - 8 * self.q_sum) as f32 + CENTRE[1] * self.q_sum as f32)
+    pub fn scores<S: Simd>(&self, integers: &[i32; TILE], scores: &mut [f32; TILE]) {
+        let (step, centre) = (S::splat(self.step), S::splat(CENTRE[1] * self.q_sum as f32));
+        let blocks = integers.as_chunks::<LANES>().0;
+        for (s, i) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(blocks) {
+            let digits = i.map(|i| i.wrapping_sub(8 * self.q_sum));
+            S::from_i32(&digits).add(centre).mul(step).store(s);
+        }
     }
 }
 
@@ -45,39 +45,30 @@ pub fn score_rounding(dim: usize) -> f32 {
 /// values, as the scan reads them: per 4 channels of the low nibbles and the 4 of the high ones, `[high digit of low
 /// nibbles, low digit of them, high digit of high nibbles, low digit of them][4]`, at `stride` bytes from word to word.
 #[inline(always)]
-pub fn fold(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: usize, out: &mut Folded) {
+pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: usize, out: &mut Folded) {
     let (d, half) = (q.len(), q.len() / 2);
-    let folded = &mut out.q[..d];
-    for ((f, &q), &u) in folded.iter_mut().zip(q).zip(k_scales) {
-        *f = q * scale(u);
+    let (mut peak, mut worst, mut rough) = (S::splat(0.0), S::splat(0.0), S::splat(0.0));
+    let blocks = out.q.as_chunks_mut::<LANES>().0;
+    for (block, (q, u)) in blocks.iter_mut().zip(q.chunks(LANES).zip(k_scales.chunks(LANES))) {
+        let f = S::load(&padded(q)).mul(S::scales(&padded(u)));
+        f.store(block);
+        peak = f.abs().max(peak);
+        worst = worst.add(f.abs());
+        rough = rough.add(f.mul(f));
     }
-    let mut lanes = [[0.0f32; 16]; 3];
-    let [peaks, sums, squares] = &mut lanes;
-    let (chunks, rest) = folded.as_chunks::<16>();
-    let mut tail = [0.0; 16];
-    tail[..rest.len()].copy_from_slice(rest);
-    for chunk in chunks.iter().chain(std::iter::once(&tail)) {
-        for l in 0..16 {
-            let f = chunk[l];
-            peaks[l] = if f.abs() > peaks[l] { f.abs() } else { peaks[l] };
-            sums[l] += f.abs();
-            squares[l] += f * f;
-        }
-    }
-    let peak = peaks.iter().fold(0.0f32, |m, &v| if v > m { v } else { m });
-    let worst: f32 = sums.iter().sum();
-    let rough = squares.iter().sum::<f32>().sqrt();
+    let (peak, worst, rough) = (math::fold_max(peak), math::fold_sum(worst), math::fold_sum(rough).sqrt());
     // Too small to be rounded to anything: all digits 0, and the whole of q is error.
     let vanishing = peak < 1e-30;
     let (step, inverse) = if vanishing { (0.0, 0.0) } else { (peak / Q_LEVELS, Q_LEVELS / peak) };
     const MAGIC: f32 = 12_582_912.0;
     let mut q_sum = 0;
     let (mut high, mut low) = ([0i8; MAX_DIM], [0i8; MAX_DIM]);
-    for ((h, l), &f) in high.iter_mut().zip(&mut low).zip(folded.iter()) {
-        let r = ((f * inverse + MAGIC) - MAGIC) as i32;
+    for ((h, l), &f) in high.iter_mut().zip(&mut low).zip(&out.q[..d]) {
+        // |f * inverse| < 2^15: the low bits of the sum are the integer.
+        let r = (f * inverse + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
         q_sum += r;
         *h = ((r + 128) >> 8) as i8;
-        *l = (r - ((r + 128) >> 8 << 8)) as i8;
+        *l = r as i8;
     }
     for (word, c) in words.chunks_mut(stride).zip((0..half).step_by(4)) {
         word[0..4].copy_from_slice(&high[c..c + 4]);
@@ -96,4 +87,17 @@ pub fn fold(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: u
         q_rms: step * 0.288_675_13 * squares.sqrt(),
         slack: meta.slack + score_rounding(d),
     };
+}
+
+/// A whole vector of what may be the end of a row.
+#[inline(always)]
+fn padded<T: Copy + Default>(x: &[T]) -> [T; LANES] {
+    match x.try_into() {
+        Ok(whole) => whole,
+        Err(_) => {
+            let mut block = [T::default(); LANES];
+            block[..x.len()].copy_from_slice(x);
+            block
+        }
+    }
 }

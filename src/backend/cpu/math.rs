@@ -1,10 +1,7 @@
-//! Vector arithmetic in plain Rust: the same operations in the same order on every instruction set, so that results
-//! are the same bits. Sums run in 16 lanes and are folded as a tree; there is no fused multiply-add. Compiled once per
-//! instruction set by being inlined into functions that enable it.
+//! Vector arithmetic over tiles and rows. Sums run in 16 lanes and are folded as a tree.
 
+use super::simd::{LANES, Simd};
 use crate::format::TILE;
-
-const LANES: usize = 16;
 
 /// A tile's worth of floats: one per token.
 pub type Lane128 = [f32; TILE];
@@ -12,23 +9,32 @@ pub type Lane128 = [f32; TILE];
 /// e^x for x <= 0, relative error below 3e-7; 0 below -87. Cody-Waite reduction, Taylor polynomial of degree 7 on
 /// |r| <= ln 2 / 2.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub fn exp<S: Simd>(x: S) -> S {
     const MAGIC: f32 = 12_582_912.0;
-    let clamped = if x > -87.0 { x } else { -87.0 };
-    let n = (clamped * std::f32::consts::LOG2_E + MAGIC) - MAGIC;
-    let r = (clamped - n * 0.693_359_375) - n * -2.121_944_4e-4;
-    let mut y = 1.0 / 5040.0;
+    let (least, magic) = (S::splat(-87.0), S::splat(MAGIC));
+    let clamped = x.max(least);
+    let n = clamped.mul(S::splat(std::f32::consts::LOG2_E)).add(magic).sub(magic);
+    let r = clamped.sub(n.mul(S::splat(355.0 / 512.0))).sub(n.mul(S::splat(-2.121_944_4e-4)));
+    let mut y = S::splat(1.0 / 5040.0);
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        y = y * r + c;
+        y = y.mul(r).add(S::splat(c));
     }
     // n is an integer in [-126, 0]: n + 127 goes straight into the exponent field.
-    let two_n = f32::from_bits(((n + (MAGIC + 127.0)).to_bits()) << 23);
-    let y = y * two_n;
-    if x > -87.0 { y } else { 0.0 }
+    let two_n = n.add(S::splat(MAGIC + 127.0)).shift_to_exponent();
+    y.mul(two_n).where_above(x, least)
 }
 
 #[inline(always)]
-fn tree(mut lanes: [f32; LANES]) -> f32 {
+fn lanes<S: Simd>(x: S) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    x.store(&mut lanes);
+    lanes
+}
+
+/// Sum of the lanes, as a tree.
+#[inline(always)]
+pub fn fold_sum<S: Simd>(x: S) -> f32 {
+    let mut lanes = lanes(x);
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -39,54 +45,82 @@ fn tree(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// Sum over a tile of `f(i)`.
+/// Largest of the lanes.
 #[inline(always)]
-pub fn sum(f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    for i in (0..TILE).step_by(LANES) {
-        for (l, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + l);
-        }
-    }
-    tree(lanes)
+pub fn fold_max<S: Simd>(x: S) -> f32 {
+    lanes(x).iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+}
+
+/// The vectors of a tile.
+#[inline(always)]
+pub fn blocks(x: &Lane128) -> &[[f32; LANES]] {
+    x.as_chunks().0
+}
+
+/// The same, to write.
+#[inline(always)]
+pub fn blocks_mut(x: &mut Lane128) -> &mut [[f32; LANES]] {
+    x.as_chunks_mut().0
 }
 
 /// Largest of a tile.
 #[inline(always)]
-pub fn max(x: &Lane128) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in x.as_chunks::<LANES>().0 {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = if v > *lane { v } else { *lane };
-        }
+pub fn max<S: Simd>(x: &Lane128) -> f32 {
+    let mut most = S::splat(f32::NEG_INFINITY);
+    for x in blocks(x) {
+        most = S::load(x).max(most);
     }
-    lanes.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+    fold_max(most)
+}
+
+/// `e = exp(s - max)`.
+#[inline(always)]
+pub fn weights<S: Simd>(s: &Lane128, max: f32, e: &mut Lane128) {
+    for (e, s) in blocks_mut(e).iter_mut().zip(blocks(s)) {
+        exp(S::load(s).sub(S::splat(max))).store(e);
+    }
+}
+
+/// Sums over a tile of e, e * unit, and (e * unit)^2.
+#[inline(always)]
+pub fn sums<S: Simd>(e: &Lane128, units: &Lane128) -> [f64; 3] {
+    let mut sums = [S::splat(0.0); 3];
+    for (e, u) in blocks(e).iter().zip(blocks(units)) {
+        let e = S::load(e);
+        let x = e.mul(S::load(u));
+        sums = [sums[0].add(e), sums[1].add(x), sums[2].add(x.mul(x))];
+    }
+    sums.map(|s| f64::from(fold_sum(s)))
+}
+
+/// `N` elements from `at` on; those that are not there are 0.
+#[inline(always)]
+fn tail<T: Copy + Default>(x: &[T]) -> [T; LANES] {
+    let mut block = [T::default(); LANES];
+    block[..x.len()].copy_from_slice(x);
+    block
 }
 
 /// Sum of products; any length.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
+pub fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (lane, (x, y)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-        *lane = x * y;
-    }
+    let mut sum = S::splat(0.0);
     for (x, y) in a.iter().zip(b) {
-        for l in 0..LANES {
-            lanes[l] += x[l] * y[l];
-        }
+        sum = sum.add(S::load(x).mul(S::load(y)));
     }
-    tree(lanes)
+    if !a_rest.is_empty() {
+        sum = sum.add(S::load(&tail(a_rest)).mul(S::load(&tail(b_rest))));
+    }
+    fold_sum(sum)
 }
 
 /// `y += a * x`.
 #[inline(always)]
-pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+pub fn axpy<S: Simd>(a: f32, x: &[f32], y: &mut [f32]) {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
     for (y, x) in y.iter_mut().zip(x) {
-        for l in 0..LANES {
-            y[l] += a * x[l];
-        }
+        S::load(y).add(S::load(x).mul(S::splat(a))).store(y);
     }
     for (y, x) in y_rest.iter_mut().zip(x_rest) {
         *y += a * x;
@@ -96,58 +130,51 @@ pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 /// Values of `n` planes that lie one after another (each `half` bytes), most significant first: the digits as one
 /// number, times `weight` (that of the last digit), plus `constant`. Exact.
 #[inline(always)]
-pub fn unpack(planes: &[u8], half: usize, n: usize, weight: f32, constant: f32, out: &mut [f32]) {
-    // One loop per plane count, so that each is straight-line vector code.
+pub fn unpack<S: Simd>(planes: &[u8], half: usize, n: usize, weight: f32, constant: f32, out: &mut [f32]) {
     match n {
-        1 => unpack_planes::<1>(planes, half, weight, constant, out),
-        2 => unpack_planes::<2>(planes, half, weight, constant, out),
-        3 => unpack_planes::<3>(planes, half, weight, constant, out),
-        _ => unpack_planes::<4>(planes, half, weight, constant, out),
+        1 => unpack_planes::<S, 1>(planes, half, weight, constant, out),
+        2 => unpack_planes::<S, 2>(planes, half, weight, constant, out),
+        3 => unpack_planes::<S, 3>(planes, half, weight, constant, out),
+        _ => unpack_planes::<S, 4>(planes, half, weight, constant, out),
     }
 }
 
 #[inline(always)]
-fn unpack_planes<const N: usize>(planes: &[u8], half: usize, weight: f32, constant: f32, out: &mut [f32]) {
+fn unpack_planes<S: Simd, const N: usize>(planes: &[u8], half: usize, weight: f32, constant: f32, out: &mut [f32]) {
     let (low, high) = out[..2 * half].split_at_mut(half);
-    let ((low, low_rest), (high, high_rest)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
     let rows: [&[u8]; N] = std::array::from_fn(|p| &planes[p * half..(p + 1) * half]);
     let blocks = rows.map(|row| row.as_chunks::<LANES>());
+    let (weight, constant) = (S::splat(weight), S::splat(constant));
+    // Digits are nibbles - 8.
+    let offset = S::splat((0x8888 >> (16 - 4 * N)) as f32).mul(weight);
+    let scale = [weight, offset, constant];
+    let ((low, low_rest), (high, high_rest)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
     for (b, (low, high)) in low.iter_mut().zip(high).enumerate() {
-        unpack_block(blocks.map(|(chunks, _)| chunks[b]), weight, constant, low, high);
+        let (l, h) = S::digits(std::array::from_fn::<_, N, _>(|p| &blocks[p].0[b]));
+        scaled(l, scale).store(low);
+        scaled(h, scale).store(high);
     }
-    // Halves are multiples of 4.
-    let (low, high) = (low_rest.as_chunks_mut::<4>().0, high_rest.as_chunks_mut::<4>().0);
-    for (b, (low, high)) in low.iter_mut().zip(high).enumerate() {
-        unpack_block(blocks.map(|(_, rest)| rest.as_chunks::<4>().0[b]), weight, constant, low, high);
+    if !low_rest.is_empty() {
+        let rest: [[u8; LANES]; N] = std::array::from_fn(|p| tail(blocks[p].1));
+        let (l, h) = S::digits(rest.each_ref());
+        low_rest.copy_from_slice(&lanes(scaled(l, scale))[..low_rest.len()]);
+        high_rest.copy_from_slice(&lanes(scaled(h, scale))[..high_rest.len()]);
     }
 }
 
 #[inline(always)]
-fn unpack_block<const N: usize, const W: usize>(
-    planes: [[u8; W]; N],
-    weight: f32,
-    constant: f32,
-    low: &mut [f32; W],
-    high: &mut [f32; W],
-) {
-    let offset = (0x8888 >> (16 - 4 * N)) as f32 * weight;
-    let (mut l, mut h) = ([0i32; W], [0i32; W]);
-    for plane in planes {
-        for i in 0..W {
-            let byte = i32::from(plane[i]);
-            l[i] = l[i] << 4 | byte & 15;
-            h[i] = h[i] << 4 | byte >> 4;
-        }
-    }
-    for i in 0..W {
-        low[i] = (l[i] as f32 * weight - offset) + constant;
-        high[i] = (h[i] as f32 * weight - offset) + constant;
-    }
+fn scaled<S: Simd>(digits: S, [weight, offset, constant]: [S; 3]) -> S {
+    digits.mul(weight).sub(offset).add(constant)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::simd::Scalar;
     use super::*;
+
+    fn exp1(x: f32) -> f32 {
+        lanes(exp(Scalar::splat(x)))[3]
+    }
 
     #[test]
     fn exp_is_accurate_and_flushes() {
@@ -155,12 +182,12 @@ mod tests {
         for i in 0..2_000_000 {
             let x = -(i as f32) * 4.35e-5;
             let want = f64::from(x).exp();
-            worst = worst.max((f64::from(exp(x)) - want).abs() / want);
+            worst = worst.max((f64::from(exp1(x)) - want).abs() / want);
         }
         assert!(worst < 3e-7, "{worst:e}");
-        assert_eq!(exp(0.0), 1.0);
-        assert_eq!(exp(-88.0), 0.0);
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp1(0.0), 1.0);
+        assert_eq!(exp1(-88.0), 0.0);
+        assert_eq!(exp1(f32::NEG_INFINITY), 0.0);
     }
 
     #[test]
@@ -169,7 +196,24 @@ mod tests {
             let a: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
             let b: Vec<f32> = (0..n).map(|i| (i as f32 * 0.3).cos()).collect();
             let want: f64 = a.iter().zip(&b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
-            assert!((f64::from(dot(&a, &b)) - want).abs() < 1e-5);
+            assert!((f64::from(dot::<Scalar>(&a, &b)) - want).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn unpacked_digits_are_their_sum() {
+        for half in [8, 12, 16, 20, 40, 64, 128] {
+            let planes: Vec<u8> = (0..4 * half).map(|i| (i * 37 % 251) as u8).collect();
+            for n in 1..=4 {
+                let mut out = vec![0.0; 2 * half];
+                let last = 16f32.powi(1 - n as i32);
+                unpack::<Scalar>(&planes, half, n, last, 0.25, &mut out);
+                for (c, &x) in out.iter().enumerate() {
+                    let nibble = |p: usize| planes[p * half + c % half] >> (4 * (c / half)) & 15;
+                    let want: f32 = (0..n).map(|p| (f32::from(nibble(p)) - 8.0) * 16f32.powi(-(p as i32))).sum();
+                    assert_eq!(x, want + 0.25);
+                }
+            }
         }
     }
 }

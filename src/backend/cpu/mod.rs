@@ -13,6 +13,7 @@ mod pool;
 mod progressive;
 mod published;
 mod scan;
+mod simd;
 mod unit;
 mod workspace;
 
@@ -24,6 +25,7 @@ use crate::format::{Dtype, Layout, MAX_DIM};
 use crate::{Error, Result};
 use pool::{BreakOnPanic, Pool, SpinBarrier};
 use scan::Scan;
+use simd::Simd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use unit::{Path, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
@@ -87,13 +89,13 @@ enum Phase {
 }
 
 #[inline(always)]
-fn step(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
+fn step<S: Simd>(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
     match (phase, unit.path) {
-        (Phase::Scan, Path::Progressive) => progressive::scan(w, unit, split),
+        (Phase::Scan, Path::Progressive) => progressive::scan::<S>(w, unit, split),
         (Phase::Scan, _) => {}
-        (Phase::Attend, Path::Progressive) => progressive::refine(w, unit, split),
-        (Phase::Attend, Path::Dense) => dense::split(w, unit, split),
-        (Phase::Attend, Path::Published) => published::attend(w, unit),
+        (Phase::Attend, Path::Progressive) => progressive::refine::<S>(w, unit, split),
+        (Phase::Attend, Path::Dense) => dense::split::<S>(w, unit, split),
+        (Phase::Attend, Path::Published) => published::attend::<S>(w, unit),
         (Phase::Merge, _) => finish(w, unit),
     }
 }
@@ -157,19 +159,19 @@ type Step = unsafe fn(&mut Worker, &Unit, usize, Phase);
 
 /// Everything that is inlined into these is compiled for their instruction set.
 fn scalar(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
-    step(w, unit, split, phase);
+    step::<simd::Scalar>(w, unit, split, phase);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn avx2(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
-    step(w, unit, split, phase);
+    step::<simd::Avx2>(w, unit, split, phase);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn avx512(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
-    step(w, unit, split, phase);
+    step::<simd::Avx512>(w, unit, split, phase);
 }
 
 fn kernels(isa: Isa) -> (Step, Scan) {

@@ -74,7 +74,9 @@ impl Pool {
             Err(TryLockError::WouldBlock) => return false,
         };
         // SAFETY: only the lifetime changes, and the closure is not used after this call: see `Ended`.
-        let task = Task(unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), _>(f) });
+        let task = Task(unsafe {
+            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(f)
+        });
         {
             let mut round = self.shared.lock();
             round.number += 1;

@@ -3,12 +3,13 @@
 use super::fold::fold;
 use super::math::{self, Lane128};
 use super::scan::WORD;
+use super::simd::Simd;
 use super::unit::{Unit, Worker};
 use super::workspace::{Partial, SPLIT};
 use crate::alignment::{ScoreError, Share, Sums};
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
-use crate::format::{CENTRE, LEFT, MAX_DIM, MAX_GROUP, PEAK, PLANES, TILE, scale};
+use crate::format::{CENTRE, LEFT, MAX_DIM, MAX_GROUP, PEAK, PLANES, TILE};
 use std::ops::Range;
 
 /// Tokens of a tile that the row sees through its planes, as indices in the tile.
@@ -24,17 +25,17 @@ fn has_exact(unit: &Unit, view: &SequenceView, split: usize) -> bool {
 }
 
 #[inline(always)]
-fn v_units(tile: &Tile) -> Lane128 {
+fn v_units<S: Simd>(tile: &Tile) -> Lane128 {
     let mut units = [0.0; TILE];
-    for (unit, &u) in units.iter_mut().zip(tile.v_scales) {
-        *unit = scale(u);
+    for (unit, u) in math::blocks_mut(&mut units).iter_mut().zip(tile.v_scales.as_chunks().0) {
+        S::scales(u).store(unit);
     }
     units
 }
 
 /// First phase of a split: scores of all its tokens, and the sums that everything is decided from.
 #[inline(always)]
-pub fn scan(w: &mut Worker, unit: &Unit, split: usize) {
+pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (call, shape) = (w.call, w.call.shape);
     let (g, d) = (shape.group(), shape.dim_k);
     let view = &call.sequences[call.rows[unit.row].sequence];
@@ -45,13 +46,13 @@ pub fn scan(w: &mut Worker, unit: &Unit, split: usize) {
 
     let exact = has_exact(unit, view, split);
     if exact {
-        w.scratch.tile.exact(view, unit.kv_head);
+        w.scratch.tile.exact::<S>(view, unit.kv_head);
         let (scores, _) = w.scores(0);
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
             let to = view.n_exact.min(unit.to);
-            let error = w.scratch.tile.scores(q, unit.from, to, &mut scores[h]);
-            partials[h].max = math::max(&scores[h]);
+            let error = w.scratch.tile.scores::<S>(q, unit.from, to, &mut scores[h]);
+            partials[h].max = math::max::<S>(&scores[h]);
             w.check(error.bound, partials[h].max);
         }
     }
@@ -60,7 +61,7 @@ pub fn scan(w: &mut Worker, unit: &Unit, split: usize) {
         let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
-            fold(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
+            fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
         }
         let words = &w.scratch.words[..d / 8 * g * WORD];
         // SAFETY: the worker's scan is that of an instruction set that this machine has.
@@ -68,36 +69,46 @@ pub fn scan(w: &mut Worker, unit: &Unit, split: usize) {
         let (scores, errors) = w.scores(tile + 1);
         for h in 0..g {
             let folded = &w.scratch.folded[h];
-            for (s, &i) in scores[h].iter_mut().zip(&w.scratch.integers[h]) {
-                *s = folded.score(i);
-            }
+            folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
             scores[h][..from].fill(f32::NEG_INFINITY);
             scores[h][to..].fill(f32::NEG_INFINITY);
             errors[h] = folded.error;
-            let max = math::max(&scores[h]);
+            let max = math::max::<S>(&scores[h]);
             partials[h].max = partials[h].max.max(max);
             let worst = folded.error.worst;
             w.check(worst * PEAK, max);
         }
     }
 
-    let mut add = |scores: &[Lane128], units: &Lane128| {
-        for (partial, s) in partials.iter_mut().zip(scores) {
-            let mut e = [0.0; TILE];
-            for (e, &s) in e.iter_mut().zip(s) {
-                *e = math::exp(s - partial.max);
-            }
-            partial.sum += f64::from(math::sum(|i| e[i]));
-            partial.weighted += f64::from(math::sum(|i| e[i] * units[i])) * f64::from(PEAK);
-        }
-    };
     if exact {
-        add(w.scores(0).0, &w.scratch.tile.v_unit);
+        add_partials::<S>(partials, w.scores(0).0, &w.scratch.tile.v_unit);
     }
     for tile in first..last {
         let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
-        add(w.scores(tile + 1).0, &v_units(&t));
+        add_partials::<S>(partials, w.scores(tile + 1).0, &v_units::<S>(&t));
     }
+}
+
+/// Adds a tile's weights to what the scan says of each head.
+#[inline(always)]
+fn add_partials<S: Simd>(partials: &mut [Partial], scores: &[Lane128], units: &Lane128) {
+    for (partial, s) in partials.iter_mut().zip(scores) {
+        let mut e = [0.0; TILE];
+        math::weights::<S>(s, partial.max, &mut e);
+        let [sum, weighted, _] = math::sums::<S>(&e, units);
+        partial.sum += sum;
+        partial.weighted += weighted * f64::from(PEAK);
+    }
+}
+
+/// How many of the limits each lane exceeds.
+#[inline(always)]
+fn exceeded<S: Simd>(x: S, limits: &[f32]) -> S {
+    let mut n = S::splat(0.0);
+    for &limit in limits {
+        n = n.add(S::splat(1.0).where_above(x, S::splat(limit)));
+    }
+    n
 }
 
 /// One query head's view of the whole context, from all splits' scans, and what its share of the error is.
@@ -132,7 +143,7 @@ fn weight(digits: usize) -> f32 {
 
 /// Second phase of a split: who is read how finely, and what comes of it.
 #[inline(always)]
-pub fn refine(w: &mut Worker, unit: &Unit, split: usize) {
+pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (g, d, dv) = (w.call.shape.group(), w.call.shape.dim_k, w.call.shape.dim_v);
     let view = &w.call.sequences[w.call.rows[unit.row].sequence];
     let (first, last) = unit.tiles(split);
@@ -145,9 +156,9 @@ pub fn refine(w: &mut Worker, unit: &Unit, split: usize) {
     let mut reads = [SCANNED; SPLIT];
     for tile in first..last {
         let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
-        reads[tile - first] = align(w, &t, tile, &shares[..g]);
+        reads[tile - first] = align::<S>(w, &t, tile, &shares[..g]);
         if reads[tile - first].any {
-            refine_keys(w, &t, tile, &reads[tile - first]);
+            refine_keys::<S>(w, &t, tile, &reads[tile - first]);
         }
     }
 
@@ -157,25 +168,25 @@ pub fn refine(w: &mut Worker, unit: &Unit, split: usize) {
     outs.fill(0.0);
     for (h, sums) in sums.iter_mut().enumerate() {
         let tiles = if exact { Some(0) } else { None }.into_iter().chain(first + 1..last + 1);
-        *sums = Sums::at(tiles.fold(f32::NEG_INFINITY, |m, index| m.max(math::max(&w.scores(index).0[h]))));
+        *sums = Sums::at(tiles.fold(f32::NEG_INFINITY, |m, index| m.max(math::max::<S>(&w.scores(index).0[h]))));
     }
     if exact {
         let to = view.n_exact.min(unit.to);
-        w.scratch.tile.exact(view, unit.kv_head);
+        w.scratch.tile.exact::<S>(view, unit.kv_head);
         w.stats.count_dense(view, true, to - unit.from);
         let (scores, _) = w.scores(0);
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
-            let error = w.scratch.tile.scores(q, unit.from, to, &mut scores[h]);
+            let error = w.scratch.tile.scores::<S>(q, unit.from, to, &mut scores[h]);
             let (out, tile_out) = (&mut outs[h * dv..(h + 1) * dv], &mut w.scratch.tile_out[..dv]);
-            w.scratch.tile.attend(&scores[h], error, unit.from, to, &mut sums[h], out, tile_out);
+            w.scratch.tile.attend::<S>(&scores[h], error, unit.from, to, &mut sums[h], out, tile_out);
         }
     }
     for tile in first..last {
         let (from, to) = seen(unit, view, tile);
         if from < to {
             let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
-            sum(w, &t, tile, from..to, &reads[tile - first], sums, outs);
+            sum::<S>(w, &t, tile, from..to, &reads[tile - first], sums, outs);
             count(w, view, to - from, from..to, &reads[tile - first]);
         }
     }
@@ -183,42 +194,48 @@ pub fn refine(w: &mut Worker, unit: &Unit, split: usize) {
 
 /// Who is read how finely: over the group, the maximum of what its heads need.
 #[inline(always)]
-fn align(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
+fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
     let (scores, errors) = w.scores(tile + 1);
-    let units = v_units(t);
+    let units = v_units::<S>(t);
     let mut reads = SCANNED;
+    // Plane counts as floats, so that counting limits is adding lanes.
+    let (mut planes_k, mut planes_v) = ([1.0; TILE], [0.0; TILE]);
     for (h, share) in shares.iter().enumerate() {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&errors[h]);
-        let (mut e, mut x) = ([0.0; TILE], [0.0; TILE]);
-        for i in 0..TILE {
-            e[i] = math::exp(scores[h][i] - max);
-            x[i] = e[i] * (units[i] + limits.offset);
+        let mut e = [0.0; TILE];
+        math::weights::<S>(&scores[h], *max, &mut e);
+        let offset = S::splat(limits.offset);
+        let mut most = S::splat(0.0);
+        for (e, u) in math::blocks(&e).iter().zip(math::blocks(&units)) {
+            most = S::load(e).mul(S::load(u).add(offset)).max(most);
         }
-        if math::max(&x) <= limits.least() {
+        if math::fold_max(most) <= limits.least() {
             continue;
         }
         reads.any = true;
-        for i in 0..TILE {
-            let (k, v) = (x[i], e[i] * units[i]);
-            let over = |limit: f32, x: f32| u8::from(x > limit);
-            let want_k = 1 + over(limits.k[0], k) + over(limits.k[1], k) + over(limits.k[2], k);
-            let want_v = over(limits.v[0], v) + over(limits.v[1], v) + over(limits.v[2], v) + over(limits.v[3], v);
-            reads.k[i] = reads.k[i].max(want_k);
-            reads.v[i] = reads.v[i].max(want_v);
+        for (b, (e, u)) in math::blocks(&e).iter().zip(math::blocks(&units)).enumerate() {
+            let (e, u) = (S::load(e), S::load(u));
+            let (x_k, x_v) = (e.mul(u.add(offset)), e.mul(u));
+            let (k, v) = (&mut math::blocks_mut(&mut planes_k)[b], &mut math::blocks_mut(&mut planes_v)[b]);
+            exceeded(x_k, &limits.k).add(S::splat(1.0)).max(S::load(k)).store(k);
+            exceeded(x_v, &limits.v).max(S::load(v)).store(v);
         }
+    }
+    if !reads.any {
+        return reads;
     }
     let (most_k, most_v) = (w.call.shape.planes_k as u8, w.call.shape.planes_v as u8);
     for i in 0..TILE {
-        reads.k[i] = reads.k[i].min(most_k);
-        reads.v[i] = reads.v[i].min(most_v);
+        reads.k[i] = (planes_k[i] as u8).min(most_k);
+        reads.v[i] = (planes_v[i] as u8).min(most_v);
     }
     reads
 }
 
 /// Adds further digits of K to the scores. (Tokens that are not seen are never listed: their weight is 0.)
 #[inline(always)]
-fn refine_keys(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
+fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
     if reads.k.iter().all(|&k| k <= 1) {
         return;
@@ -226,28 +243,34 @@ fn refine_keys(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     let (scores, _) = w.scores(tile + 1);
     for h in 0..g {
         let q = &w.scratch.q[h * d..(h + 1) * d];
-        fold(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
+        fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
     }
     let mut values = [0.0f32; MAX_DIM];
     let values = &mut values[..d];
     for (i, n) in reads.k.iter().map(|&k| usize::from(k)).enumerate().filter(|&(_, k)| k > 1) {
-        math::unpack(t.k_row(i), d / 2, n - 1, weight(n - 1), CENTRE[n] - CENTRE[1], values);
+        math::unpack::<S>(t.k_row(i), d / 2, n - 1, weight(n - 1), CENTRE[n] - CENTRE[1], values);
         for h in 0..g {
-            scores[h][i] += math::dot(&w.scratch.folded[h].q[..d], values);
+            scores[h][i] += math::dot::<S>(&w.scratch.folded[h].q[..d], values);
         }
     }
 }
 
 /// Adds a tile to sums and outputs: V of tokens that read any; the others only count.
 #[inline(always)]
-fn sum(w: &mut Worker, t: &Tile, tile: usize, seen: Range<usize>, reads: &Reads, sums: &mut [Sums], outs: &mut [f32]) {
+fn sum<S: Simd>(
+    w: &mut Worker,
+    t: &Tile,
+    tile: usize,
+    seen: Range<usize>,
+    reads: &Reads,
+    sums: &mut [Sums],
+    outs: &mut [f32],
+) {
     let (g, dv) = (w.call.shape.group(), w.call.shape.dim_v);
     let (scores, errors) = w.scores(tile + 1);
-    let units = v_units(t);
+    let units = v_units::<S>(t);
     for h in 0..g {
-        for (e, &s) in w.scratch.e[h].iter_mut().zip(&scores[h]) {
-            *e = math::exp(s - sums[h].max);
-        }
+        math::weights::<S>(&scores[h], sums[h].max, &mut w.scratch.e[h]);
     }
     if reads.any {
         let tile_out = &mut w.scratch.tile_out[..g * dv];
@@ -255,12 +278,12 @@ fn sum(w: &mut Worker, t: &Tile, tile: usize, seen: Range<usize>, reads: &Reads,
         let mut values = [0.0f32; MAX_DIM];
         let values = &mut values[..dv];
         for (i, n) in reads.v.iter().map(|&v| usize::from(v)).enumerate().filter(|&(_, v)| v > 0) {
-            math::unpack(t.v_row(i), dv / 2, n, weight(n - 1), CENTRE[n], values);
+            math::unpack::<S>(t.v_row(i), dv / 2, n, weight(n - 1), CENTRE[n], values);
             for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
-                math::axpy(w.scratch.e[h][i] * units[i], values, out);
+                math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
             }
         }
-        math::axpy(1.0, tile_out, outs);
+        math::axpy::<S>(1.0, tile_out, outs);
     }
     let peak = units[seen.clone()].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK;
     for h in 0..g {
@@ -285,10 +308,7 @@ fn sum(w: &mut Worker, t: &Tile, tile: usize, seen: Range<usize>, reads: &Reads,
         }
         // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
         if rest > 0 {
-            let e = &*e;
-            let total = f64::from(math::sum(|i| e[i]));
-            let weighted = f64::from(math::sum(|i| e[i] * units[i]));
-            let squared = f64::from(math::sum(|i| (e[i] * units[i]) * (e[i] * units[i])));
+            let [total, weighted, squared] = math::sums::<S>(e, &units);
             sums[h].add(score_error(1), LEFT[0], total, weighted, squared);
         }
         sums[h].note_peak(peak);

@@ -2,6 +2,7 @@
 //! itself. Nothing is claimed about its error.
 
 use super::math;
+use super::simd::Simd;
 use super::unit::{Unit, Worker};
 use crate::alignment::published::{self as criterion, GROUPS};
 use crate::alignment::{ScoreError, Sums};
@@ -41,7 +42,7 @@ fn read(row: &[u16], cuts: &[(u16, u16)], out: &mut [f32]) {
 
 /// The whole context at once.
 #[inline(always)]
-pub fn attend(w: &mut Worker, unit: &Unit) {
+pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
     let (call, shape) = (w.call, w.call.shape);
     let (g, d, dv, n) = (shape.group(), shape.dim_k, shape.dim_v, unit.to - unit.from);
     let view = &call.sequences[call.rows[unit.row].sequence];
@@ -85,28 +86,40 @@ pub fn attend(w: &mut Worker, unit: &Unit) {
     let mut values = [0.0f32; MAX_DIM];
     // Scores live where the progressive path keeps its own: a tile of every head.
     let first = unit.from / TILE;
+    let tiles = first..unit.to.div_ceil(TILE);
+    for t in tiles.clone() {
+        for scores in w.scores(t - first).0 {
+            scores.fill(f32::NEG_INFINITY);
+        }
+    }
     for i in unit.from..unit.to {
         tile(i).k.row(i % TILE, &mut row[..d]);
         let (scores, _) = w.scores(i / TILE - first);
         for h in 0..g {
             read(&row[..d], &cuts[h][..d], &mut values[..d]);
-            scores[h][i % TILE] = math::dot(&values[..d], &w.scratch.q[h * d..(h + 1) * d]);
+            scores[h][i % TILE] = math::dot::<S>(&values[..d], &w.scratch.q[h * d..(h + 1) * d]);
         }
     }
 
     // V: bits per token, from its weight against the exponent that the output is expected to have.
     let mut alignments = [0i32; MAX_GROUP];
     for h in 0..g {
-        let score = |i: usize| w.scores(i / TILE - first).0[h][i % TILE];
-        let max = (unit.from..unit.to).map(score).fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = (unit.from..unit.to).map(|i| f64::from(math::exp(score(i) - max))).sum();
-        let weight = |i: usize| f16::from_f64(f64::from(math::exp(score(i) - max)) / sum);
+        let max = tiles.clone().fold(f32::NEG_INFINITY, |m, t| m.max(math::max::<S>(&w.scores(t - first).0[h])));
+        let mut sum = 0.0;
+        for t in tiles.clone() {
+            let scores = &mut w.scores(t - first).0[h];
+            math::weights::<S>(&*scores, max, &mut w.scratch.e[h]);
+            *scores = w.scratch.e[h];
+            sum += math::sums::<S>(scores, scores)[0];
+        }
         sums[h] = Sums::at(max);
         sums[h].sum = sum;
         let mut best = [(f16::ZERO, 0); GROUPS];
         for i in 0..n {
-            let p = weight(unit.from + i);
-            w.scores((unit.from + i) / TILE - first).0[h][(unit.from + i) % TILE] = p.to_f32();
+            let token = unit.from + i;
+            let weight = &mut w.scores(token / TILE - first).0[h][token % TILE];
+            let p = f16::from_f64(f64::from(*weight) / sum);
+            *weight = p.to_f32();
             if p > best[i % GROUPS].0 {
                 best[i % GROUPS] = (p, i);
             }
@@ -134,7 +147,7 @@ pub fn attend(w: &mut Worker, unit: &Unit) {
             most = most.max(want);
             read(&row[..dv], &cut_row(want)[..dv], &mut values[..dv]);
             // Undone when the unit is merged: outputs are divided by the sum there.
-            math::axpy(p * sums[h].sum as f32, &values[..dv], &mut outs[h * dv..(h + 1) * dv]);
+            math::axpy::<S>(p * sums[h].sum as f32, &values[..dv], &mut outs[h * dv..(h + 1) * dv]);
             sums[h].weighted += f64::from(p) * sums[h].sum * f64::from(to_f32(peak));
         }
         bits_v += u64::from(most);

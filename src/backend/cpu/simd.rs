@@ -1,0 +1,311 @@
+//! Sixteen lanes of binary32 (or of i32 on their way there), per instruction set. The operations and their order are the
+//! same everywhere and there is no fused multiply-add, so results are the same bits.
+//!
+//! Everything is inlined into functions that enable the instruction set (`super::kernels`); called from anywhere else
+//! it would still be right, only slow.
+
+/// Lanes of a vector.
+pub const LANES: usize = 16;
+
+/// Sixteen f32.
+///
+/// # Safety
+/// Implementations may use instructions that the machine lacks: only code that was entered through the kernels of an
+/// available instruction set may name them. That is what makes their (safe) methods sound.
+pub unsafe trait Simd: Copy {
+    fn splat(x: f32) -> Self;
+    fn load(x: &[f32; LANES]) -> Self;
+    fn store(self, x: &mut [f32; LANES]);
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    /// Larger of each lane; `other`'s if `self`'s is NaN.
+    fn max(self, other: Self) -> Self;
+    fn abs(self) -> Self;
+    /// `self` where `x > limit`, 0 elsewhere.
+    fn where_above(self, x: Self, limit: Self) -> Self;
+    /// The bits of each lane, moved left by 23.
+    fn shift_to_exponent(self) -> Self;
+    fn from_i32(x: &[i32; LANES]) -> Self;
+    /// The scales of scale bytes.
+    fn scales(bytes: &[u8; LANES]) -> Self;
+    /// Low and high nibbles of `N` planes, each as one number of N hex digits.
+    fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self);
+}
+
+/// Portable: the definition.
+#[derive(Clone, Copy)]
+pub struct Scalar([f32; LANES]);
+
+impl Scalar {
+    #[inline(always)]
+    fn map(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Scalar(std::array::from_fn(|l| f(self.0[l], other.0[l])))
+    }
+}
+
+// SAFETY: no instructions beyond the target's.
+unsafe impl Simd for Scalar {
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Scalar([x; LANES])
+    }
+    #[inline(always)]
+    fn load(x: &[f32; LANES]) -> Self {
+        Scalar(*x)
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32; LANES]) {
+        *x = self.0;
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.map(other, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.map(other, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.map(other, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.map(other, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        Scalar(self.0.map(f32::abs))
+    }
+    #[inline(always)]
+    fn where_above(self, x: Self, limit: Self) -> Self {
+        Scalar(std::array::from_fn(|l| if x.0[l] > limit.0[l] { self.0[l] } else { 0.0 }))
+    }
+    #[inline(always)]
+    fn shift_to_exponent(self) -> Self {
+        Scalar(self.0.map(|x| f32::from_bits(x.to_bits() << 23)))
+    }
+    #[inline(always)]
+    fn from_i32(x: &[i32; LANES]) -> Self {
+        Scalar(x.map(|x| x as f32))
+    }
+    #[inline(always)]
+    fn scales(bytes: &[u8; LANES]) -> Self {
+        Scalar(bytes.map(crate::format::scale))
+    }
+    #[inline(always)]
+    fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self) {
+        let number = |l: usize, shift: u32| planes.iter().fold(0, |x, p| x << 4 | i32::from(p[l] >> shift & 15)) as f32;
+        (Scalar(std::array::from_fn(|l| number(l, 0))), Scalar(std::array::from_fn(|l| number(l, 4))))
+    }
+}
+
+/// Bits of a scale: `(byte << 21) + SCALE_BITS` (see `format::scale`).
+#[cfg(target_arch = "x86_64")]
+const SCALE_BITS: i32 = (95 << 23) + (1 << 20);
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::*;
+    use std::arch::x86_64::*;
+
+    /// Two halves.
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256, __m256);
+
+    // SAFETY: named only by the kernels of AVX2 (the trait's rule); loads and stores are of whole arrays.
+    unsafe impl Simd for Avx2 {
+        #[inline(always)]
+        fn splat(x: f32) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        }
+        #[inline(always)]
+        fn load(x: &[f32; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
+        }
+        #[inline(always)]
+        fn store(self, x: &mut [f32; LANES]) {
+            // SAFETY: see the impl.
+            unsafe {
+                _mm256_storeu_ps(x.as_mut_ptr(), self.0);
+                _mm256_storeu_ps(x.as_mut_ptr().add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn abs(self) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let sign = _mm256_set1_ps(-0.0);
+                Avx2(_mm256_andnot_ps(sign, self.0), _mm256_andnot_ps(sign, self.1))
+            }
+        }
+        #[inline(always)]
+        fn where_above(self, x: Self, limit: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                Avx2(
+                    _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.0, limit.0), self.0),
+                    _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.1, limit.1), self.1),
+                )
+            }
+        }
+        #[inline(always)]
+        fn shift_to_exponent(self) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let (low, high) = (_mm256_castps_si256(self.0), _mm256_castps_si256(self.1));
+                let (low, high) = (_mm256_slli_epi32::<23>(low), _mm256_slli_epi32::<23>(high));
+                Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+            }
+        }
+        #[inline(always)]
+        fn from_i32(x: &[i32; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let (low, high) = (x.as_ptr().cast(), x.as_ptr().add(8).cast());
+                Avx2(_mm256_cvtepi32_ps(_mm256_loadu_si256(low)), _mm256_cvtepi32_ps(_mm256_loadu_si256(high)))
+            }
+        }
+        #[inline(always)]
+        fn scales(bytes: &[u8; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let mut halves = [_mm256_setzero_ps(); 2];
+                for (i, half) in halves.iter_mut().enumerate() {
+                    let u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes.as_ptr().add(8 * i).cast()));
+                    let bits = _mm256_add_epi32(_mm256_slli_epi32::<21>(u), _mm256_set1_epi32(SCALE_BITS));
+                    *half = _mm256_castsi256_ps(bits);
+                }
+                Avx2(halves[0], halves[1])
+            }
+        }
+        #[inline(always)]
+        fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self) {
+            // SAFETY: see the impl.
+            unsafe {
+                let mut halves = [(_mm256_setzero_ps(), _mm256_setzero_ps()); 2];
+                for (i, half) in halves.iter_mut().enumerate() {
+                    let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+                    for plane in planes {
+                        let x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(plane.as_ptr().add(8 * i).cast()));
+                        low = _mm256_or_si256(_mm256_slli_epi32::<4>(low), _mm256_and_si256(x, _mm256_set1_epi32(15)));
+                        high = _mm256_or_si256(_mm256_slli_epi32::<4>(high), _mm256_srli_epi32::<4>(x));
+                    }
+                    *half = (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high));
+                }
+                (Avx2(halves[0].0, halves[1].0), Avx2(halves[0].1, halves[1].1))
+            }
+        }
+    }
+
+    /// One register.
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    // SAFETY: named only by the kernels of AVX-512 (the trait's rule); loads and stores are of whole arrays.
+    unsafe impl Simd for Avx512 {
+        #[inline(always)]
+        fn splat(x: f32) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_set1_ps(x)) }
+        }
+        #[inline(always)]
+        fn load(x: &[f32; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_loadu_ps(x.as_ptr())) }
+        }
+        #[inline(always)]
+        fn store(self, x: &mut [f32; LANES]) {
+            // SAFETY: see the impl.
+            unsafe { _mm512_storeu_ps(x.as_mut_ptr(), self.0) }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_add_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_sub_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_mul_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_max_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        fn abs(self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_abs_ps(self.0)) }
+        }
+        #[inline(always)]
+        fn where_above(self, x: Self, limit: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x.0, limit.0), self.0)) }
+        }
+        #[inline(always)]
+        fn shift_to_exponent(self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))) }
+        }
+        #[inline(always)]
+        fn from_i32(x: &[i32; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_loadu_si512(x.as_ptr().cast()))) }
+        }
+        #[inline(always)]
+        fn scales(bytes: &[u8; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let u = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
+                let bits = _mm512_add_epi32(_mm512_slli_epi32::<21>(u), _mm512_set1_epi32(SCALE_BITS));
+                Avx512(_mm512_castsi512_ps(bits))
+            }
+        }
+        #[inline(always)]
+        fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self) {
+            // SAFETY: see the impl.
+            unsafe {
+                let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+                for plane in planes {
+                    let x = _mm512_cvtepu8_epi32(_mm_loadu_si128(plane.as_ptr().cast()));
+                    low = _mm512_or_si512(_mm512_slli_epi32::<4>(low), _mm512_and_si512(x, _mm512_set1_epi32(15)));
+                    high = _mm512_or_si512(_mm512_slli_epi32::<4>(high), _mm512_srli_epi32::<4>(x));
+                }
+                (Avx512(_mm512_cvtepi32_ps(low)), Avx512(_mm512_cvtepi32_ps(high)))
+            }
+        }
+    }
+}
