@@ -34,7 +34,7 @@
  *   that a query row sees. Every token reads the fewest planes of K and V that keep its part of the output's error
  *   within tolerance * A / sqrt(2n) (AKV_EXPECTED) or tolerance * A / (2n) (AKV_GUARANTEED). The certificate, `bound`,
  *   then adds up what was left out: with ds bounding the error of a score, dv that of a value and
- *   u = log(sum of p * exp(ds)), no channel is off by more than sum of p * (expm1(ds + u) * (max|v| + max|out|) + dv).
+ *   u = log(sum of p * exp(ds)), no channel is off by more than sum of p * (expm1(ds + u) * max|v| + dv).
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): CUDA; AKV_SLOTS and AKV_ATTACHED with their
  *   masks; logit_softcap, ALiBi, sink logits, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR;
