@@ -12,10 +12,12 @@
 
 static long check_count, check_failures;
 
+#define COUNT(n) __atomic_fetch_add(&n, 1, __ATOMIC_RELAXED) /* threads check, too */
+
 #define CHECK(condition, ...)                                       \
     do {                                                            \
-        check_count++;                                              \
-        if (!(condition) && check_failures++ < 20) {                \
+        COUNT(check_count);                                         \
+        if (!(condition) && COUNT(check_failures) < 20) {           \
             printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
             printf(__VA_ARGS__);                                    \
             printf("\n");                                           \
