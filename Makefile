@@ -11,18 +11,19 @@ RELEASE := $(CARGO_TARGET_DIR)/release
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 PYTHON   = $(shell for p in .venv/bin/python3 python3 /usr/bin/python3; do $$p -c 'import numpy' 2>/dev/null && echo $$p && break; done)
-CFLAGS  ?= -O2 -Wall -Wextra
+CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
+DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-oracle bench install header readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-oracle bench install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
 
 demo: all ## build the library and the demonstration, and run it
 	@mkdir -p $(BUILD)
-	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
-	$(BUILD)/tinylm
+	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(BUILD)/tinylm $(DEMO)
 
 test: setup-test test-rust test-c test-sanitize test-oracle ## run every test
 	@echo "all tests passed"
@@ -64,6 +65,12 @@ install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR
 
 header: ## regenerate include/alignedkv.h from src/capi
 	cargo run -q -p alignedkv-gen
+
+results: setup-test ## measure the figures that README.md quotes
+	mkdir -p benches/results
+	$(MAKE) demo DEMO="--json benches/results/tinylm.json"
+	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
+	$(MAKE) readme
 
 readme: ## refresh what README.md quotes: the quickstart program and measured figures
 	python3 tools/readme.py
