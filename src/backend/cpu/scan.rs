@@ -198,3 +198,68 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel by name, if this machine has it.
+    fn kernels() -> Vec<(&'static str, Scan)> {
+        let mut kernels: Vec<(&'static str, Scan)> = vec![("scalar", scalar)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::backend::cpu::Isa;
+            if Isa::Avx2.available() {
+                kernels.push(("avx2", avx2));
+            }
+            if Isa::Avx512.available() {
+                kernels.push(("avx512", avx512));
+            }
+        }
+        kernels
+    }
+
+    #[test]
+    fn exact_on_every_instruction_set() {
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as u32
+        };
+        for d in (16..=256).step_by(8) {
+            let half = d / 2;
+            for heads in [1, 2, 3, 4, 5, 7, 8, 9, 16, 17] {
+                let extreme = random() % 4 == 0;
+                let k0: Vec<u8> = (0..TILE * half).map(|_| if extreme { 0xff } else { random() as u8 }).collect();
+                let words: Vec<i8> =
+                    (0..half / 4 * heads * WORD).map(|_| if extreme { -128 } else { random() as i8 }).collect();
+                for n_blocks in [1, 2, 3, 7, 8] {
+                    // Straight from the definition.
+                    let mut want = vec![[0i64; TILE]; heads];
+                    for (h, want) in want.iter_mut().enumerate() {
+                        for (i, want) in want[..n_blocks * LANES].iter_mut().enumerate() {
+                            for b in 0..half {
+                                let byte = k0[i / LANES * LANES * half + b / 4 * 64 + i % LANES * 4 + b % 4];
+                                let at = (b / 4 * heads + h) * WORD + b % 4;
+                                let q = |nibble: usize| {
+                                    256 * i64::from(words[at + 8 * nibble]) + i64::from(words[at + 8 * nibble + 4])
+                                };
+                                *want += i64::from(byte & 15) * q(0) + i64::from(byte >> 4) * q(1);
+                            }
+                        }
+                    }
+                    for (name, kernel) in kernels() {
+                        let mut got = vec![[i32::MIN; TILE]; heads];
+                        // SAFETY: the kernel was found available.
+                        unsafe { kernel(&k0, &words, half, n_blocks, &mut got) };
+                        for h in 0..heads {
+                            for i in 0..n_blocks * LANES {
+                                assert_eq!(i64::from(got[h][i]), want[h][i], "{name} d {d} head {h} token {i}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
