@@ -158,9 +158,11 @@ fn decode(c: &mut Criterion) {
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     for n in [4096, 32768] {
         group.throughput(Throughput::Bytes((2 * 2 * n * HEADS * DIM) as u64));
-        for (name, format, tolerance) in
-            [("aligned 1e-3", AKV_FORMAT_ALIGNED, 1e-3), ("aligned 1e-2", AKV_FORMAT_ALIGNED, 1e-2), ("raw f16", AKV_FORMAT_RAW, 0.0)]
-        {
+        for (name, format, tolerance) in [
+            ("aligned 1e-3", AKV_FORMAT_ALIGNED, 1e-3),
+            ("aligned 1e-2", AKV_FORMAT_ALIGNED, 1e-2),
+            ("raw f16", AKV_FORMAT_RAW, 0.0),
+        ] {
             for threads in [1, 2] {
                 let mut engine = None;
                 group.bench_function(BenchmarkId::new(format!("{name}, {threads} threads"), n), |b| {
