@@ -292,7 +292,7 @@ static void batches(void) {
     REFUSED(akv_batch_begin(NULL, &good_step, NULL), AKV_E_HANDLE, "batch");
     REFUSED(akv_batch_begin(idle, NULL, NULL), AKV_E_ARGUMENT, "desc");
     REFUSED(akv_batch_begin(idle, &good_step, &q), AKV_E_ARGUMENT, "stream");
-    REFUSED(akv_batch_begin(batch, &good_step, NULL), AKV_E_BUSY, "begun");
+    REFUSED(akv_batch_begin(batch, &good_step, NULL), AKV_E_BUSY, "step in progress");
     BEGIN(AKV_E_ARGUMENT, "sequences", d.sequences = NULL);
     BEGIN(AKV_E_ARGUMENT, "sequences", d.sequences = (void *)((char *)both + 4));
     BEGIN(AKV_E_ARGUMENT, "n_sequences", d.n_sequences = 0);
@@ -313,7 +313,7 @@ static void batches(void) {
     BEGIN(AKV_E_ARGUMENT, "max_sequences", d.max_sequences = 1);
     BEGIN(AKV_E_ARGUMENT, "reserved", d.reserved = 1);
     REFUSED(akv_batch_commit(NULL), AKV_E_HANDLE, "batch");
-    REFUSED(akv_batch_commit(idle), AKV_E_ARGUMENT, "begun");
+    REFUSED(akv_batch_commit(idle), AKV_E_ARGUMENT, "no step");
     REFUSED(akv_batch_commit(batch), AKV_E_ARGUMENT, "layer 0"); /* akv_quantize_kv is missing */
     REFUSED(akv_batch_abort(NULL), AKV_E_HANDLE, "batch");
     OK(akv_batch_abort(idle));
@@ -335,7 +335,7 @@ static void batches(void) {
 
 static void appending(void) {
     REFUSED(akv_quantize_kv(NULL, 0, &good_key, &good_value, NULL), AKV_E_HANDLE, "batch");
-    REFUSED(akv_quantize_kv(idle, 0, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "begun");
+    REFUSED(akv_quantize_kv(idle, 0, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "no step");
     REFUSED(akv_quantize_kv(batch, 1, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "layer");
     REFUSED(akv_quantize_kv(batch, -1, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "layer");
     REFUSED(akv_quantize_kv(batch, 0, NULL, &good_value, NULL), AKV_E_ARGUMENT, "key");
@@ -368,14 +368,14 @@ static void appending(void) {
 static void attention(void) {
     akv_threads two = {.ith = 0, .nth = 2}, odd = {.ith = 1, .nth = 1}, zero = {0};
     const int64_t negative = -1;
-    ATTENTION(AKV_E_ARGUMENT, "akv_quantize_kv", (void)d); /* the step's tokens are missing */
+    ATTENTION(AKV_E_ARGUMENT, "layer 0", (void)d); /* the step's tokens are missing */
     OK(akv_quantize_kv(batch, 0, &good_key, &good_value, NULL));
     before = look();
     CHECK(before.begun[0] == COMMITTED + 1 && before.length[0] == COMMITTED, "lengths %d, %d", (int)before.begun[0], (int)before.length[0]);
     REFUSED(akv_quantize_kv(batch, 0, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "layer");
     REFUSED(akv_aligned_attention(NULL, 0, &good_attention), AKV_E_HANDLE, "batch");
     REFUSED(akv_aligned_attention((akv_batch *)cache, 0, &good_attention), AKV_E_HANDLE, "batch");
-    REFUSED(akv_aligned_attention(idle, 0, &good_attention), AKV_E_ARGUMENT, "begun");
+    REFUSED(akv_aligned_attention(idle, 0, &good_attention), AKV_E_ARGUMENT, "no step");
     REFUSED(akv_aligned_attention(batch, 1, &good_attention), AKV_E_ARGUMENT, "layer");
     REFUSED(akv_aligned_attention(batch, 0, NULL), AKV_E_ARGUMENT, "desc");
     ATTENTION(AKV_E_ARGUMENT, "q->data", d.q.data = NULL);
@@ -394,7 +394,7 @@ static void attention(void) {
     ATTENTION(AKV_E_ARGUMENT, "overlap", d.lse = written.lse; d.bound = written.lse);
     ATTENTION(AKV_E_ARGUMENT, "bound", d.bound = (float *)((char *)written.bound + 2));
     ATTENTION(AKV_E_ARGUMENT, "stats", d.stats = (akv_stats *)((char *)&written.stats + 4));
-    ATTENTION(AKV_E_ARGUMENT, "mask", d.mask = (akv_mask *)q);
+    ATTENTION(AKV_E_UNSUPPORTED, "mask", d.mask = (akv_mask *)q);
     ATTENTION(AKV_E_ARGUMENT, "stream", d.stream = q);
     ATTENTION(AKV_E_ARGUMENT, "kv_from", d.kv_from = &negative);
     ATTENTION(AKV_E_ARGUMENT, "kv_to", d.kv_to = &negative);
@@ -417,9 +417,9 @@ static void attention(void) {
     REFUSED(akv_merge_states(context, &part, 1, 1, 2, 8, NULL, NULL), AKV_E_ARGUMENT, "out");
     REFUSED(akv_merge_states(context, &part, 0, 1, 2, 8, &sum, NULL), AKV_E_ARGUMENT, "n is");
     REFUSED(akv_merge_states(context, &part, 1, -1, 2, 8, &sum, NULL), AKV_E_ARGUMENT, "rows");
-    REFUSED(akv_merge_states(context, &part, 1, 1, 0, 8, &sum, NULL), AKV_E_ARGUMENT, "heads");
+    REFUSED(akv_merge_states(context, &part, 1, 1, -1, 8, &sum, NULL), AKV_E_ARGUMENT, "heads");
     REFUSED(akv_merge_states(context, &part, 1, 1, 2, -8, &sum, NULL), AKV_E_ARGUMENT, "dim");
-    REFUSED(akv_merge_states(context, &part, 1, INT64_MAX, 2, 8, &sum, NULL), AKV_E_ARGUMENT, "overflow");
+    REFUSED(akv_merge_states(context, &part, 1, INT64_MAX, 2, 8, &sum, NULL), AKV_E_ARGUMENT, "rows");
     REFUSED(akv_merge_states(context, &no_lse, 1, 1, 2, 8, &sum, NULL), AKV_E_ARGUMENT, "lse");
     REFUSED(akv_merge_states(context, &part, 1, 1, 2, 8, &no_lse, NULL), AKV_E_ARGUMENT, "lse");
     REFUSED(akv_merge_states(context, &part, 1, 1, 2, 8, &sum, q), AKV_E_ARGUMENT, "stream");

@@ -271,7 +271,8 @@ static result run(test_case c) {
                 CHECK(e.estimate[at] >= 0 && e.estimate[at] <= bound, "estimate %g, bound %g", (double)e.estimate[at], bound);
                 double rms = sqrt(squares / c.dim_v);
                 if (c.dtype_out != AKV_F32 || c.mode != AKV_EXPECTED || !lossy) continue;
-                if (e.estimate[at] > 0) calibration_sum += rms * rms / ((double)e.estimate[at] * e.estimate[at]), calibration_n++;
+                /* Where nearly all weight lies on exact rows, what is left is float rounding. */
+                if (e.estimate[at] > 1e-5 * amplitude) calibration_sum += rms * rms / ((double)e.estimate[at] * e.estimate[at]), calibration_n++;
                 if (c.planes_k == 4 && c.planes_v == 4 && rms > tolerance * t->amplitude) {
                     CHECK(rms <= 5 * tolerance * t->amplitude, "row %d head %d: rms error %g, tolerance * A %g", row, h, rms, tolerance * t->amplitude);
                 }

@@ -251,7 +251,7 @@ def attention(lib, traces, source):
 
     def line(name, tally, beside=None):
         b, median, p95 = tally.figures()
-        text = f"  {name:38s} {b:6.2f} bits  median {median:.1e}  p95 {p95:.1e}"
+        text = f"  {name:44s} {b:6.2f} bits  median {median:.1e}  p95 {p95:.1e}"
         if beside:
             text += "   (oracle {:.2f}, {:.1e}, {:.1e})".format(*beside.figures())
         print(text)
@@ -263,7 +263,8 @@ def attention(lib, traces, source):
         mine, theirs = ours[(mode, tolerance), NONE], oracle[mode, tolerance]
         line(name + " (no exact head)", mine, theirs)
         (b, median, p95), (ob, omedian, op95) = mine.figures(), theirs.figures()
-        check(abs(b / ob - 1) <= 0.05, f"{name}: {b:.3f} bits, oracle {ob:.3f}")
+        # A sharper certificate may need fewer in guaranteed mode.
+        check((0.95 if mode == EXPECTED else 0.75) <= b / ob <= 1.05, f"{name}: {b:.3f} bits, oracle {ob:.3f}")
         check(median <= 1.1 * omedian, f"{name}: median error {median:.2e}, oracle {omedian:.2e}")
         check(p95 <= 1.1 * op95, f"{name}: p95 of errors {p95:.2e}, oracle {op95:.2e}")
         line(name, ours[(mode, tolerance), 4])
@@ -292,7 +293,7 @@ def published(lib, traces):
                 worst = max(worst, error)
                 check(np.isinf(bound).all(), "the published scheme has no bound")
             s.close()
-    print("  {:38s} {:6.2f} bits  median {:.1e}  p95 {:.1e}   (oracle {:.2f}, {:.1e}, {:.1e}; at most {:.1e} apart)".format(
+    print("  {:44s} {:6.2f} bits  median {:.1e}  p95 {:.1e}   (oracle {:.2f}, {:.1e}, {:.1e}; at most {:.1e} apart)".format(
         "AlignedKV as published", *ours.figures(), *theirs.figures(), worst))
     check(worst <= 2e-3, f"published format: {worst:.1e} away from its definition")
     check(abs(np.mean(ours.bits) / np.mean(theirs.bits) - 1) <= 0.03, f"published format: {np.mean(ours.bits):.2f} bits, oracle {np.mean(theirs.bits):.2f}")
