@@ -2,7 +2,7 @@
 #include <stdlib.h>
 
 int main(int argc, char **argv) {
-    char *p = malloc((size_t)argc);
+    char *p = calloc((size_t)argc, 1);
     (void)argv;
     return p ? p[argc] : 0;
 }
