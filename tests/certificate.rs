@@ -51,7 +51,8 @@ fn case(rng: &mut Rng, kind: usize, n: usize, d: usize, dv: usize, g: usize) -> 
         7 => k = digits(rng, n, d, 7.0),
         8 => {
             // Errors of all channels push the same way.
-            k = digits(rng, n, d, if rng.below(2) == 0 { -8.0 } else { 7.0 });
+            let low = if rng.below(2) == 0 { -8.0 } else { 7.0 };
+            k = digits(rng, n, d, low);
             q.iter_mut().for_each(|x| *x = x.abs());
             v = digits(rng, n, dv, -8.0);
         }

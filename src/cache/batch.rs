@@ -102,14 +102,19 @@ impl Batch {
         reserve(&mut begun.members, step.len())?;
         reserve(&mut begun.appended, self.cache.layouts.len())?;
         begun.appended.resize_with(self.cache.layouts.len(), || AtomicU8::new(NOT_YET));
+        // Of each member: the positions to note.
+        let mut new = Vec::new();
+        reserve(&mut new, step.len())?;
         for &s in step {
-            begun.members.push(self.member(s)?);
+            let member = self.member(s)?;
+            new.push(member.positions(positions.map(|p| &p[begun.n_new..begun.n_new + s.n_new]))?);
+            begun.members.push(member);
             begun.n_new += s.n_new;
         }
         let page_bytes = self.cache.layouts.iter().fold(0usize, |sum, layout| sum.saturating_add(layout.page_bytes()));
         let new_pages = begun.members.iter().fold(0usize, |sum, member| sum.saturating_add(member.new_pages()));
         self.cache.memory.check(page_bytes.saturating_mul(new_pages))?;
-        begun.take_room(positions)?;
+        begun.take_room(&new)?;
         *current = Some(begun);
         Ok(())
     }
@@ -271,25 +276,19 @@ impl Drop for Batch {
 
 impl Step {
     /// Takes what the new tokens need, for all sequences and layers or for none.
-    fn take_room(&mut self, positions: Option<&[i64]>) -> Result<()> {
+    fn take_room(&mut self, new: &[&[i64]]) -> Result<()> {
         let n_layers = self.appended.len();
         let (mut layers, mut runs, mut with_runs) = (Vec::new(), Vec::new(), Vec::new());
         reserve(&mut runs, self.members.len())?;
         reserve(&mut with_runs, self.members.len())?;
-        let mut row = 0;
-        for (i, Member { step: s, sequence, len, .. }) in self.members.iter().enumerate() {
-            if s.n_new == 0 {
-                continue;
-            }
-            let own = positions.map(|p| &p[row..row + s.n_new]);
-            row += s.n_new;
-            let new = self.members[i].positions(own)?;
+        for (i, (member, &new)) in self.members.iter().zip(new).enumerate() {
+            let Member { step: s, sequence, len, .. } = member;
             let busy = || Error::Busy(format!("sequence {}: being written", s.sequence));
             let room = sequence.positions.try_read().ok_or_else(busy)?.room(*len, new)?;
             if room.n_runs > 0 {
                 runs.push((i, sequence.write_positions()?, *len, new, room));
             }
-            if self.members[i].new_pages() > 0 {
+            if member.new_pages() > 0 {
                 reserve(&mut layers, n_layers)?;
                 for layer in 0..n_layers {
                     let layer = sequence.write_layer(layer)?;
@@ -330,7 +329,7 @@ impl Member {
                     Err(Error::Argument(format!("n_new {n_new}: positions of sequence {id} overflow after {p}")))
                 }
                 Some(_) => Ok(&[]),
-                None => Ok(&[0]),
+                None => Ok(&[0][..n_new.min(1)]),
             };
         };
         let mut before = last.unwrap_or(i64::MIN);

@@ -189,7 +189,7 @@ impl Decoded {
 
 /// Makes `max` the reference of sums and output if it is larger than theirs.
 #[inline(always)]
-pub fn raise(sums: &mut Sums, max: f32, out: &mut [f32]) {
+fn raise(sums: &mut Sums, max: f32, out: &mut [f32]) {
     if max > sums.max {
         let (factor, _) = sums.merge(&Sums::at(max));
         for x in out {

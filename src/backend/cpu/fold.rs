@@ -1,6 +1,5 @@
 //! q folded with a tile's K scales, and rounded to two int8 digits for the integer scan.
 
-use super::math;
 use crate::alignment::TileError;
 use crate::format::aligned::Meta;
 use crate::format::{CENTRE, MAX_DIM, PEAK, scale};
@@ -13,8 +12,6 @@ const Q_LEVELS: f32 = 127.0 * 257.0;
 pub struct Folded {
     /// Channels.
     pub q: [f32; MAX_DIM],
-    /// Sum of the channels.
-    pub sum: f32,
     /// Unit of the integer scores.
     pub step: f32,
     /// Sum of the rounded q, in steps.
@@ -26,7 +23,6 @@ pub struct Folded {
 impl Folded {
     pub const ZERO: Folded = Folded {
         q: [0.0; MAX_DIM],
-        sum: 0.0,
         step: 0.0,
         q_sum: 0,
         error: TileError { worst: 0.0, rough: 0.0, q_worst: 0.0, q_rms: 0.0, slack: 0.0 },
@@ -57,8 +53,12 @@ pub fn fold(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: u
     }
     let mut lanes = [[0.0f32; 16]; 3];
     let [peaks, sums, squares] = &mut lanes;
-    for chunk in folded.chunks(16) {
-        for (l, &f) in chunk.iter().enumerate() {
+    let (chunks, rest) = folded.as_chunks::<16>();
+    let mut tail = [0.0; 16];
+    tail[..rest.len()].copy_from_slice(rest);
+    for chunk in chunks.iter().chain(std::iter::once(&tail)) {
+        for l in 0..16 {
+            let f = chunk[l];
             peaks[l] = if f.abs() > peaks[l] { f.abs() } else { peaks[l] };
             sums[l] += f.abs();
             squares[l] += f * f;
@@ -70,21 +70,21 @@ pub fn fold(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: u
     // Too small to be rounded to anything: all digits 0, and the whole of q is error.
     let vanishing = peak < 1e-30;
     let (step, inverse) = if vanishing { (0.0, 0.0) } else { (peak / Q_LEVELS, Q_LEVELS / peak) };
-    let mut rounded = [0i32; MAX_DIM];
     const MAGIC: f32 = 12_582_912.0;
-    for (r, &f) in rounded.iter_mut().zip(folded.iter()) {
-        *r = ((f * inverse + MAGIC) - MAGIC) as i32;
-    }
     let mut q_sum = 0;
-    for (c, &r) in rounded[..d].iter().enumerate() {
+    let (mut high, mut low) = ([0i8; MAX_DIM], [0i8; MAX_DIM]);
+    for ((h, l), &f) in high.iter_mut().zip(&mut low).zip(folded.iter()) {
+        let r = ((f * inverse + MAGIC) - MAGIC) as i32;
         q_sum += r;
-        let high = (r + 128) >> 8;
-        let (channel, nibble) = if c < half { (c, 0) } else { (c - half, 8) };
-        let at = channel / 4 * stride + nibble + channel % 4;
-        words[at] = high as i8;
-        words[at + 4] = (r - (high << 8)) as i8;
+        *h = ((r + 128) >> 8) as i8;
+        *l = (r - ((r + 128) >> 8 << 8)) as i8;
     }
-    out.sum = math::dot(folded, &[1.0; MAX_DIM][..d]);
+    for (word, c) in words.chunks_mut(stride).zip((0..half).step_by(4)) {
+        word[0..4].copy_from_slice(&high[c..c + 4]);
+        word[4..8].copy_from_slice(&low[c..c + 4]);
+        word[8..12].copy_from_slice(&high[c + half..c + half + 4]);
+        word[12..16].copy_from_slice(&low[c + half..c + half + 4]);
+    }
     out.step = step;
     out.q_sum = q_sum;
     let (sum, squares) = (f32::from(meta.digit_sum), f32::from(meta.digit_square_sum));

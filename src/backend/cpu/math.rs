@@ -55,7 +55,7 @@ pub fn sum(f: impl Fn(usize) -> f32) -> f32 {
 #[inline(always)]
 pub fn max(x: &Lane128) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in x.chunks_exact(LANES) {
+    for chunk in x.as_chunks::<LANES>().0 {
         for (lane, &v) in lanes.iter_mut().zip(chunk) {
             *lane = if v > *lane { v } else { *lane };
         }
@@ -67,12 +67,11 @@ pub fn max(x: &Lane128) -> f32 {
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
-    for (lane, (x, y)) in lanes.iter_mut().zip(rest) {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (lane, (x, y)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
         *lane = x * y;
     }
-    for (x, y) in a_chunks.zip(b_chunks) {
+    for (x, y) in a.iter().zip(b) {
         for l in 0..LANES {
             lanes[l] += x[l] * y[l];
         }
@@ -83,7 +82,13 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// `y += a * x`.
 #[inline(always)]
 pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    for (y, &x) in y.iter_mut().zip(x) {
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
+    for (y, x) in y.iter_mut().zip(x) {
+        for l in 0..LANES {
+            y[l] += a * x[l];
+        }
+    }
+    for (y, x) in y_rest.iter_mut().zip(x_rest) {
         *y += a * x;
     }
 }
@@ -92,28 +97,51 @@ pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 /// number, times `weight` (that of the last digit), plus `constant`. Exact.
 #[inline(always)]
 pub fn unpack(planes: &[u8], half: usize, n: usize, weight: f32, constant: f32, out: &mut [f32]) {
-    let (low, high) = out.split_at_mut(half);
-    let offset = ((0x8888 >> (16 - 4 * n)) as f32) * weight;
-    macro_rules! planes {
-        ($($p:literal),*) => {
-            for b in 0..half {
-                let (mut l, mut h) = (0u32, 0u32);
-                $(
-                    let byte = u32::from(planes[$p * half + b]);
-                    l = l << 4 | byte & 15;
-                    h = h << 4 | byte >> 4;
-                )*
-                low[b] = (l as i32 as f32 * weight - offset) + constant;
-                high[b] = (h as i32 as f32 * weight - offset) + constant;
-            }
-        };
-    }
     // One loop per plane count, so that each is straight-line vector code.
     match n {
-        1 => planes!(0),
-        2 => planes!(0, 1),
-        3 => planes!(0, 1, 2),
-        _ => planes!(0, 1, 2, 3),
+        1 => unpack_planes::<1>(planes, half, weight, constant, out),
+        2 => unpack_planes::<2>(planes, half, weight, constant, out),
+        3 => unpack_planes::<3>(planes, half, weight, constant, out),
+        _ => unpack_planes::<4>(planes, half, weight, constant, out),
+    }
+}
+
+#[inline(always)]
+fn unpack_planes<const N: usize>(planes: &[u8], half: usize, weight: f32, constant: f32, out: &mut [f32]) {
+    let (low, high) = out[..2 * half].split_at_mut(half);
+    let ((low, low_rest), (high, high_rest)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
+    let rows: [&[u8]; N] = std::array::from_fn(|p| &planes[p * half..(p + 1) * half]);
+    let blocks = rows.map(|row| row.as_chunks::<LANES>());
+    for (b, (low, high)) in low.iter_mut().zip(high).enumerate() {
+        unpack_block(blocks.map(|(chunks, _)| chunks[b]), weight, constant, low, high);
+    }
+    // Halves are multiples of 4.
+    let (low, high) = (low_rest.as_chunks_mut::<4>().0, high_rest.as_chunks_mut::<4>().0);
+    for (b, (low, high)) in low.iter_mut().zip(high).enumerate() {
+        unpack_block(blocks.map(|(_, rest)| rest.as_chunks::<4>().0[b]), weight, constant, low, high);
+    }
+}
+
+#[inline(always)]
+fn unpack_block<const N: usize, const W: usize>(
+    planes: [[u8; W]; N],
+    weight: f32,
+    constant: f32,
+    low: &mut [f32; W],
+    high: &mut [f32; W],
+) {
+    let offset = (0x8888 >> (16 - 4 * N)) as f32 * weight;
+    let (mut l, mut h) = ([0i32; W], [0i32; W]);
+    for plane in planes {
+        for i in 0..W {
+            let byte = i32::from(plane[i]);
+            l[i] = l[i] << 4 | byte & 15;
+            h[i] = h[i] << 4 | byte >> 4;
+        }
+    }
+    for i in 0..W {
+        low[i] = (l[i] as f32 * weight - offset) + constant;
+        high[i] = (h[i] as f32 * weight - offset) + constant;
     }
 }
 

@@ -1,15 +1,15 @@
 //! Progressive attention of one query row on one KV head: scan plane 0 of K, align, refine, sum.
 
-use super::dense::raise;
 use super::fold::fold;
 use super::math::{self, Lane128};
 use super::scan::WORD;
 use super::unit::{Unit, Worker};
-use super::workspace::Partial;
+use super::workspace::{Partial, SPLIT};
 use crate::alignment::{ScoreError, Share, Sums};
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
-use crate::format::{CENTRE, LEFT, MAX_GROUP, PEAK, PLANES, TILE, scale};
+use crate::format::{CENTRE, LEFT, MAX_DIM, MAX_GROUP, PEAK, PLANES, TILE, scale};
+use std::ops::Range;
 
 /// Tokens of a tile that the row sees through its planes, as indices in the tile.
 fn seen(unit: &Unit, view: &SequenceView, tile: usize) -> (usize, usize) {
@@ -114,34 +114,52 @@ fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
     (max, Share::new(w.call.mode, w.call.tolerance, unit.to - unit.from, sum, weighted))
 }
 
-/// A token that reads more than plane 0 of K.
-#[derive(Clone, Copy, Default)]
-struct Listed {
-    token: u8,
-    k: u8,
-    v: u8,
+/// Planes that the tokens of a tile read: at most what is stored.
+#[derive(Clone, Copy)]
+struct Reads {
+    k: [u8; TILE],
+    v: [u8; TILE],
+    /// Some token reads more than plane 0 of K.
+    any: bool,
+}
+
+const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], any: false };
+
+/// Weight of the last of `1 + digits` digits.
+fn weight(digits: usize) -> f32 {
+    1.0 / (1u32 << (4 * digits)) as f32
 }
 
 /// Second phase of a split: who is read how finely, and what comes of it.
 #[inline(always)]
 pub fn refine(w: &mut Worker, unit: &Unit, split: usize) {
-    let (call, shape) = (w.call, w.call.shape);
-    let (g, d, dv) = (shape.group(), shape.dim_k, shape.dim_v);
-    let (half_k, half_v) = (d / 2, dv / 2);
-    let view = &call.sequences[call.rows[unit.row].sequence];
+    let (g, d, dv) = (w.call.shape.group(), w.call.shape.dim_k, w.call.shape.dim_v);
+    let view = &w.call.sequences[w.call.rows[unit.row].sequence];
     let (first, last) = unit.tiles(split);
-    let (sums, outs) = w.state(unit, split);
-    outs.fill(0.0);
     w.load_q(unit);
 
-    // Weights are relative to the scan's maximum; refined scores may exceed it, then the reference is raised.
     let mut shares = [None; MAX_GROUP];
-    for h in 0..g {
-        let (max, share) = share(w, unit, h);
-        sums[h] = Sums::at(max);
-        shares[h] = Some((max, share));
+    for (h, s) in shares[..g].iter_mut().enumerate() {
+        *s = Some(share(w, unit, h));
     }
-    if has_exact(unit, view, split) {
+    let mut reads = [SCANNED; SPLIT];
+    for tile in first..last {
+        let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
+        reads[tile - first] = align(w, &t, tile, &shares[..g]);
+        if reads[tile - first].any {
+            refine_keys(w, &t, tile, &reads[tile - first]);
+        }
+    }
+
+    // Refined scores may be far from the scan's: weights are relative to what the largest is now.
+    let exact = has_exact(unit, view, split);
+    let (sums, outs) = w.state(unit, split);
+    outs.fill(0.0);
+    for (h, sums) in sums.iter_mut().enumerate() {
+        let tiles = if exact { Some(0) } else { None }.into_iter().chain(first + 1..last + 1);
+        *sums = Sums::at(tiles.fold(f32::NEG_INFINITY, |m, index| m.max(math::max(&w.scores(index).0[h]))));
+    }
+    if exact {
         let to = view.n_exact.min(unit.to);
         w.scratch.tile.exact(view, unit.kv_head);
         w.stats.count_dense(view, true, to - unit.from);
@@ -153,151 +171,140 @@ pub fn refine(w: &mut Worker, unit: &Unit, split: usize) {
             w.scratch.tile.attend(&scores[h], error, unit.from, to, &mut sums[h], out, tile_out);
         }
     }
-
-    let weight = |digits: usize| 1.0 / (1u32 << (4 * digits)) as f32;
     for tile in first..last {
         let (from, to) = seen(unit, view, tile);
-        if from >= to {
+        if from < to {
+            let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
+            sum(w, &t, tile, from..to, &reads[tile - first], sums, outs);
+            count(w, view, to - from, from..to, &reads[tile - first]);
+        }
+    }
+}
+
+/// Who is read how finely: over the group, the maximum of what its heads need.
+#[inline(always)]
+fn align(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
+    let (scores, errors) = w.scores(tile + 1);
+    let units = v_units(t);
+    let mut reads = SCANNED;
+    for (h, share) in shares.iter().enumerate() {
+        let Some((max, share)) = share else { continue };
+        let limits = share.thresholds(&errors[h]);
+        let (mut e, mut x) = ([0.0; TILE], [0.0; TILE]);
+        for i in 0..TILE {
+            e[i] = math::exp(scores[h][i] - max);
+            x[i] = e[i] * (units[i] + limits.offset);
+        }
+        if math::max(&x) <= limits.least() {
             continue;
         }
-        let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
-        let units = v_units(&t);
-        let (scores, errors) = w.scores(tile + 1);
+        reads.any = true;
+        for i in 0..TILE {
+            let (k, v) = (x[i], e[i] * units[i]);
+            let over = |limit: f32, x: f32| u8::from(x > limit);
+            let want_k = 1 + over(limits.k[0], k) + over(limits.k[1], k) + over(limits.k[2], k);
+            let want_v = over(limits.v[0], v) + over(limits.v[1], v) + over(limits.v[2], v) + over(limits.v[3], v);
+            reads.k[i] = reads.k[i].max(want_k);
+            reads.v[i] = reads.v[i].max(want_v);
+        }
+    }
+    let (most_k, most_v) = (w.call.shape.planes_k as u8, w.call.shape.planes_v as u8);
+    for i in 0..TILE {
+        reads.k[i] = reads.k[i].min(most_k);
+        reads.v[i] = reads.v[i].min(most_v);
+    }
+    reads
+}
 
-        // Align: over the group, the maximum of what its heads need.
-        let mut planes_k = [1u8; TILE];
-        let mut planes_v = [0u8; TILE];
-        let mut listed_any = false;
+/// Adds further digits of K to the scores. (Tokens that are not seen are never listed: their weight is 0.)
+#[inline(always)]
+fn refine_keys(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
+    let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
+    if reads.k.iter().all(|&k| k <= 1) {
+        return;
+    }
+    let (scores, _) = w.scores(tile + 1);
+    for h in 0..g {
+        let q = &w.scratch.q[h * d..(h + 1) * d];
+        fold(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
+    }
+    let mut values = [0.0f32; MAX_DIM];
+    let values = &mut values[..d];
+    for (i, n) in reads.k.iter().map(|&k| usize::from(k)).enumerate().filter(|&(_, k)| k > 1) {
+        math::unpack(t.k_row(i), d / 2, n - 1, weight(n - 1), CENTRE[n] - CENTRE[1], values);
         for h in 0..g {
-            let e = &mut w.scratch.e[h];
-            for (e, &s) in e.iter_mut().zip(&scores[h]) {
-                *e = math::exp(s - sums[h].max);
-            }
-            let Some((max, share)) = &shares[h] else { continue };
-            let mut limits = share.thresholds(&errors[h]);
-            if sums[h].max > *max {
-                let factor = (*max - sums[h].max).exp();
-                limits.k.iter_mut().chain(&mut limits.v).for_each(|x| *x *= factor);
-            }
-            let mut x = [0.0; TILE];
-            for i in 0..TILE {
-                x[i] = e[i] * (units[i] + limits.offset);
-            }
-            if math::max(&x) <= limits.least() {
-                continue;
-            }
-            listed_any = true;
-            for i in 0..TILE {
-                let (k, v) = (x[i], e[i] * units[i]);
-                let over = |limit: f32, x: f32| u8::from(x > limit);
-                let want_k = 1 + over(limits.k[0], k) + over(limits.k[1], k) + over(limits.k[2], k);
-                let want_v = over(limits.v[0], v) + over(limits.v[1], v) + over(limits.v[2], v) + over(limits.v[3], v);
-                planes_k[i] = planes_k[i].max(want_k);
-                planes_v[i] = planes_v[i].max(want_v);
-            }
+            scores[h][i] += math::dot(&w.scratch.folded[h].q[..d], values);
         }
-        let mut list = [Listed::default(); TILE];
-        let mut n_listed = 0;
-        let mut refine_k = false;
-        if listed_any {
-            for i in from..to {
-                let (k, v) = (planes_k[i].min(shape.planes_k as u8), planes_v[i].min(shape.planes_v as u8));
-                if k > 1 || v > 0 {
-                    list[n_listed] = Listed { token: i as u8, k, v };
-                    n_listed += 1;
-                    refine_k |= k > 1;
-                }
-            }
-        }
-        let list = &list[..n_listed];
+    }
+}
 
-        // Refine: further digits of K, added to the scores.
-        if refine_k {
-            let mut values = [0.0f32; crate::format::MAX_DIM];
-            let values = &mut values[..d];
-            for h in 0..g {
-                let q = &w.scratch.q[h * d..(h + 1) * d];
-                fold(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
-            }
-            for l in list.iter().filter(|l| l.k > 1) {
-                let (i, n) = (usize::from(l.token), usize::from(l.k));
-                math::unpack(t.k_row(i), half_k, n - 1, weight(n - 1), CENTRE[n] - CENTRE[1], values);
-                for h in 0..g {
-                    scores[h][i] += math::dot(&w.scratch.folded[h].q[..d], values);
-                }
-            }
-            for h in 0..g {
-                let before = sums[h].max;
-                raise(&mut sums[h], math::max(&scores[h]), &mut outs[h * dv..(h + 1) * dv]);
-                if sums[h].max > before {
-                    for (e, &s) in w.scratch.e[h].iter_mut().zip(&scores[h]) {
-                        *e = math::exp(s - sums[h].max);
-                    }
-                } else {
-                    for l in list.iter().filter(|l| l.k > 1) {
-                        let i = usize::from(l.token);
-                        w.scratch.e[h][i] = math::exp(scores[h][i] - before);
-                    }
-                }
+/// Adds a tile to sums and outputs: V of tokens that read any; the others only count.
+#[inline(always)]
+fn sum(w: &mut Worker, t: &Tile, tile: usize, seen: Range<usize>, reads: &Reads, sums: &mut [Sums], outs: &mut [f32]) {
+    let (g, dv) = (w.call.shape.group(), w.call.shape.dim_v);
+    let (scores, errors) = w.scores(tile + 1);
+    let units = v_units(t);
+    for h in 0..g {
+        for (e, &s) in w.scratch.e[h].iter_mut().zip(&scores[h]) {
+            *e = math::exp(s - sums[h].max);
+        }
+    }
+    if reads.any {
+        let tile_out = &mut w.scratch.tile_out[..g * dv];
+        tile_out.fill(0.0);
+        let mut values = [0.0f32; MAX_DIM];
+        let values = &mut values[..dv];
+        for (i, n) in reads.v.iter().map(|&v| usize::from(v)).enumerate().filter(|&(_, v)| v > 0) {
+            math::unpack(t.v_row(i), dv / 2, n, weight(n - 1), CENTRE[n], values);
+            for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
+                math::axpy(w.scratch.e[h][i] * units[i], values, out);
             }
         }
-
-        // Sum: V of listed tokens; the others, read to one plane of K and none of V, only count.
-        if list.iter().any(|l| l.v > 0) {
-            let tile_out = &mut w.scratch.tile_out[..g * dv];
-            tile_out.fill(0.0);
-            let mut values = [0.0f32; crate::format::MAX_DIM];
-            let values = &mut values[..dv];
-            for l in list.iter().filter(|l| l.v > 0) {
-                let (i, n) = (usize::from(l.token), usize::from(l.v));
-                math::unpack(t.v_row(i), half_v, n, weight(n - 1), CENTRE[n], values);
-                for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
-                    math::axpy(w.scratch.e[h][i] * units[i], values, out);
-                }
-            }
-            math::axpy(1.0, tile_out, outs);
-        }
-        let peak = units[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK;
-        for h in 0..g {
-            let (e, error) = (&mut w.scratch.e[h], &errors[h]);
-            let score_error = |planes: usize| ScoreError { bound: error.bound(planes), rms: error.rms(planes) };
-            // [planes of K][planes of V] of listed tokens: sums of e, e * vs, (e * vs)^2.
-            let mut classes = [[[0.0f64; 3]; PLANES + 1]; PLANES + 1];
-            for l in list {
-                let i = usize::from(l.token);
+        math::axpy(1.0, tile_out, outs);
+    }
+    let peak = units[seen.clone()].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK;
+    for h in 0..g {
+        let (e, error) = (&mut w.scratch.e[h], &errors[h]);
+        let score_error = |planes: usize| ScoreError { bound: error.bound(planes), rms: error.rms(planes) };
+        let mut rest = seen.len();
+        if reads.any {
+            // [planes of K][planes of V]: number, sums of e, e * vs, (e * vs)^2 of tokens that read more than plane 0.
+            let mut classes = [[[0.0f64; 4]; PLANES + 1]; PLANES + 1];
+            for i in seen.clone().filter(|&i| reads.k[i] > 1 || reads.v[i] > 0) {
                 let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
-                let class = &mut classes[usize::from(l.k)][usize::from(l.v)];
-                *class = [class[0] + x, class[1] + y, class[2] + y * y];
+                let class = &mut classes[usize::from(reads.k[i])][usize::from(reads.v[i])];
+                *class = [class[0] + 1.0, class[1] + x, class[2] + y, class[3] + y * y];
                 e[i] = 0.0;
             }
+            for (k, classes) in classes.iter().enumerate() {
+                for (v, class) in classes.iter().enumerate().filter(|(_, c)| c[0] > 0.0) {
+                    sums[h].add(score_error(k), LEFT[v], class[1], class[2], class[3]);
+                    rest -= class[0] as usize;
+                }
+            }
+        }
+        // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
+        if rest > 0 {
             let e = &*e;
             let total = f64::from(math::sum(|i| e[i]));
             let weighted = f64::from(math::sum(|i| e[i] * units[i]));
             let squared = f64::from(math::sum(|i| (e[i] * units[i]) * (e[i] * units[i])));
             sums[h].add(score_error(1), LEFT[0], total, weighted, squared);
-            if n_listed > 0 {
-                for (k, classes) in classes.iter().enumerate() {
-                    for (v, class) in classes.iter().enumerate().filter(|(_, c)| c[0] > 0.0) {
-                        sums[h].add(score_error(k), LEFT[v], class[0], class[1], class[2]);
-                    }
-                }
-            }
-            sums[h].note_peak(peak);
         }
+        sums[h].note_peak(peak);
+    }
+}
 
-        let seen = (to - from) as u64;
-        w.stats.tokens += seen;
-        w.stats.count_scales(view, to - from);
-        w.stats.planes_k[1] += seen;
-        w.stats.planes_v[0] += seen;
-        w.stats.bytes_k += seen * half_k as u64;
-        for l in list {
-            w.stats.planes_k[1] -= 1;
-            w.stats.planes_v[0] -= 1;
-            w.stats.planes_k[usize::from(l.k)] += 1;
-            w.stats.planes_v[usize::from(l.v)] += 1;
-            w.stats.bytes_k += u64::from(l.k - 1) * half_k as u64;
-            w.stats.bytes_v += u64::from(l.v) * half_v as u64;
-        }
+/// What reading a tile cost: `n` tokens are seen.
+fn count(w: &mut Worker, view: &SequenceView, n: usize, seen: Range<usize>, reads: &Reads) {
+    let (half_k, half_v) = (w.call.shape.dim_k as u64 / 2, w.call.shape.dim_v as u64 / 2);
+    let stats = &mut w.stats;
+    stats.tokens += n as u64;
+    stats.count_scales(view, n);
+    for i in seen {
+        stats.planes_k[usize::from(reads.k[i])] += 1;
+        stats.planes_v[usize::from(reads.v[i])] += 1;
+        stats.bytes_k += u64::from(reads.k[i]) * half_k;
+        stats.bytes_v += u64::from(reads.v[i]) * half_v;
     }
 }
