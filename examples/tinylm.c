@@ -150,7 +150,8 @@ static void open_kv(kv_cache *kv, akv_context *context, const scheme *scheme, in
     check(akv_batch_create(kv->cache, &bounds, &kv->batch), "akv_batch_create");
 }
 
-static void measure(kv_cache *kv, int layer, const float *q, const float *out, const float *bound, const float *estimate);
+static void measure(kv_cache *kv, int layer, const float *q, const float *out, const float *bound,
+                    const float *estimate);
 static void remember(kv_cache *kv, int layer, const float *k, const float *v);
 
 /* Attention of one layer (attend_fn): hands the new rows to the cache, then attends. */
@@ -226,9 +227,11 @@ static void close_kv(kv_cache *kv) {
 
 /* ---- a continuation ---- */
 
-static double bits(uint64_t bytes, uint64_t elements) { return elements ? 8.0 * (double)bytes / (double)elements : NAN; }
+static double bits(uint64_t bytes, uint64_t elements) {
+    return elements ? 8.0 * (double)bytes / (double)elements : NAN;
+}
 
-/* A byte drawn from softmax(logits / temperature), by a generator of its own, so that the text is the same everywhere. */
+/* A byte drawn from softmax(logits / temperature); the generator is its own, so that the text is the same each time. */
 static uint8_t draw(const float *logits, double temperature, uint64_t *state) {
     double peak = -INFINITY, total = 0, p[VOCAB];
     for (int i = 0; i < VOCAB; i++) peak = fmax(peak, logits[i]);
@@ -242,6 +245,7 @@ static uint8_t draw(const float *logits, double temperature, uint64_t *state) {
 
 static void continue_prompt(akv_context *context, model *m, const char *prompt) {
     enum { LENGTH = 300 };
+    const double temperature = 0.5;
     const int n_prompt = (int)strlen(prompt);
     const scheme standard = {"aligned", "expected", AKV_FORMAT_ALIGNED, AKV_F16, AKV_EXPECTED, 0, 0}; /* 0: default */
     kv_cache kv;
@@ -251,15 +255,15 @@ static void continue_prompt(akv_context *context, model *m, const char *prompt) 
     printf("%s", prompt);
     const double start = now();
     for (int i = 0; i < n_prompt + LENGTH - 1; i++) {
-        const uint8_t token = i < n_prompt ? (uint8_t)prompt[i] : draw(logits, 0.3, &state);
+        const uint8_t token = i < n_prompt ? (uint8_t)prompt[i] : draw(logits, temperature, &state);
         if (i >= n_prompt) putchar(token);
         fflush(stdout);
         decode(&kv, m, &token, logits);
     }
-    putchar(draw(logits, 0.3, &state));
+    putchar(draw(logits, temperature, &state));
     const double seconds = now() - start;
-    printf("\n\n[%d bytes of prompt, %d of continuation: %.2f bits read per element of K and V, certificate at most %.1e of "
-           "the amplitude, %.0f tokens/s]\n\n",
+    printf("\n\n[%d bytes of prompt, %d of continuation: %.2f bits read per element of K and V, certificate at most "
+           "%.1e of the amplitude, %.0f tokens/s]\n\n",
            n_prompt, LENGTH, bits(kv.all.bytes_k + kv.all.bytes_v, 2 * kv.all.tokens * DIM), kv.max_relative_bound,
            (n_prompt + LENGTH - 1) / seconds);
     close_kv(&kv);
@@ -301,7 +305,8 @@ static void attention_f64(const float *q, const float *k, const float *v, int n,
 }
 
 /* Every 97th step: all sequences and heads of one layer, each time the next. */
-static void measure(kv_cache *kv, int layer, const float *q, const float *out, const float *bound, const float *estimate) {
+static void measure(kv_cache *kv, int layer, const float *q, const float *out, const float *bound,
+                    const float *estimate) {
     audit *a = kv->audit;
     const int step = kv->position + 1;
     if (step % SAMPLE != 0 || step / SAMPLE % LAYERS != layer) return;
@@ -458,8 +463,8 @@ static bool evaluate(akv_context *context, model *m, const char *data, int posit
         print_row(&rows[i]);
     }
 
-    printf("\nrms error / estimate and certificates are checked against float64 attention over the same rows, in every %dth\n"
-           "step for all heads of all windows in one layer, each time the next.\n\n", SAMPLE);
+    printf("\nErrors are measured against float64 attention over the same rows, in every %dth step for all heads of\n"
+           "all windows in one layer, each time the next. Bits include scales and exact rows.\n\n", SAMPLE);
     for (int i = 0; i < N_SCHEMES; i++) {
         /* Written so that NaN fails. */
         if (rows[i].certificates_checked > 0 && !(rows[i].worst_error_over_certificate <= 1)) {
@@ -479,8 +484,8 @@ static bool evaluate(akv_context *context, model *m, const char *data, int posit
         snprintf(path, sizeof path, "%s/eval_oracle.json", data);
         const double reference = reference_loss(path), off = rows[0].loss - reference;
         const bool same = fabs(off) <= 1e-4;
-        printf("%sexact-f32 against the reference implementation: %.6f, %.6f (difference %.1e)\n", same ? "" : "FAILED: ",
-               rows[0].loss, reference, off);
+        printf("%sexact-f32: loss %.6f, of the reference implementation %.6f (difference %.1e)\n",
+               same ? "" : "FAILED: ", rows[0].loss, reference, off);
         good = good && same;
     }
     free(a->k);
@@ -519,7 +524,8 @@ int main(int argc, char **argv) {
         } else if (value && strcmp(option, "--prompt") == 0 && *value && strlen(value) <= CONTEXT / 2) {
             prompt = value;
         } else {
-            fprintf(stderr, "usage: %s [--data DIR] [--json FILE] [--threads N] [--positions N] [--prompt TEXT]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--data DIR] [--json FILE] [--threads N] [--positions N] [--prompt TEXT]\n",
+                    argv[0]);
             return 2;
         }
     }

@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,8 +28,9 @@ typedef struct {
 struct pool {
     pthread_mutex_t lock;
     pthread_cond_t start, done;
-    int nth, busy;
-    unsigned round; /* counts jobs: a worker waits for the next */
+    int nth;
+    atomic_int busy;
+    atomic_uint round; /* counts jobs: a worker waits for the next */
     job_fn *job;    /* NULL: end */
     model *model;
     worker *workers; /* nth - 1: the caller is thread 0 */
@@ -70,10 +72,20 @@ void *allocate(size_t bytes) {
 
 /* ---- threads ---- */
 
+/* A step has some twenty short jobs, and sleeping costs more than most of them: look a while before. */
+enum { LOOKS = 4000 };
+
+static void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 static void *worker_main(void *argument) {
     worker *w = argument;
     pool *p = w->pool;
     for (unsigned seen = 0;;) {
+        for (int i = 0; i < LOOKS && p->round == seen; i++) pause_cpu();
         pthread_mutex_lock(&p->lock);
         while (p->round == seen) pthread_cond_wait(&p->start, &p->lock);
         seen = p->round;
@@ -101,6 +113,7 @@ static void run(model *m, job_fn *job) {
     if (p->nth > 1) pool_post(p, job);
     job(m, 0, p->nth);
     if (p->nth > 1) {
+        for (int i = 0; i < LOOKS && p->busy > 0; i++) pause_cpu();
         pthread_mutex_lock(&p->lock);
         while (p->busy > 0) pthread_cond_wait(&p->done, &p->lock);
         pthread_mutex_unlock(&p->lock);

@@ -26,10 +26,10 @@ static void cell(int width, const char *format, double x, const char *none) {
 }
 
 void print_header(void) {
-    printf("%-26s %8s %17s %17s | %17s | %17s | %6s | %17s | %13s | %7s\n", "", "loss", "loss - exact", "same, from 1024",
-           "bits read", "same, from 1024", "of", "certificate", "rms error /", "tokens");
-    printf("%-26s %8s %17s %17s | %17s | %17s | %6s | %17s | %13s | %7s\n", "KV scheme", "nats", "x1e-4", "x1e-4",
-           "K     V  both", "K     V  both", "fp16", "largest  / ampl.", "estimate, p99", "/s");
+    printf("%-26s %8s %17s %17s | %17s | %17s | %6s | %17s | %13s | %7s\n", "", "loss", "loss - exact",
+           "same, from 1024", "bits read", "same, from 1024", "of", "certificate", "rms error /", "tokens");
+    printf("%-26s %8s %17s %17s | %17s | %17s | %6s | %17s | %13s | %7s\n", "KV scheme", "nats", "1e-4 nats",
+           "1e-4 nats", "K     V  both", "K     V  both", "fp16", "largest  / ampl.", "estimate, p99", "/s");
 }
 
 static void difference(double x, double se) {
@@ -41,7 +41,7 @@ static void difference(double x, double se) {
 void print_row(const result *r) {
     char name[48];
     label(r, name, sizeof name);
-    printf("%-26s %8.5f", name, r->loss);
+    printf("%-26s %8.6f", name, r->loss);
     difference(r->loss_delta, r->se);
     difference(r->loss_delta_from_1024, r->se_from_1024);
     printf(" |");
@@ -127,9 +127,9 @@ void write_json(const char *path, const result *rows, int n) {
 
 /* ---- plot: loss difference over bits read, positions 1024 and up ---- */
 
-enum { WIDTH = 760, HEIGHT = 440, LEFT = 90, RIGHT = 20, TOP = 50, BOTTOM = 60 };
+enum { WIDTH = 760, HEIGHT = 440, LEFT = 90, RIGHT = 20, TOP = 50, BOTTOM = 60, MOST_BITS = 18 };
 
-static double x_of(double bits) { return LEFT + bits / 16 * (WIDTH - LEFT - RIGHT); }
+static double x_of(double bits) { return LEFT + bits / MOST_BITS * (WIDTH - LEFT - RIGHT); }
 
 static double y_of(double value, double low, double high) {
     return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM);
@@ -139,7 +139,7 @@ void write_svg(const char *path, const result *rows, int n) {
     /* The range of all error bars, and the ticks' distance: 1, 2 or 5 times a power of ten. */
     double low = 0, high = 0;
     for (int i = 0; i < n; i++) {
-        if (!isfinite(rows[i].loss_delta_from_1024) || rows[i].bits_from_1024 > 16) continue;
+        if (!isfinite(rows[i].loss_delta_from_1024) || rows[i].bits_from_1024 > MOST_BITS) continue;
         low = fmin(low, rows[i].loss_delta_from_1024 - rows[i].se_from_1024);
         high = fmax(high, rows[i].loss_delta_from_1024 + rows[i].se_from_1024);
     }
@@ -152,27 +152,32 @@ void write_svg(const char *path, const result *rows, int n) {
 
     FILE *f = create(path);
     fprintf(f,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" font-size=\"13\">\n"
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"sans-serif\""
+            " font-size=\"13\">\n"
             "<rect width=\"%d\" height=\"%d\" fill=\"#fff\"/>\n"
-            "<text x=\"%d\" y=\"26\" font-size=\"16\">tinylm: loss against exact attention, positions 1024 to 2047</text>\n",
+            "<text x=\"%d\" y=\"26\" font-size=\"16\">"
+            "tinylm: loss against exact attention, from position 1024</text>\n",
             WIDTH, HEIGHT, WIDTH, HEIGHT, LEFT);
     for (long k = lround(low / step); k <= lround(high / step); k++) {
         const double value = (double)k * step, y = y_of(value, low, high);
         fprintf(f, "<path d=\"M%d %.1fH%d\" stroke=\"%s\"/>", LEFT, y, WIDTH - RIGHT, k == 0 ? "#444" : "#ddd");
         fprintf(f, "<text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n", LEFT - 8, y + 4, k == 0 ? 0 : value);
     }
-    for (int bits = 0; bits <= 16; bits += 2) {
+    for (int bits = 0; bits <= MOST_BITS; bits += 2) {
         fprintf(f, "<path d=\"M%.1f %dv5\" stroke=\"#444\"/>", x_of(bits), HEIGHT - BOTTOM);
-        fprintf(f, "<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%d</text>\n", x_of(bits), HEIGHT - BOTTOM + 20, bits);
+        fprintf(f, "<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%d</text>\n", x_of(bits),
+                HEIGHT - BOTTOM + 20, bits);
     }
     fprintf(f, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">bits read per element of K and V</text>\n",
             (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 18);
-    fprintf(f, "<text transform=\"translate(22 %d) rotate(-90)\" text-anchor=\"middle\">difference, nats per byte (bars: one standard error)</text>\n",
+    fprintf(f,
+            "<text transform=\"translate(22 %d) rotate(-90)\" text-anchor=\"middle\">"
+            "difference, nats per byte (bars: one standard error)</text>\n",
             (TOP + HEIGHT - BOTTOM) / 2);
 
     for (int i = 0; i < n; i++) {
         const result *r = &rows[i];
-        if (!isfinite(r->loss_delta_from_1024) || r->bits_from_1024 > 16) continue;
+        if (!isfinite(r->loss_delta_from_1024) || r->bits_from_1024 > MOST_BITS) continue;
         char name[48];
         label(r, name, sizeof name);
         const double x = x_of(r->bits_from_1024), y = y_of(r->loss_delta_from_1024, low, high);
@@ -181,8 +186,8 @@ void write_svg(const char *path, const result *rows, int n) {
         fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" stroke-width=\"1.5\"/>", x, top, 2 * y - top, colour);
         fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>", x, y, colour);
         /* Labels stand upright above the bars, so that neighbours do not collide. */
-        fprintf(f, "<text transform=\"translate(%.1f %.1f) rotate(-55)\" font-size=\"11\" fill=\"%s\">%s</text>\n", x + 4,
-                top - 6, colour, name);
+        fprintf(f, "<text transform=\"translate(%.1f %.1f) rotate(-55)\" font-size=\"11\" fill=\"%s\">%s</text>\n",
+                x + 4, top - 6, colour, name);
     }
     fprintf(f, "</svg>\n");
     finish(f, path);
