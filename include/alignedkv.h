@@ -1,6 +1,46 @@
-/* libalignedkv: an LLM's KV cache as precision-aligned digit planes, and decode attention that reads only the digits
- * that matter, with a certified error bound.
- * Generated from src/capi by bindings/gen: do not edit. MIT OR Apache-2.0.
+/* alignedkv.h: the C interface of libalignedkv, which keeps an LLM's KV cache as precision-aligned digit planes. Decode
+ * attention reads only the digits that matter, and says how far off its result can be. MIT OR Apache-2.0.
+ *
+ * OBJECTS, in the order in which they are made; they are destroyed in the reverse one:
+ *
+ *   akv_context    a backend, its threads and its allocator    akv_context_create
+ *   akv_cache      the KV rows of all sequences and layers     akv_cache_create
+ *   akv_sequence   one row of tokens (an id, not a pointer)    akv_sequence_create, _fork, _truncate, _destroy
+ *   akv_batch      one model step after another                akv_batch_create
+ *
+ * A STEP, with prefill and decode mixed as you like:
+ *
+ *   akv_batch_begin(batch, &step, NULL);                       takes memory for all layers, or fails as a whole
+ *   for (layer = 0; layer < n_layers; layer++) {
+ *       akv_quantize_kv(batch, layer, &key, &value, NULL);     appends the new tokens' rows, K after RoPE
+ *       akv_aligned_attention(batch, layer, &attention);       sees them and all older ones
+ *   }
+ *   akv_batch_commit(batch);                                   or akv_batch_abort: as if it had not begun
+ *
+ * CONVENTIONS
+ *   Zero is the default: zero a descriptor, set struct_size to its sizeof, then what you need. Strides are in bytes.
+ *   Calls return AKV_OK or a negative code; akv_last_error has the text: argument, value, what was expected. A call
+ *   that fails has changed nothing, and outputs are written on success only (akv_aligned_attention says when not).
+ *   Ownership: you destroy what you create. What you pass is copied or used during the call, never kept, apart from
+ *   the context's functions. Handles are not addresses: NULL, a destroyed one or another object's is AKV_E_HANDLE.
+ *   Threads: different objects know nothing of each other; each object says what may run at once. Nothing waits for
+ *   another call: what would have to is AKV_E_BUSY, has done nothing, and can be tried again when that call is over.
+ *   No thread is started unless akv_context_desc.n_threads asks for it; your own can share the work (akv_threads).
+ *
+ * NUMBERS
+ *   Rows are stored as 16-bit codes under shared scales (K: per channel of a tile of 128 tokens; V: per token), cut
+ *   into 4 hex digits, the planes. With 1, 2, 3, 4 planes a value is known to 9e-2, 6e-3, 4e-4, 3e-5 of the largest
+ *   magnitude that its scale must hold. Let p be a token's softmax weight and A = sum of p * max|v| over the n tokens
+ *   that a query row sees. Every token reads the fewest planes of K and V that keep its part of the output's error
+ *   within tolerance * A / sqrt(2n) (AKV_EXPECTED) or tolerance * A / (2n) (AKV_GUARANTEED). The certificate, `bound`,
+ *   then adds up what was left out: with ds bounding the error of a score, dv that of a value and
+ *   u = log(sum of p * exp(ds)), no channel is off by more than sum of p * (expm1(ds + u) * (max|v| + max|out|) + dv).
+ *
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): CUDA; AKV_SLOTS and AKV_ATTACHED with their
+ *   masks; logit_softcap, ALiBi, sink logits, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR;
+ *   removing and shifting tokens; export and import.
+ *
+ * Generated from src/capi by bindings/gen: do not edit.
  */
 
 #ifndef ALIGNEDKV_H
@@ -9,117 +49,117 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Version of the binary interface
+#define AKV_ABI_VERSION 1  // Goes into `akv_context_desc.abi_version`; `akv_abi_version()` tells what the loaded
+                           // library speaks.
 
-// Version of the binary interface. Pass it in `akv_context_desc.abi_version`; `akv_abi_version()` tells what the
-// library that was loaded speaks.
-#define AKV_ABI_VERSION 1
+// Result of a call: `AKV_OK` (0) or a negative code. The list only ever grows at its end.
+typedef int32_t akv_status;
 
-// Element types of rows: IEEE binary32.
-#define AKV_F32 0
+// Status codes
+#define AKV_OK            0      // Done.
+#define AKV_E_ARGUMENT    (-1)   // An argument breaks a documented rule; `akv_last_error` names it.
+#define AKV_E_UNSUPPORTED (-2)   // Valid, but not built yet, or not on this machine.
+#define AKV_E_MEMORY      (-3)   // The allocator returned NULL.
+#define AKV_E_CAPACITY    (-4)   // A limit that the caller set is reached: `max_bytes`, `max_sequences`, the bounds of
+                                 // a batch.
+#define AKV_E_HANDLE      (-5)   // A handle or sequence id that is dead, or belongs to another object, or to another
+                                 // copy of the library.
+#define AKV_E_NONFINITE   (-6)   // NaN or infinity in K, V or q.
+#define AKV_E_RANGE       (-7)   // A finite value that the format cannot hold (magnitude above about 3e10), or that an
+                                 // output's dtype cannot.
+#define AKV_E_BUSY        (-8)   // In use in a way that excludes this call: nothing waited, nothing changed, try again
+                                 // later.
+#define AKV_E_CORRUPT     (-9)   // Imported bytes are damaged.
+#define AKV_E_VERSION     (-10)  // A struct or file of another version: wrong `abi_version`, or bytes set beyond the
+                                 // struct that this version knows.
+#define AKV_E_DEVICE      (-11)  // The device or its driver failed.
+#define AKV_E_INTERNAL    (-12)  // A bug in the library (a panic was stopped at the boundary); the objects of the call
+                                 // should be destroyed.
 
-// IEEE binary16.
-#define AKV_F16 1
+// Element types of rows
+#define AKV_F32  0  // IEEE binary32.
+#define AKV_F16  1  // IEEE binary16.
+#define AKV_BF16 2  // bfloat16, the upper half of a binary32.
 
-// bfloat16, the upper half of a binary32.
-#define AKV_BF16 2
+// Backends: akv_context_desc.backend (0 = AKV_CPU), akv_stats.backend
+#define AKV_CPU  1  // The CPU.
+#define AKV_CUDA 2  // CUDA devices. Not built yet: AKV_E_UNSUPPORTED.
 
-// Backends (`akv_context_desc.backend`, `akv_stats.backend`): the CPU; also what 0 stands for.
-#define AKV_CPU 1
+// Instruction sets: akv_context_desc.isa (0 = the best of this machine), akv_stats.isa
+#define AKV_ISA_SCALAR 1  // Portable code.
+#define AKV_ISA_AVX2   2  // x86-64 with AVX2.
+#define AKV_ISA_AVX512 3  // x86-64 with AVX-512 F, BW, VL and VNNI.
 
-// CUDA devices. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_CUDA 2
+// Ways that attention can take: akv_stats.path and akv_supports (sums)
+#define AKV_PATH_PROGRESSIVE 1  // Plane 0 of all keys first, then only the digits that matter.
+#define AKV_PATH_DENSE       2  // Every stored digit of every row: exact mode, long prefills, the raw format.
+#define AKV_PATH_PUBLISHED   4  // The criterion of the published AlignedKV scheme.
 
-// Instruction sets (`akv_context_desc.isa`, `akv_stats.isa`): portable code. 0 in a descriptor picks the best here.
-#define AKV_ISA_SCALAR 1
+// Storage formats: akv_cache_desc.format
+#define AKV_FORMAT_ALIGNED   0  // Precision-aligned digit planes under shared scales.
+#define AKV_FORMAT_PUBLISHED 1  // AlignedKV as published (arXiv 2409.16546): f16 cut into 8 | 4 | 4 bits, lossless; for
+                                // comparison. K and V must be AKV_F16; its criterion takes no tolerance and gives no
+                                // certificate.
+#define AKV_FORMAT_RAW       2  // Rows as given, attended in f32: the exact baseline.
 
-// x86-64 with AVX2.
-#define AKV_ISA_AVX2 2
+// Placements: akv_cache_desc.placement
+#define AKV_APPEND   0  // The library appends rows to sequences.
+#define AKV_SLOTS    1  // The engine's cells are the truth: rows are written to any cell. Not built yet:
+                        // AKV_E_UNSUPPORTED.
+#define AKV_ATTACHED 2  // The engine keeps its own rows, the library an index beside them. Not built yet:
+                        // AKV_E_UNSUPPORTED.
 
-// x86-64 with AVX-512 F, BW, VL and VNNI.
-#define AKV_ISA_AVX512 3
+// Modes: akv_attention_desc.mode
+#define AKV_EXPECTED   0  // Errors of tokens add as if independent: the rms error of a channel stays near tolerance *
+                          // A.
+#define AKV_GUARANTEED 1  // Error bounds add: `bound` itself stays within tolerance * A, as far as the stored planes
+                          // can (below about 3e-2 the rounding of 16 bits shows, and `bound` says so).
+#define AKV_EXACT      2  // All stored digits are read.
 
-// Ways that attention can take (`akv_stats.path`, a sum of those that ran): plane 0 of all keys first, then only the
-// digits that matter.
-#define AKV_PATH_PROGRESSIVE 1
+// Visibility: akv_attention_desc.visibility
+#define AKV_CAUSAL 0  // A query row sees tokens at its own position and before.
+#define AKV_FULL   1  // A query row sees all tokens of its sequence.
 
-// Every stored digit of every row: exact mode, long prefills, the raw format.
-#define AKV_PATH_DENSE 2
+// NaN or infinity in K, V or q: akv_cache_desc.nan_policy
+#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE.
+#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_ZERO      2  // It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
 
-// The criterion of the published AlignedKV scheme.
-#define AKV_PATH_PUBLISHED 4
+// RoPE pairings: akv_rope.pairing
+#define AKV_ROPE_INTERLEAVED 0  // Channels 2i and 2i + 1 turn together.
+#define AKV_ROPE_HALVES      1  // Channels i and i + n_dims / 2 turn together.
 
-// Storage formats (`akv_cache_desc.format`): precision-aligned digit planes under shared scales.
-#define AKV_FORMAT_ALIGNED 0
+// For akv_cache_desc.exact_head and exact_tail
+#define AKV_NONE UINT32_MAX  // None at all (0 means the default).
 
-// AlignedKV as published (arXiv 2409.16546): f16 cut into 8 | 4 | 4 bits, lossless; for comparison. f16 rows only.
-#define AKV_FORMAT_PUBLISHED 1
+// Log levels: akv_log_fn
+#define AKV_LOG_WARN 1  // Something the caller should know of.
+#define AKV_LOG_INFO 2  // What runs and where.
 
-// Rows as given, attended in f32: the exact baseline.
-#define AKV_FORMAT_RAW 2
+// A backend, its threads and its allocator. Everything else is made from one. May be used by any number of threads at
+// once.
+typedef struct akv_context akv_context;
 
-// Placements (`akv_cache_desc.placement`): the library appends rows to sequences.
-#define AKV_APPEND 0
-
-// The engine's cells are the truth: rows are written to any cell. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_SLOTS 1
-
-// The engine keeps its own rows, the library an index beside them. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_ATTACHED 2
-
-// Modes (`akv_attention_desc.mode`): errors of tokens add as if independent; the rms error per channel stays near
-// `tolerance`.
-#define AKV_EXPECTED 0
-
-// Error bounds add: `bound` itself meets the tolerance, as far as the stored planes can (16 bits: to about 3e-2).
-#define AKV_GUARANTEED 1
-
-// All stored digits are read.
-#define AKV_EXACT 2
-
-// Visibility (`akv_attention_desc.visibility`): a query row sees tokens at its own position and before.
-#define AKV_CAUSAL 0
-
-// A query row sees all tokens of its sequence.
-#define AKV_FULL 1
-
-// What NaN or infinity in K, V or q does (`akv_cache_desc.nan_policy`): the call fails with AKV_E_NONFINITE.
-#define AKV_NAN_ERROR 0
-
-// It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_NAN_PROPAGATE 1
-
-// It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_NAN_ZERO 2
-
-// RoPE pairings (`akv_rope.pairing`): channels 2i and 2i + 1 turn together.
-#define AKV_ROPE_INTERLEAVED 0
-
-// Channels i and i + n_dims / 2 turn together.
-#define AKV_ROPE_HALVES 1
-
-// For `exact_head` and `exact_tail`, where 0 means the default: none at all.
-#define AKV_NONE UINT32_MAX
-
-// Log levels: something the caller should know of.
-#define AKV_LOG_WARN 1
-
-// What runs and where.
-#define AKV_LOG_INFO 2
-
-// The sequences of one model step.
-typedef struct akv_batch akv_batch;
-
-// The KV rows of all sequences, for all layers of a model (or one, if the engine keeps one cache per layer).
+// The KV rows of all sequences, for all layers of a model (or one, if the engine keeps one cache per layer). Calls on
+// different sequences may run at once; a sequence is read by any number of calls at once or written by one.
 typedef struct akv_cache akv_cache;
 
-// A backend, its threads and its allocator. Everything else is made from one.
-typedef struct akv_context akv_context;
+// One model step at a time. Many calls may work on a step at once; it begins and ends while none does.
+typedef struct akv_batch akv_batch;
 
 // Who sees which cell, prepared once per graph (AKV_SLOTS and AKV_ATTACHED).
 typedef struct akv_mask akv_mask;
 
-// Result of a call: `AKV_OK` (0) or a negative code. The list only ever grows at its end.
-typedef int32_t akv_status;
+// A sequence of a cache: index and generation, so that a stale id is noticed. 0 is never one. An id means nothing to
+// another cache.
+typedef uint64_t akv_sequence;
+
+// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+typedef int (*akv_write_fn)(void *user, const void *bytes, size_t n);
+
+// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+typedef int (*akv_read_fn)(void *user, void *bytes, size_t n);
 
 // Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
 // `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
@@ -128,29 +168,34 @@ typedef void *(*akv_alloc_fn)(void *user, size_t bytes, size_t align, int32_t ba
 // Takes back what `akv_alloc_fn` gave, with the same `bytes`.
 typedef void (*akv_dealloc_fn)(void *user, void *p, size_t bytes, int32_t backend, void *stream);
 
-// Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the library.
+// Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the
+// library.
 typedef void (*akv_log_fn)(void *user, int32_t level, const char *text);
+
+// Returns when all `nth` threads of a call have entered it. No callback may throw or longjmp.
+typedef void (*akv_barrier_fn)(void *user);
 
 // What a context is made of. Zeroed apart from `struct_size` and `abi_version`: CPU backend, best instruction set, no
 // threads, malloc, no log.
-typedef struct {
+typedef struct akv_context_desc {
     // sizeof(akv_context_desc).
     uint32_t struct_size;
     // AKV_ABI_VERSION.
     uint32_t abi_version;
     // AKV_CPU or AKV_CUDA; 0 = AKV_CPU. The environment variable AKV_BACKEND (cpu, cuda) overrides it, for tests.
     int32_t backend;
-    // CUDA device ordinal.
+    // CUDA device ordinal; not used by AKV_CPU.
     int32_t device;
     // AKV_ISA_*; 0 = the best of this machine. The environment variable AKV_ISA (scalar, avx2, avx512) overrides it,
     // for tests. One that this machine lacks is AKV_E_UNSUPPORTED, never replaced in silence.
     int32_t isa;
     // Threads that attention may use, the calling one included: 0 and 1 start none, n > 1 starts n - 1 workers that
-    // live as long as the context. They serve calls without `akv_threads`, one call at a time.
+    // live as long as the context. They serve calls without `akv_threads`, one call at a time. At most 1024.
     int32_t n_threads;
-    // CUcontext to use; NULL = the device's primary one.
+    // CUcontext to use; NULL = the device's primary one. Not used by AKV_CPU.
     void *cuda_context;
-    // Allocator of everything large (pages, kept rows, workspaces); NULL = the library's own. Both or neither.
+    // Allocator of everything large (pages, kept rows, workspaces); NULL = the library's own. Both or neither. Must
+    // work for as long as the context lives.
     akv_alloc_fn alloc;
     // Its counterpart.
     akv_dealloc_fn dealloc;
@@ -162,14 +207,12 @@ typedef struct {
     void *log_user;
 } akv_context_desc;
 
-// A sequence of a cache: index and generation, so that a stale id is noticed. 0 is never one.
-typedef uint64_t akv_sequence;
-
 // Shape of one layer's attention. An array element: fixed size.
-typedef struct {
-    // Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of up to 64.
+typedef struct akv_layer_desc {
+    // Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
+    // up to 64.
     int32_t n_q_heads;
-    // KV heads.
+    // KV heads, 1 to 4096.
     int32_t n_kv_heads;
     // Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
     int32_t dim_k;
@@ -179,7 +222,8 @@ typedef struct {
     int32_t dtype_k;
     // The same of V.
     int32_t dtype_v;
-    // Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory.
+    // Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory. Formats
+    // other than AKV_FORMAT_ALIGNED keep all: 0 or 4.
     int32_t planes_k;
     // The same of V.
     int32_t planes_v;
@@ -194,7 +238,7 @@ typedef struct {
 } akv_layer_desc;
 
 // What a cache is made of.
-typedef struct {
+typedef struct akv_cache_desc {
     // sizeof(akv_cache_desc).
     uint32_t struct_size;
     // 0.
@@ -208,7 +252,7 @@ typedef struct {
     // Number of elements of `layers`, 1 to 4096.
     int32_t n_layers;
     // The layers; copied.
-    const akv_layer_desc *layers;
+    const struct akv_layer_desc *layers;
     // Most sequences alive at once; 0 = 65536.
     uint32_t max_sequences;
     // First tokens of every sequence whose rows are kept as given and attended exactly, since attention sinks would
@@ -221,18 +265,42 @@ typedef struct {
     uint32_t reserved;
     // Cells of AKV_SLOTS and AKV_ATTACHED.
     uint64_t n_slots;
-    // Most bytes the cache may take from the allocator, page tables and staging included; 0 = no limit.
+    // Most bytes the cache may take, page tables, staging and workspaces included; 0 = no limit.
     uint64_t max_bytes;
 } akv_cache_desc;
 
+// What a cache holds at the moment.
+typedef struct akv_usage {
+    // sizeof(akv_usage), set by the caller.
+    uint32_t struct_size;
+    // Sequences alive.
+    uint32_t n_sequences;
+    // Bytes taken, from the allocator and for tables; what `max_bytes` limits.
+    uint64_t bytes_reserved;
+    // Of these: in use by sequences and batches (the rest waits for reuse).
+    uint64_t bytes_used;
+    // Of these: rows kept as given (exact head, open tiles, exact tail).
+    uint64_t bytes_kept;
+    // Pages in use; a page is 128 tokens of one layer.
+    uint64_t pages_used;
+    // Pages waiting for reuse.
+    uint64_t pages_free;
+    // Pages that more than one sequence holds (counted once).
+    uint64_t pages_shared;
+    // Committed tokens of all sequences, shared ones counted for each.
+    uint64_t tokens;
+} akv_usage;
+
 // A three-dimensional array `[row][head][dim]` in the caller's memory, `dim` contiguous. What it must hold is said by
 // the call that takes it. Never kept beyond the call.
-typedef struct {
-    // Row 0, head 0; aligned to the element size. Only read where it is an input.
+typedef struct akv_rows {
+    // Row 0, head 0; aligned to the element size. Only read where it is an input. May be NULL if there are no rows.
     void *data;
-    // Bytes from a row to the next; a multiple of the element size; 0 = rows are contiguous.
+    // Bytes from a row to the next: a multiple of the element size, at least dim elements, never negative. Rows may
+    // lie inside heads (stride_row < stride_head) or heads inside rows, but not over each other. 0 = all heads of a
+    // row, then the next row.
     int64_t stride_row;
-    // Bytes from a head to the next; a multiple of the element size; 0 = heads are contiguous (dim elements).
+    // Bytes from a head to the next, likewise. 0 = dim elements.
     int64_t stride_head;
     // AKV_F32, AKV_F16 or AKV_BF16.
     int32_t dtype;
@@ -240,8 +308,68 @@ typedef struct {
     int32_t reserved;
 } akv_rows;
 
-// What an attention call read and how. Written on success only, over what was there.
-typedef struct {
+// Rotary position embedding of a layer, for `akv_sequence_shift`.
+typedef struct akv_rope {
+    // AKV_ROPE_INTERLEAVED or AKV_ROPE_HALVES.
+    int32_t pairing;
+    // Channels that turn: even, at most dim_k.
+    int32_t n_dims;
+    // First of them.
+    int32_t first_dim;
+    // 0.
+    int32_t reserved;
+    // `[n_dims / 2]` radians per position, any scaling folded in.
+    const float *inv_freq;
+} akv_rope;
+
+// One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
+typedef struct akv_batch_desc {
+    // sizeof(akv_batch_desc).
+    uint32_t struct_size;
+    // Sequences of this step; 0 in akv_batch_create.
+    uint32_t n_sequences;
+    // `[n_sequences]`, each at most once.
+    const akv_sequence *sequences;
+    // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
+    const int32_t *n_new;
+    // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
+    // decode may mix.
+    const int32_t *n_q;
+    // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
+    // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
+    const int64_t *positions;
+    // Bound of n_sequences; 0 in akv_batch_begin, and 0 in akv_batch_create = no bound.
+    int32_t max_sequences;
+    // Bound of the sum of n_q; likewise.
+    int32_t max_q;
+    // Bound of a sequence's tokens after the step; likewise. At most 2^31 - 1.
+    int64_t max_kv;
+    // Bound of akv_threads.nth, at most 1024; 0 in akv_batch_begin, and 0 in akv_batch_create = the context's
+    // n_threads (at least 1).
+    int32_t max_threads;
+    // 0.
+    int32_t reserved;
+} akv_batch_desc;
+
+// The caller's own threads: `nth` of them make the same call with the same descriptor, each with its own `ith`, and
+// together do its work, in memory (`workspace`) that the caller gives. Every one returns the same status; when one
+// returns, others may still be at work: outputs are complete when all have. The bits of the result do not depend on
+// nth.
+typedef struct akv_threads {
+    // Index of this thread, 0 to nth - 1.
+    int32_t ith;
+    // Number of threads.
+    int32_t nth;
+    // Barrier over all nth threads; may be NULL if nth is 1. If the arguments pass validation, which is the same in
+    // all threads, each of them enters it the same number of times, also when the call then fails.
+    akv_barrier_fn barrier;
+    // Passed to it.
+    void *user;
+} akv_threads;
+
+// What an attention call read and how: numbers of this call, not sums over calls. Written on success only (with
+// `akv_threads` by the thread with ith 0).
+typedef struct akv_stats {
     // Bytes of K read: digits, scale bytes and exact rows. A query row reads a KV head once for its whole GQA group;
     // further query rows read it again.
     uint64_t bytes_k;
@@ -269,39 +397,24 @@ typedef struct {
     int32_t reserved;
 } akv_stats;
 
-// Returns when all `nth` threads of a call have entered it.
-typedef void (*akv_barrier_fn)(void *user);
-
-// The caller's own threads: `nth` of them make the same call with the same descriptor, each with its own `ith`, and
-// together do its work. Every one returns the same status. The bits of the result do not depend on nth.
-typedef struct {
-    // Index of this thread, 0 to nth - 1.
-    int32_t ith;
-    // Number of threads.
-    int32_t nth;
-    // Barrier over all nth threads; may be NULL if nth is 1. If the arguments pass validation, which is the same in
-    // all threads, each of them enters it the same number of times, also when the call then fails.
-    akv_barrier_fn barrier;
-    // Passed to it.
-    void *user;
-} akv_threads;
-
 // An attention call. Zeroed apart from `struct_size`, `q` and `out`: softmax of scaled dot products, causal, default
 // tolerance.
-typedef struct {
+typedef struct akv_attention_desc {
     // sizeof(akv_attention_desc).
     uint32_t struct_size;
     // 0.
     uint32_t flags;
     // Queries `[sum of n_q][n_q_heads][dim_k]`, sequence by sequence, after RoPE.
-    akv_rows q;
-    // Where the outputs `[sum of n_q][n_q_heads][dim_v]` go. Must not overlap q. A row that sees nothing gets zeros.
-    akv_rows out;
-    // Factor of the dot products; 0 = 1 / sqrt(dim_k).
+    struct akv_rows q;
+    // Where the outputs `[sum of n_q][n_q_heads][dim_v]` go, in any dtype. A row that sees nothing gets zeros (and an
+    // lse of -inf). Outputs overlap neither each other nor q.
+    struct akv_rows out;
+    // Factor of the dot products, score = scale * (q . k); 0 = 1 / sqrt(dim_k).
     float scale;
     // Cap c of the scores, c * tanh(score / c); 0 = none (the only one built).
     float logit_softcap;
-    // Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT.
+    // Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT, on the dense path
+    // and by AKV_FORMAT_PUBLISHED.
     float tolerance;
     // AKV_EXPECTED, AKV_GUARANTEED or AKV_EXACT.
     int32_t mode;
@@ -314,10 +427,11 @@ typedef struct {
     // `[n_q_heads]`; NULL = none (the only one built).
     const float *sink_logits;
     // For akv_slots_attention; replaces visibility and window.
-    const akv_mask *mask;
-    // `[sum of n_q]`: row r sees only tokens (by index, not position) from kv_from[r] on; NULL = 0.
+    const struct akv_mask *mask;
+    // `[sum of n_q]`: of what it would see, row r sees only tokens (by index, not position) from kv_from[r] on; NULL =
+    // 0 for all. What several calls see of parts of a context, akv_merge_states puts together.
     const int64_t *kv_from;
-    // `[sum of n_q]`: and below kv_to[r]; NULL = all.
+    // `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     const int64_t *kv_to;
     // `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
     const uint64_t *tree;
@@ -334,143 +448,40 @@ typedef struct {
     float *estimate;
     // A = sum over tokens of p * max|v|: what tolerance is relative to.
     float *amplitude;
-    // NULL, or where statistics go: host memory, or device memory under CUDA.
-    akv_stats *stats;
+    // NULL, or where this call's statistics go: host memory, or device memory under CUDA.
+    struct akv_stats *stats;
     // NULL = this thread alone, or the context's threads.
-    const akv_threads *threads;
-    // NULL, or scratch memory of akv_batch_workspace's size and alignment, for this call alone. Required for nth > 1;
-    // otherwise the batch keeps its own.
+    const struct akv_threads *threads;
+    // NULL, or scratch memory of akv_batch_workspace's size and alignment (64), for this call alone; with nth > 1 it
+    // is required, and the same for all threads of the call. Without one the batch keeps its own, as many as calls run
+    // at once.
     void *workspace;
-    // Its size.
+    // Its size in bytes.
     size_t workspace_bytes;
     // CUstream; NULL on the CPU.
     void *stream;
 } akv_attention_desc;
 
-// What a cache holds at the moment.
-typedef struct {
-    // sizeof(akv_usage), set by the caller.
-    uint32_t struct_size;
-    // Sequences alive.
-    uint32_t n_sequences;
-    // Bytes taken from the allocator; what `max_bytes` limits.
-    uint64_t bytes_reserved;
-    // Of these: in use by sequences and batches (the rest waits for reuse).
-    uint64_t bytes_used;
-    // Of these: rows kept as given (exact head, open tiles, exact tail).
-    uint64_t bytes_kept;
-    // Pages in use; a page is 128 tokens of one layer.
-    uint64_t pages_used;
-    // Pages waiting for reuse.
-    uint64_t pages_free;
-    // Pages that more than one sequence holds (counted once).
-    uint64_t pages_shared;
-    // Committed tokens of all sequences, shared ones counted for each.
-    uint64_t tokens;
-} akv_usage;
-
-// Rotary position embedding of a layer, for `akv_sequence_shift`.
-typedef struct {
-    // AKV_ROPE_INTERLEAVED or AKV_ROPE_HALVES.
-    int32_t pairing;
-    // Channels that turn: even, at most dim_k.
-    int32_t n_dims;
-    // First of them.
-    int32_t first_dim;
-    // 0.
-    int32_t reserved;
-    // `[n_dims / 2]` radians per position, any scaling folded in.
-    const float *inv_freq;
-} akv_rope;
-
-// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
-typedef int (*akv_write_fn)(void *user, const void *bytes, size_t n);
-
-// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
-typedef int (*akv_read_fn)(void *user, void *bytes, size_t n);
-
-// One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
-typedef struct {
-    // sizeof(akv_batch_desc).
-    uint32_t struct_size;
-    // Sequences of this step; 0 in akv_batch_create.
-    uint32_t n_sequences;
-    // `[n_sequences]`, each at most once.
-    const akv_sequence *sequences;
-    // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = none.
-    const int32_t *n_new;
-    // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    // decode may mix.
-    const int32_t *n_q;
-    // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
-    // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
-    const int64_t *positions;
-    // Bound of n_sequences; 0 in akv_batch_begin, and 0 in akv_batch_create = no bound.
-    int32_t max_sequences;
-    // Bound of the sum of n_q; likewise.
-    int32_t max_q;
-    // Bound of a sequence's tokens after the step; likewise.
-    int64_t max_kv;
-    // Bound of akv_threads.nth; 0 = 1, or the context's n_threads if that is larger.
-    int32_t max_threads;
-    // 0.
-    int32_t reserved;
-} akv_batch_desc;
-
 // Partial attention over a part of the context, as attention writes it: `out` is `[rows][heads][dim]`, the others
-// `[rows][heads]`, all f32 and contiguous.
-typedef struct {
+// `[rows][heads]`, all f32 and contiguous. `out` and `lse` are needed.
+typedef struct akv_state {
+    // As akv_attention_desc.out, and so are the others.
     float *out;
+    // -inf where nothing was seen.
     float *lse;
-    // The next four may be NULL in an output; NULL in any input makes that output NULL's value, infinity.
+    // The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity (and
+    // `bound` needs the inputs' `lse_bound` too).
     float *bound;
     float *lse_bound;
     float *estimate;
     float *amplitude;
 } akv_state;
 
-// Done.
-#define AKV_OK 0
-
-// An argument breaks a documented rule; `akv_last_error` names it.
-#define AKV_E_ARGUMENT -1
-
-// Valid, but not built yet, or not on this machine.
-#define AKV_E_UNSUPPORTED -2
-
-// The allocator returned NULL.
-#define AKV_E_MEMORY -3
-
-// A limit that the caller set is reached: `max_bytes`, `max_sequences`, the bounds of a batch.
-#define AKV_E_CAPACITY -4
-
-// A handle or sequence id that is dead, or belongs to another object, or to another copy of the library.
-#define AKV_E_HANDLE -5
-
-// NaN or infinity in K, V or q.
-#define AKV_E_NONFINITE -6
-
-// A finite value that the format cannot hold (magnitude above about 3e10), or that f16 output cannot.
-#define AKV_E_RANGE -7
-
-// The object is in use in a way that excludes this call: nothing waited, nothing changed, try later.
-#define AKV_E_BUSY -8
-
-// Imported bytes are damaged.
-#define AKV_E_CORRUPT -9
-
-// A struct, library or file of another version: unknown non-zero tail bytes, wrong `abi_version`.
-#define AKV_E_VERSION -10
-
-// The device or its driver failed.
-#define AKV_E_DEVICE -11
-
-// A bug in the library (a panic was stopped at the boundary); the objects of the call should be destroyed.
-#define AKV_E_INTERNAL -12
-
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif
+
+// ---- Versions, status codes and the text of the last error ----------------------------------------------------------
 
 // The AKV_ABI_VERSION that this library speaks.
 uint32_t akv_abi_version(void);
@@ -486,30 +497,34 @@ const char *akv_status_string(akv_status status);
 // it is empty. `buf` may be NULL if `cap` is 0. It never fails for a small `cap`.
 akv_status akv_last_error(char *buf, size_t cap, size_t *needed);
 
+// ---- Contexts -------------------------------------------------------------------------------------------------------
+
 // Makes a context. `*out` is written on success only.
 //
 // Errors: AKV_E_VERSION (abi_version, unknown tail), AKV_E_ARGUMENT, AKV_E_UNSUPPORTED (backend or ISA that this
 // machine or build lacks), AKV_E_MEMORY.
 //
 // Threads: a context may be used from any number of threads at once.
-akv_status akv_context_create(const akv_context_desc *desc, akv_context **out);
+akv_status akv_context_create(const struct akv_context_desc *desc, struct akv_context **out);
 
 // Destroys a context and joins its threads. AKV_E_BUSY while caches made from it live (nothing happens then). NULL is
 // AKV_E_HANDLE.
-akv_status akv_context_destroy(akv_context *context);
+akv_status akv_context_destroy(struct akv_context *context);
 
 // Returns and clears the sticky fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none,
 // otherwise the fault's status, with the place in `*sequence`, `*layer`, `*row` (each NULL allowed). On the CPU every
 // fault is returned by the call itself, so this is always AKV_OK.
-akv_status akv_poll(akv_context *context, akv_sequence *sequence, int32_t *layer, uint64_t *row);
+akv_status akv_poll(struct akv_context *context, akv_sequence *sequence, int32_t *layer, uint64_t *row);
 
 // Asks whether caches of `cache` can be created here and attended as `attention` says (NULL: with defaults), without
 // making one: AKV_OK, or what the real call would return, with its text. `*path` (NULL allowed) gets the sum of
 // AKV_PATH_* that such calls can take. Pointers inside `attention` are only tested for NULL.
-akv_status akv_supports(const akv_context *context,
-                        const akv_cache_desc *cache,
-                        const akv_attention_desc *attention,
+akv_status akv_supports(const struct akv_context *context,
+                        const struct akv_cache_desc *cache,
+                        const struct akv_attention_desc *attention,
                         int32_t *path);
+
+// ---- Caches ---------------------------------------------------------------------------------------------------------
 
 // Makes a cache. Memory for rows is taken as sequences grow. `*out` is written on success only.
 //
@@ -517,165 +532,203 @@ akv_status akv_supports(const akv_context *context,
 //
 // Threads: calls on different sequences may run at once. A sequence is read by any number of calls at once or written
 // by one; a call that finds it otherwise returns AKV_E_BUSY and changes nothing.
-akv_status akv_cache_create(akv_context *context, const akv_cache_desc *desc, akv_cache **out);
+akv_status akv_cache_create(struct akv_context *context, const struct akv_cache_desc *desc, struct akv_cache **out);
 
-// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it.
-akv_status akv_cache_destroy(akv_cache *cache);
+// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it (nothing
+// happens then).
+akv_status akv_cache_destroy(struct akv_cache *cache);
 
-// Reports what the cache holds. `out->struct_size` must be set.
-akv_status akv_cache_usage(const akv_cache *cache, akv_usage *out);
+// Reports what the cache holds. `out->struct_size` must be set, and the rest zeroed if it is a later version's.
+akv_status akv_cache_usage(const struct akv_cache *cache, struct akv_usage *out);
+
+// ---- Sequences: creation, forks, lengths, reading back --------------------------------------------------------------
 
 // Makes an empty sequence. AKV_E_CAPACITY beyond max_sequences.
-akv_status akv_sequence_create(akv_cache *cache, akv_sequence *out);
+akv_status akv_sequence_create(struct akv_cache *cache, akv_sequence *out);
 
 // Destroys a sequence. Pages that forks share stay with them. AKV_E_BUSY while it is in a begun batch.
-akv_status akv_sequence_destroy(akv_cache *cache, akv_sequence sequence);
+akv_status akv_sequence_destroy(struct akv_cache *cache, akv_sequence sequence);
 
 // Makes a new sequence of the first `n_tokens` tokens of another (-1 = all): whole tiles of 128 tokens are shared by
 // reference, the rest is copied. AKV_E_BUSY while it is in a begun batch.
-akv_status akv_sequence_fork(akv_cache *cache, akv_sequence sequence, int64_t n_tokens, akv_sequence *out);
+akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens, akv_sequence *out);
 
 // Keeps the first `n_tokens` tokens. Taking away at most exact_tail tokens is as if they had never been appended, bit
 // for bit; taking away more reopens the tile that is cut, whose rows are then known as they were stored: no error is
 // added unless later rows outgrow the tile's scales, and what that adds is in every later certificate. AKV_E_BUSY
 // while it is in a begun batch.
-akv_status akv_sequence_truncate(akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
+akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
 // Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_sequence_remove(akv_cache *cache, akv_sequence sequence, int64_t from_position, int64_t to_position);
+akv_status akv_sequence_remove(struct akv_cache *cache,
+                               akv_sequence sequence,
+                               int64_t from_position,
+                               int64_t to_position);
 
 // Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
 // an element per layer. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_sequence_shift(akv_cache *cache,
+akv_status akv_sequence_shift(struct akv_cache *cache,
                               akv_sequence sequence,
                               int64_t from_position,
                               int64_t to_position,
                               int64_t delta,
-                              const akv_rope *rope_per_layer);
+                              const struct akv_rope *rope_per_layer);
 
 // Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
 // committed tokens.
-akv_status akv_sequence_length(const akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
+akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
 // Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_sequence_export(akv_cache *cache, akv_sequence sequence, uint32_t flags, akv_write_fn write, void *user);
+akv_status akv_sequence_export(struct akv_cache *cache,
+                               akv_sequence sequence,
+                               uint32_t flags,
+                               akv_write_fn write,
+                               void *user);
 
 // Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_sequence_import(akv_cache *cache, akv_read_fn read, void *user, akv_sequence *out);
+akv_status akv_sequence_import(struct akv_cache *cache, akv_read_fn read, void *user, akv_sequence *out);
 
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
-// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL.
-akv_status akv_dequantize_kv(akv_cache *cache,
+// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
+// nothing written, if a value is too large for the dtype.
+akv_status akv_dequantize_kv(struct akv_cache *cache,
                              akv_sequence sequence,
                              int32_t layer,
                              int64_t first,
                              int64_t n,
-                             const akv_rows *key,
-                             const akv_rows *value,
+                             const struct akv_rows *key,
+                             const struct akv_rows *value,
                              void *stream);
 
+// ---- Steps: batches, and appending ----------------------------------------------------------------------------------
+
 // Makes a batch: it carries one model step at a time through all layers. `bounds` holds max_sequences, max_q, max_kv,
-// max_threads; the rest is 0 or NULL. `*out` is written on success only.
+// max_threads; the rest is 0 or NULL. Steps beyond the bounds are AKV_E_CAPACITY. `*out` is written on success only.
 //
-// Threads: begin, commit, abort and destroy by one thread at a time; akv_aligned_attention on a begun batch from any
-// number at once, also for different layers; akv_quantize_kv for different layers at once.
-akv_status akv_batch_create(akv_cache *cache, const akv_batch_desc *bounds, akv_batch **out);
+// Threads: begin, commit, abort and destroy are AKV_E_BUSY while other calls use the batch. In between,
+// akv_aligned_attention may run any number of times at once, also for different layers, and akv_quantize_kv for
+// different layers at once.
+akv_status akv_batch_create(struct akv_cache *cache, const struct akv_batch_desc *bounds, struct akv_batch **out);
 
 // Begins a step: reserves the pages that its new tokens need in all layers, all or nothing, and makes the sequences
 // its own. Until commit or abort nothing fails for capacity. A sequence that is in another begun batch is AKV_E_BUSY;
 // one beyond the bounds or max_bytes AKV_E_CAPACITY; a batch that is begun already AKV_E_BUSY. Then, per layer:
 // akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 // capture.
-akv_status akv_batch_begin(akv_batch *batch, const akv_batch_desc *desc, void *stream);
+//
+// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
+// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+akv_status akv_batch_begin(struct akv_batch *batch, const struct akv_batch_desc *desc, void *stream);
 
 // Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
-// for one (the step stays begun).
-akv_status akv_batch_commit(akv_batch *batch);
+// for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
+akv_status akv_batch_commit(struct akv_batch *batch);
 
-// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun.
-akv_status akv_batch_abort(akv_batch *batch);
+// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun; AKV_E_BUSY
+// while calls work on the step.
+akv_status akv_batch_abort(struct akv_batch *batch);
 
-// Size and alignment of the workspace of one attention call, from the bounds alone. AKV_E_ARGUMENT if max_q or max_kv
-// is unbounded.
-akv_status akv_batch_workspace(const akv_batch *batch, size_t *bytes, size_t *align);
+// Size and alignment of the workspace that any attention call within the batch's bounds can do with, in any layer, on
+// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_kv has no bound.
+akv_status akv_batch_workspace(const struct akv_batch *batch, size_t *bytes, size_t *align);
 
-// Destroys a batch; a begun step is aborted.
-akv_status akv_batch_destroy(akv_batch *batch);
+// Destroys a batch; a begun step is aborted. AKV_E_BUSY while calls are in it.
+akv_status akv_batch_destroy(struct akv_batch *batch);
 
 // Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
 // n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-// (a second time is AKV_E_ARGUMENT). All rows are checked first: on error nothing is appended.
+// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
+// is appended, and the call may be made again.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
-akv_status akv_quantize_kv(akv_batch *batch, int32_t layer, const akv_rows *key, const akv_rows *value, void *stream);
+akv_status akv_quantize_kv(struct akv_batch *batch,
+                           int32_t layer,
+                           const struct akv_rows *key,
+                           const struct akv_rows *value,
+                           void *stream);
 
-// Attention of the step's query rows over their sequences' rows in one layer. Queries of up to 8 rows of a sequence
-// take the progressive path: plane 0 of all visible keys is scanned, every token's share of the error decides how many
-// further digits of its K and V are read, and the certificate says how far off the result can be. Longer ones
-// (prefill), AKV_EXACT and AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other rows of the
-// batch, nor on the number of threads.
+// ---- Attention, and merging partial attention -----------------------------------------------------------------------
+
+// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
+// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
+// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
+// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
+// number of threads.
 //
-// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED, AKV_E_BUSY, AKV_E_MEMORY (own workspace). Outputs
-// are undefined after an error that is found during the work, untouched after one found before.
-akv_status akv_aligned_attention(akv_batch *batch, int32_t layer, const akv_attention_desc *desc);
+// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
+// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
+// AKV_E_INTERNAL: they are undefined.
+akv_status akv_aligned_attention(struct akv_batch *batch, int32_t layer, const struct akv_attention_desc *desc);
 
-// Merges `n` partial states over disjoint parts of a context into the state of the whole: outputs by their LSE, bounds
-// rigorously. Empty parts have lse = -inf. `out` may be the same memory as one of `states`. `[rows][heads][dim]`, all
-// f32, host memory on the CPU.
-akv_status akv_merge_states(akv_context *context,
-                            const akv_state *states,
+// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
+// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
+// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+akv_status akv_merge_states(struct akv_context *context,
+                            const struct akv_state *states,
                             int32_t n,
                             int64_t rows,
                             int32_t heads,
                             int32_t dim,
-                            const akv_state *out,
+                            const struct akv_state *out,
                             void *stream);
+
+// ---- Placements where the engine's cells are the truth (AKV_SLOTS, AKV_ATTACHED), and their masks -------------------
 
 // Writes `n` rows of K and V to the cells `slots`; NULL rows = the attached rows already hold the new values. Not
 // built yet: AKV_E_UNSUPPORTED.
-akv_status akv_slots_write(akv_cache *cache,
+akv_status akv_slots_write(struct akv_cache *cache,
                            int32_t layer,
                            const int64_t *slots,
                            int64_t n,
-                           const akv_rows *key,
-                           const akv_rows *value,
+                           const struct akv_rows *key,
+                           const struct akv_rows *value,
                            void *stream);
 
 // Reads cells `first..first + n` back. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_slots_read(akv_cache *cache,
+akv_status akv_slots_read(struct akv_cache *cache,
                           int32_t layer,
                           int64_t first,
                           int64_t n,
-                          const akv_rows *key,
-                          const akv_rows *value,
+                          const struct akv_rows *key,
+                          const struct akv_rows *value,
                           void *stream);
 
 // Forgets cells `first..first + n`. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_slots_invalidate(akv_cache *cache, int32_t layer, int64_t first, int64_t n);
+akv_status akv_slots_invalidate(struct akv_cache *cache, int32_t layer, int64_t first, int64_t n);
 
 // Names the engine's own rows of a layer (AKV_ATTACHED); they must outlive the cache. Not built yet:
 // AKV_E_UNSUPPORTED.
-akv_status akv_attach_rows(akv_cache *cache, int32_t layer, const akv_rows *key, const akv_rows *value);
+akv_status akv_attach_rows(struct akv_cache *cache,
+                           int32_t layer,
+                           const struct akv_rows *key,
+                           const struct akv_rows *value);
 
 // Attention of `n_q` query rows over the first `n_kv` cells, as `desc->mask` says. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_slots_attention(akv_cache *cache,
+akv_status akv_slots_attention(struct akv_cache *cache,
                                int32_t layer,
                                int64_t n_kv,
                                int64_t n_q,
-                               const akv_attention_desc *desc);
+                               const struct akv_attention_desc *desc);
 
 // Makes a mask of up to `max_rows` query rows and `max_kv` cells. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_mask_create(akv_cache *cache, int64_t max_rows, int64_t max_kv, akv_mask **out);
+akv_status akv_mask_create(struct akv_cache *cache, int64_t max_rows, int64_t max_kv, struct akv_mask **out);
 
 // Sets a mask from `[rows][n_kv]` f16, 0 or -inf, or additive; `stride` in bytes. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_mask_set(akv_mask *mask, const void *f16, int64_t rows, int64_t n_kv, int64_t stride, void *stream);
+akv_status akv_mask_set(struct akv_mask *mask,
+                        const void *f16,
+                        int64_t rows,
+                        int64_t n_kv,
+                        int64_t stride,
+                        void *stream);
 
 // Destroys a mask. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_mask_destroy(akv_mask *mask);
+akv_status akv_mask_destroy(struct akv_mask *mask);
 
 #ifdef __cplusplus
-}  // extern "C"
-#endif  // __cplusplus
+}
+#endif
 
-#endif  /* ALIGNEDKV_H */
+#endif

@@ -1,1 +1,116 @@
-//! Who is read how finely.
+//! Who is read how finely, and what that leaves uncertain. Pure arithmetic: no memory is read here.
+//!
+//! The idea (AlignedKV, arXiv 2409.16546): addends of one sum should have the same absolute precision. Every token of a
+//! context gets the same share of the allowed error, and reads the fewest digits that keep it within that share.
+//!
+//! Notation, per query head: `s` scores, `e = exp(s - max)`, `p = e / sum e`, `peak` = largest value a token's V scale
+//! can stand for, `A = sum p * peak` (the *amplitude*), `n` visible tokens. `ds` bounds the error of a score.
+
+mod certificate;
+pub mod published;
+
+pub use certificate::{Certificate, ScoreError, Sums};
+
+use crate::backend::Mode;
+use crate::format::{LEFT, PEAK, PLANES};
+
+/// Root mean square of what is left out, in units of the scale: errors are as uniform.
+fn rms_left(planes: usize) -> f32 {
+    LEFT[planes] * 0.577_350_3
+}
+
+/// What one score of a tile is uncertain by, for one query head: the same for all tokens of a tile that are read to the
+/// same number of planes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TileError {
+    /// Sum over channels of |q * scale|: `worst * LEFT[p]` bounds what is left out.
+    pub worst: f32,
+    /// Square root of the sum of squares of the same.
+    pub rough: f32,
+    /// Bound of what rounding q costs.
+    pub q_worst: f32,
+    /// Root mean square of the same.
+    pub q_rms: f32,
+    /// Error of the stored codes beyond [`LEFT`], and float rounding, in units of `worst`.
+    pub slack: f32,
+}
+
+impl TileError {
+    /// Bound of a score's error after `planes` planes.
+    #[inline(always)]
+    pub fn bound(&self, planes: usize) -> f32 {
+        self.worst * (LEFT[planes] + self.slack) + self.q_worst
+    }
+
+    /// Root mean square of the same.
+    #[inline(always)]
+    pub fn rms(&self, planes: usize) -> f32 {
+        let left = self.rough * rms_left(planes);
+        (left * left + self.q_rms * self.q_rms).sqrt()
+    }
+}
+
+/// Every token's share of the allowed error, for one query head, and the sums it comes from.
+#[derive(Debug, Clone, Copy)]
+pub struct Share {
+    mode: Mode,
+    /// Share times the sum of e: thresholds are on e, not on p.
+    scaled: f32,
+    amplitude: f32,
+}
+
+/// Largest slack of a weight in the exponent: e^40 leaves room in binary32.
+const SLACK_MAX: f32 = 40.0;
+
+impl Share {
+    /// `sum` = sum of e, `weighted` = sum of e * peak, over all `n` visible tokens. K and V get half of the tolerance
+    /// each; every token's share of that is 1 / sqrt(n) (errors add as independent) or 1 / n (bounds add).
+    pub fn new(mode: Mode, tolerance: f32, n: usize, sum: f64, weighted: f64) -> Share {
+        let amplitude = weighted / sum;
+        let parts = if mode == Mode::Guaranteed { 2.0 * n as f64 } else { (2.0 * n as f64).sqrt() };
+        Share { mode, scaled: (f64::from(tolerance) * weighted / parts) as f32, amplitude: amplitude as f32 }
+    }
+
+    /// Thresholds of a tile.
+    #[inline(always)]
+    pub fn thresholds(&self, error: &TileError) -> Thresholds {
+        let guaranteed = self.mode == Mode::Guaranteed;
+        // The scan's own weight may be too small by as much as its score is uncertain.
+        let slack = if guaranteed { error.bound(1).min(SLACK_MAX) } else { (2.0 * error.rms(1)).min(5.0) };
+        let share = self.scaled * (-slack).exp();
+        let mut t = Thresholds { k: [f32::INFINITY; PLANES - 1], v: [f32::INFINITY; PLANES], offset: 0.0 };
+        // Score errors move the output by at most p * ds * (peak + A): once through the token's own weight, once
+        // through the normaliser. As independent errors: by p * es * |v| / 2.
+        let unit = if guaranteed { error.worst } else { error.rough * (PEAK / 2.0) };
+        for p in 1..PLANES {
+            let left = if guaranteed { LEFT[p] * PEAK } else { rms_left(p) };
+            t.k[p - 1] = share / (unit * left);
+        }
+        for p in 0..PLANES {
+            t.v[p] = share / if guaranteed { LEFT[p] } else { rms_left(p) };
+        }
+        if guaranteed {
+            t.offset = self.amplitude / PEAK;
+        }
+        t
+    }
+}
+
+/// A token with weight `e` and V scale `vs` reads `1 + #(e * (vs + offset) > k)` planes of K and `#(e * vs > v)` of V.
+#[derive(Debug, Clone, Copy)]
+pub struct Thresholds {
+    /// Ascending, for K.
+    pub k: [f32; PLANES - 1],
+    /// Ascending, for V.
+    pub v: [f32; PLANES],
+    /// See above.
+    pub offset: f32,
+}
+
+impl Thresholds {
+    /// No token below this (in `e * (vs + offset)`) reads more than one plane of K and none of V.
+    #[inline(always)]
+    pub fn least(&self) -> f32 {
+        self.k[0].min(self.v[0])
+    }
+}

@@ -1,37 +1,480 @@
 //! Memory from the caller's allocator or the system's, counted against a limit.
 
-use crate::Result;
+use crate::capi::types::AKV_CPU;
+use crate::{Error, Result};
+use parking_lot::Mutex;
+use std::alloc::{alloc_zeroed, dealloc};
+use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+/// Blocks start on cache lines.
+const ALIGN: usize = 64;
 
 /// Where memory comes from.
 #[derive(Debug, Clone, Default)]
-pub struct Allocator {}
+pub enum Allocator {
+    /// The process's heap.
+    #[default]
+    System,
+    /// The caller's functions.
+    Hooks(Hooks),
+}
+
+/// See `akv_alloc_fn`.
+pub type AllocFn = unsafe extern "C" fn(*mut c_void, usize, usize, i32, *mut c_void) -> *mut c_void;
+/// See `akv_dealloc_fn`.
+pub type DeallocFn = unsafe extern "C" fn(*mut c_void, *mut c_void, usize, i32, *mut c_void);
+
+/// The caller's allocation functions.
+#[derive(Debug, Clone)]
+pub struct Hooks {
+    alloc: AllocFn,
+    dealloc: DeallocFn,
+    user: *mut c_void,
+}
+
+// SAFETY: the contract of `Allocator::hooks` lets any thread call the functions with `user`.
+unsafe impl Send for Hooks {}
+// SAFETY: as above.
+unsafe impl Sync for Hooks {}
+
+impl Allocator {
+    /// # Safety
+    /// The functions keep the promises of `akv_alloc_fn` and `akv_dealloc_fn` on any thread, for as long as anything
+    /// allocated through them lives.
+    pub unsafe fn hooks(alloc: AllocFn, dealloc: DeallocFn, user: *mut c_void) -> Allocator {
+        Allocator::Hooks(Hooks { alloc, dealloc, user })
+    }
+
+    /// Zeroed bytes, aligned to [`ALIGN`]; `bytes` > 0.
+    fn alloc(&self, bytes: usize) -> Option<NonNull<u8>> {
+        match self {
+            Allocator::System => {
+                let layout = std::alloc::Layout::from_size_align(bytes, ALIGN).ok()?;
+                // SAFETY: the size is not 0.
+                NonNull::new(unsafe { alloc_zeroed(layout) })
+            }
+            Allocator::Hooks(h) => {
+                // SAFETY: the contract of `Allocator::hooks`.
+                let p = unsafe { (h.alloc)(h.user, bytes, ALIGN, AKV_CPU, std::ptr::null_mut()) };
+                let p = NonNull::new(p.cast::<u8>())?;
+                // SAFETY: the hook gave `bytes` writable bytes.
+                unsafe { p.write_bytes(0, bytes) };
+                Some(p)
+            }
+        }
+    }
+
+    /// # Safety
+    /// `p` came from `alloc(bytes)` of this allocator and is not used again.
+    unsafe fn dealloc(&self, p: NonNull<u8>, bytes: usize) {
+        match self {
+            Allocator::System => {
+                // SAFETY: `alloc` made this layout, and `p` with it.
+                unsafe { dealloc(p.as_ptr(), std::alloc::Layout::from_size_align_unchecked(bytes, ALIGN)) }
+            }
+            // SAFETY: the contract of `Allocator::hooks`.
+            Allocator::Hooks(h) => unsafe {
+                (h.dealloc)(h.user, p.as_ptr().cast(), bytes, AKV_CPU, std::ptr::null_mut())
+            },
+        }
+    }
+}
+
+/// What a block is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    /// A tile of all KV heads of a layer.
+    Page,
+    /// Rows kept as given.
+    Kept,
+    /// Anything else: goes back to the allocator at once.
+    Other,
+}
 
 /// An allocator, a limit, and what has been taken.
 #[derive(Debug)]
-pub struct Memory {}
+pub struct Memory {
+    allocator: Allocator,
+    limit: u64,
+    taken: AtomicU64,
+    waiting: AtomicU64,
+    kept: AtomicU64,
+    pages: AtomicU64,
+    shared: AtomicU64,
+    free: Mutex<Vec<Class>>,
+}
 
-/// Bytes aligned to 64 (huge pages where large), zeroed when new, given back on drop.
+/// Free blocks of one kind and size: a list that runs through the blocks' own first bytes, so that freeing never
+/// allocates.
 #[derive(Debug)]
-pub struct Block {}
+struct Class {
+    kind: Kind,
+    bytes: usize,
+    n: u64,
+    first: Option<NonNull<u8>>,
+}
 
-#[allow(unused_variables, missing_docs)]
+// SAFETY: a free block belongs to its list alone.
+unsafe impl Send for Class {}
+
+impl Class {
+    fn push(&mut self, p: NonNull<u8>) {
+        // SAFETY: a free block is ours, aligned, and at least ALIGN bytes long.
+        unsafe { p.cast::<Option<NonNull<u8>>>().write(self.first) };
+        self.first = Some(p);
+        self.n += 1;
+    }
+
+    fn pop(&mut self) -> Option<NonNull<u8>> {
+        let p = self.first?;
+        // SAFETY: `push` wrote it.
+        self.first = unsafe { p.cast::<Option<NonNull<u8>>>().read() };
+        self.n -= 1;
+        Some(p)
+    }
+}
+
+impl Memory {
+    /// `max_bytes` 0 = no limit.
+    pub fn new(allocator: Allocator, max_bytes: u64) -> Arc<Memory> {
+        Arc::new(Memory {
+            allocator,
+            limit: if max_bytes == 0 { u64::MAX } else { max_bytes },
+            taken: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
+            kept: AtomicU64::new(0),
+            pages: AtomicU64::new(0),
+            shared: AtomicU64::new(0),
+            free: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Bytes taken, blocks that wait for reuse included.
+    pub fn taken(&self) -> u64 {
+        self.taken.load(Relaxed)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        self.taken().saturating_sub(self.waiting.load(Relaxed))
+    }
+
+    /// Bytes of rows kept as given.
+    pub(super) fn kept(&self) -> u64 {
+        self.kept.load(Relaxed)
+    }
+
+    /// Pages in use, waiting, and held by more than one sequence.
+    pub(super) fn pages(&self) -> (u64, u64, u64) {
+        let free = self.free.lock().iter().filter(|c| c.kind == Kind::Page).map(|c| c.n).sum();
+        (self.pages.load(Relaxed), free, self.shared.load(Relaxed))
+    }
+
+    /// Fails at once if `bytes` are out of reach, so that a hopeless call does not first empty the allocator.
+    pub(super) fn check(&self, bytes: usize) -> Result<()> {
+        let (limit, used) = (self.limit, self.used());
+        if used.saturating_add(bytes as u64) <= limit {
+            return Ok(());
+        }
+        Err(Error::Capacity(format!("max_bytes {limit}: {used} in use, {bytes} more wanted")))
+    }
+
+    /// Counts `bytes` as taken, at the cost of blocks that wait for reuse.
+    fn take(&self, bytes: usize) -> Result<()> {
+        loop {
+            let more = |taken: u64| taken.checked_add(bytes as u64).filter(|&sum| sum <= self.limit);
+            match self.taken.fetch_update(Relaxed, Relaxed, more) {
+                Ok(_) => return Ok(()),
+                Err(taken) => {
+                    let excess = taken.saturating_add(bytes as u64).saturating_sub(self.limit);
+                    if !self.release(excess) {
+                        let limit = self.limit;
+                        return Err(Error::Capacity(format!("max_bytes {limit}: {taken} taken, {bytes} more wanted")));
+                    }
+                }
+            }
+        }
+    }
+
+    fn give(&self, bytes: usize) {
+        self.taken.fetch_sub(bytes as u64, Relaxed);
+    }
+
+    /// Gives waiting blocks back to the allocator until that is `bytes`. False if there were none.
+    fn release(&self, bytes: u64) -> bool {
+        let mut released = 0;
+        for class in self.free.lock().iter_mut() {
+            while released < bytes {
+                let Some(p) = class.pop() else { break };
+                // SAFETY: the block was in the list, hence nobody's.
+                unsafe { self.allocator.dealloc(p, class.bytes) };
+                self.waiting.fetch_sub(class.bytes as u64, Relaxed);
+                self.give(class.bytes);
+                released += class.bytes as u64;
+            }
+        }
+        released > 0
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.take(bytes)?;
+        loop {
+            if let Some(p) = self.allocator.alloc(bytes) {
+                return Ok(p);
+            }
+            if !self.release(bytes as u64) {
+                self.give(bytes);
+                return Err(Error::Memory(format!("the allocator has no {bytes} bytes")));
+            }
+        }
+    }
+
+    /// A waiting block, if there is one. Makes the class that the block will go to when it is dropped.
+    fn reuse(&self, kind: Kind, bytes: usize) -> Result<Option<NonNull<u8>>> {
+        let mut free = self.free.lock();
+        if let Some(class) = free.iter_mut().find(|c| c.kind == kind && c.bytes == bytes) {
+            let p = class.pop();
+            if p.is_some() {
+                self.waiting.fetch_sub(bytes as u64, Relaxed);
+            }
+            return Ok(p);
+        }
+        reserve(&mut free, 1)?;
+        free.push(Class { kind, bytes, n: 0, first: None });
+        Ok(None)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.release(u64::MAX);
+    }
+}
+
+/// Room for `n` more elements, or an error instead of an abort.
+pub(super) fn reserve<T>(vec: &mut Vec<T>, n: usize) -> Result<()> {
+    vec.try_reserve(n).map_err(|_| Error::Memory(format!("a table of {n} more entries")))
+}
+
+/// Bytes aligned to 64, zeroed when new, given back on drop.
+#[derive(Debug)]
+pub struct Block {
+    data: NonNull<u8>,
+    bytes: usize,
+    kind: Kind,
+    holders: AtomicUsize,
+    memory: Arc<Memory>,
+}
+
+// SAFETY: a block owns its bytes, like `Box<[u8]>`.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
 impl Block {
+    /// Bytes for any use.
     pub fn new(memory: &Arc<Memory>, bytes: usize) -> Result<Block> {
-        todo!()
+        Block::of(memory, Kind::Other, bytes)
+    }
+
+    /// A page or kept rows; one that waits for reuse holds what it held.
+    pub(super) fn of(memory: &Arc<Memory>, kind: Kind, bytes: usize) -> Result<Block> {
+        let bytes = bytes.max(ALIGN);
+        let reused = if kind == Kind::Other { None } else { memory.reuse(kind, bytes)? };
+        let data = match reused {
+            Some(p) => p,
+            None => memory.allocate(bytes)?,
+        };
+        match kind {
+            Kind::Page => memory.pages.fetch_add(1, Relaxed),
+            Kind::Kept => memory.kept.fetch_add(bytes as u64, Relaxed),
+            Kind::Other => 0,
+        };
+        Ok(Block { data, bytes, kind, holders: AtomicUsize::new(1), memory: memory.clone() })
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let memory = &self.memory;
+        match self.kind {
+            Kind::Page => memory.pages.fetch_sub(1, Relaxed),
+            Kind::Kept => memory.kept.fetch_sub(self.bytes as u64, Relaxed),
+            Kind::Other => 0,
+        };
+        if self.kind != Kind::Other {
+            let mut free = memory.free.lock();
+            if let Some(class) = free.iter_mut().find(|c| c.kind == self.kind && c.bytes == self.bytes) {
+                class.push(self.data);
+                memory.waiting.fetch_add(self.bytes as u64, Relaxed);
+                return;
+            }
+        }
+        // SAFETY: the block is going away.
+        unsafe { memory.allocator.dealloc(self.data, self.bytes) };
+        memory.give(self.bytes);
     }
 }
 
 impl Deref for Block {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        todo!()
+        // SAFETY: `bytes` bytes, initialised when they were allocated, that this block owns.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.bytes) }
     }
 }
 
 impl DerefMut for Block {
     fn deref_mut(&mut self) -> &mut [u8] {
-        todo!()
+        // SAFETY: as above, and `&mut self` excludes other users.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.bytes) }
+    }
+}
+
+/// A block that several sequences may hold. Counts the pages that more than one does, which `Arc` cannot tell without
+/// a race.
+#[derive(Debug)]
+pub(super) struct Shared(Arc<Block>);
+
+impl Shared {
+    pub fn new(memory: &Arc<Memory>, kind: Kind, bytes: usize) -> Result<Shared> {
+        Ok(Shared(Arc::new(Block::of(memory, kind, bytes)?)))
+    }
+
+    /// True if nobody else holds the block. Only a holder can make another one, so it stays true.
+    pub fn is_own(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
+    /// The bytes of a block that nobody else holds.
+    pub fn own(&mut self) -> &mut [u8] {
+        match Arc::get_mut(&mut self.0) {
+            Some(block) => block,
+            None => unreachable!("what can be written is held once"),
+        }
+    }
+}
+
+impl Clone for Shared {
+    fn clone(&self) -> Shared {
+        if self.0.holders.fetch_add(1, Relaxed) == 1 && self.0.kind == Kind::Page {
+            self.0.memory.shared.fetch_add(1, Relaxed);
+        }
+        Shared(self.0.clone())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.0.holders.fetch_sub(1, Relaxed) == 2 && self.0.kind == Kind::Page {
+            self.0.memory.shared.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+impl Deref for Shared {
+    type Target = [u8];
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Bytes of the process's heap that count as taken.
+#[derive(Debug)]
+pub(super) struct Charge {
+    memory: Arc<Memory>,
+    bytes: usize,
+}
+
+impl Charge {
+    pub fn new(memory: &Arc<Memory>, bytes: usize) -> Result<Charge> {
+        memory.take(bytes)?;
+        Ok(Charge { memory: memory.clone(), bytes })
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.memory.give(self.bytes);
+    }
+}
+
+/// A vector whose capacity is counted. It grows in two steps: one that can fail and changes nothing, one that cannot.
+#[derive(Debug)]
+pub(super) struct Table<T> {
+    items: Vec<T>,
+    charge: Charge,
+}
+
+impl<T> Table<T> {
+    pub fn with_capacity(memory: &Arc<Memory>, n: usize) -> Result<Table<T>> {
+        let charge = Charge::new(memory, n.saturating_mul(size_of::<T>()))?;
+        let mut items = Vec::new();
+        reserve(&mut items, n)?;
+        Ok(Table { items, charge })
+    }
+
+    /// A larger table for [`Table::adopt`], if `n` more items do not fit.
+    pub fn room(&self, n: usize) -> Result<Option<Table<T>>> {
+        let (memory, need) = (&self.charge.memory, self.items.len().saturating_add(n));
+        if need <= self.items.capacity() {
+            return Ok(None);
+        }
+        let double = need.max(2 * self.items.capacity());
+        Table::with_capacity(memory, double).or_else(|_| Table::with_capacity(memory, need)).map(Some)
+    }
+
+    pub fn adopt(&mut self, room: Option<Table<T>>) {
+        if let Some(mut table) = room {
+            table.items.append(&mut self.items);
+            *self = table;
+        }
+    }
+
+    /// Adds an item for which there is room.
+    pub fn push(&mut self, item: T) {
+        debug_assert!(self.items.len() < self.items.capacity());
+        self.items.push(item);
+    }
+
+    /// Moves items over for which there is room.
+    pub fn append(&mut self, other: &mut Table<T>) {
+        debug_assert!(self.items.len() + other.items.len() <= self.items.capacity());
+        self.items.append(&mut other.items);
+    }
+
+    pub fn pop(&mut self) -> Option<T> {
+        self.items.pop()
+    }
+
+    pub fn truncate(&mut self, n: usize) {
+        self.items.truncate(n);
+    }
+
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.charge.memory
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.charge.bytes
+    }
+}
+
+impl<T> Deref for Table<T> {
+    type Target = [T];
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        &self.items
+    }
+}
+
+impl<T> DerefMut for Table<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.items
     }
 }

@@ -1,16 +1,27 @@
 //! Pages, sequences, steps: which rows exist and where they lie.
 //!
-//! STUB: the contract with `capi` and `backend`; bodies follow.
+//! A sequence is, per layer, a table of pages. Pages of whole tiles never change and are shared by forks; the last,
+//! open one belongs to its sequence alone. Whoever would have to wait for somebody gets [`Error::Busy`] instead. What
+//! can fail, memory above all, is taken before anything is changed.
 
+mod batch;
+mod layer;
 mod memory;
 mod positions;
+mod reader;
+mod sequence;
 
-pub use memory::{Allocator, Block, Memory};
+pub use batch::{Batch, Bounds, StepSequence};
+pub use memory::{AllocFn, Allocator, Block, DeallocFn, Hooks, Memory};
 pub use positions::Positions;
+pub use reader::{Reader, SequenceView};
 
-use crate::Result;
-use crate::format::{Format, Layout, Rows, Shape};
+use crate::format::{Format, Layout, Shape, TILE};
+use crate::{Error, Result};
+use parking_lot::RwLock;
+use sequence::{Directory, MAX_SEQUENCES, Sequence};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// What a cache is made of.
 #[derive(Debug, Clone)]
@@ -45,130 +56,116 @@ pub struct Usage {
 
 /// KV rows of all sequences and layers.
 #[derive(Debug)]
-pub struct Cache {}
+pub struct Cache {
+    config: Config,
+    layouts: Vec<Layout>,
+    memory: Arc<Memory>,
+    /// Locked for a look or an entry only, never while something else is waited for.
+    sequences: RwLock<Directory>,
+}
 
-#[allow(missing_docs, unused_variables)]
 impl Cache {
+    /// An empty cache. Shapes must be valid.
     pub fn new(config: Config, allocator: Allocator) -> Result<Cache> {
-        todo!()
+        for (name, value) in [("exact_head", config.exact_head), ("exact_tail", config.exact_tail)] {
+            if value > TILE {
+                return Err(Error::Argument(format!("{name} {value}: expected at most {TILE}")));
+            }
+        }
+        if config.max_sequences > MAX_SEQUENCES {
+            let n = config.max_sequences;
+            return Err(Error::Argument(format!("max_sequences {n}: expected at most {MAX_SEQUENCES}")));
+        }
+        let layouts: Vec<Layout> = config.layers.iter().map(|&shape| Layout::new(config.format, shape)).collect();
+        let memory = Memory::new(allocator, config.max_bytes);
+        let sequences = RwLock::new(Directory::new(&memory)?);
+        let mut cache = Cache { config, layouts, memory, sequences };
+        if cache.lossless() {
+            (cache.config.exact_head, cache.config.exact_tail) = (0, 0);
+        }
+        Ok(cache)
     }
+
+    /// What it is made of; a lossless format has neither exact head nor exact tail.
     pub fn config(&self) -> &Config {
-        todo!()
+        &self.config
     }
+
+    /// Layout of each layer.
     pub fn layouts(&self) -> &[Layout] {
-        todo!()
+        &self.layouts
     }
+
     /// Allocator and budget, for whoever else takes memory on the cache's account (workspaces).
     pub fn memory(&self) -> &Arc<Memory> {
-        todo!()
+        &self.memory
     }
+
+    /// What it holds. Exact while nothing else is going on.
     pub fn usage(&self) -> Usage {
-        todo!()
+        let directory = self.sequences.read();
+        let (pages_used, pages_free, pages_shared) = self.memory.pages();
+        Usage {
+            n_sequences: directory.sequences().count() as u32,
+            bytes_reserved: self.memory.taken(),
+            bytes_used: self.memory.used().saturating_sub(directory.bytes() as u64),
+            bytes_kept: self.memory.kept(),
+            pages_used,
+            pages_free,
+            pages_shared,
+            tokens: directory.sequences().map(|s| s.len.load(Relaxed) as u64).sum(),
+        }
     }
+
+    /// Makes an empty sequence.
     pub fn create(&self) -> Result<u64> {
-        todo!()
+        let sequence = Sequence::new(&self.memory, &self.config, &self.layouts)?;
+        self.sequences.write().insert(sequence, self.config.max_sequences)
     }
+
+    /// Destroys a sequence.
     pub fn destroy(&self, sequence: u64) -> Result<()> {
-        todo!()
+        self.find(sequence)?.destroy()?;
+        self.sequences.write().remove(sequence);
+        Ok(())
     }
+
+    /// Makes a sequence of the first `n_tokens` tokens of another.
     pub fn fork(&self, sequence: u64, n_tokens: Option<usize>) -> Result<u64> {
-        todo!()
+        let fork = self.find(sequence)?.fork(&self.memory, n_tokens)?;
+        self.sequences.write().insert(fork, self.config.max_sequences)
     }
+
+    /// Keeps the first `n_tokens` tokens.
     pub fn truncate(&self, sequence: u64, n_tokens: usize) -> Result<()> {
-        todo!()
+        self.find(sequence)?.truncate(n_tokens)
     }
+
     /// Tokens in `layer`, those of a begun step included; None: committed tokens.
     pub fn length(&self, sequence: u64, layer: Option<usize>) -> Result<usize> {
-        todo!()
+        match layer {
+            Some(layer) => Ok(self.read(sequence, layer)?.view().len),
+            None => Ok(self.find(sequence)?.len.load(Relaxed)),
+        }
     }
+
     /// Shared access to one layer of one sequence.
     pub fn read(&self, sequence: u64, layer: usize) -> Result<Reader> {
-        todo!()
+        self.check_layer(layer)?;
+        self.find(sequence)?.read(layer)
     }
-}
 
-/// Bounds of the steps of a batch; None = no bound.
-#[derive(Debug, Clone, Copy, Default)]
-#[allow(missing_docs)]
-pub struct Bounds {
-    pub max_sequences: Option<usize>,
-    pub max_q: Option<usize>,
-    pub max_kv: Option<usize>,
-}
+    /// True if nothing is kept beside the pages.
+    fn lossless(&self) -> bool {
+        self.layouts.iter().all(Layout::lossless)
+    }
 
-/// What a step does to one sequence.
-#[derive(Debug, Clone, Copy)]
-#[allow(missing_docs)]
-pub struct StepSequence {
-    pub sequence: u64,
-    pub n_new: usize,
-    pub n_q: usize,
-}
+    fn find(&self, sequence: u64) -> Result<Arc<Sequence>> {
+        self.sequences.read().find(sequence).cloned()
+    }
 
-/// One step at a time over some sequences of a cache.
-#[derive(Debug)]
-pub struct Batch {}
-
-#[allow(missing_docs, unused_variables)]
-impl Batch {
-    pub fn new(cache: Arc<Cache>, bounds: Bounds) -> Batch {
-        todo!()
-    }
-    pub fn cache(&self) -> &Arc<Cache> {
-        todo!()
-    }
-    pub fn bounds(&self) -> &Bounds {
-        todo!()
-    }
-    /// `positions`: of all new tokens, sequence by sequence; None = consecutive.
-    pub fn begin(&self, step: &[StepSequence], positions: Option<&[i64]>) -> Result<()> {
-        todo!()
-    }
-    /// Appends the step's new tokens, sequence by sequence, in one layer.
-    pub fn append(&self, layer: usize, k: Rows, v: Rows) -> Result<()> {
-        todo!()
-    }
-    pub fn commit(&self) -> Result<()> {
-        todo!()
-    }
-    pub fn abort(&self) {
-        todo!()
-    }
-    /// Shared access to the step's sequences in one layer, in the step's order, with their n_q.
-    /// Busy if one is being written; an argument error if no step is begun.
-    pub fn read(&self, layer: usize) -> Result<Vec<(StepSequence, Reader)>> {
-        todo!()
-    }
-}
-
-/// Shared access to one layer of one sequence; rows cannot change while it lives.
-#[derive(Debug)]
-pub struct Reader {}
-
-impl Reader {
-    /// What attention reads.
-    pub fn view(&self) -> SequenceView<'_> {
-        todo!()
-    }
-}
-
-/// One layer of one sequence, as attention reads it. Tokens go by index, 0 to len - 1.
-#[derive(Clone, Copy)]
-#[allow(missing_docs)]
-pub struct SequenceView<'a> {
-    pub layout: &'a Layout,
-    pub len: usize,
-    pub positions: &'a Positions,
-    /// The first `n_exact` (at most `len`) tokens attend through these rows instead of through page 0.
-    pub n_exact: usize,
-    pub exact: Option<(Rows<'a>, Rows<'a>)>,
-    pages: &'a [Arc<Block>],
-}
-
-impl<'a> SequenceView<'a> {
-    /// The page of tokens `tile * TILE ..`.
-    #[inline(always)]
-    pub fn page(&self, tile: usize) -> &'a [u8] {
-        &self.pages[tile]
+    fn check_layer(&self, layer: usize) -> Result<()> {
+        let n = self.layouts.len();
+        if layer < n { Ok(()) } else { Err(Error::Argument(format!("layer {layer}: the cache has {n}"))) }
     }
 }

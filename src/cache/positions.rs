@@ -1,17 +1,134 @@
 //! Positions of the tokens of a sequence, never descending.
 
-/// Runs of consecutive positions.
-#[derive(Debug, Clone, Default)]
-pub struct Positions {}
+use super::memory::{Memory, Table};
+use crate::Result;
+use std::sync::Arc;
 
-#[allow(unused_variables)]
+/// Runs of consecutive positions. The last one goes on for as long as there are tokens, so that appending in order
+/// changes nothing here.
+#[derive(Debug)]
+pub struct Positions {
+    runs: Table<Run>,
+}
+
+/// Token `first + i` has position `position + i`, up to the next run.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    first: usize,
+    position: i64,
+}
+
+/// Room for the runs of new tokens.
+pub(super) struct Room {
+    pub n_runs: usize,
+    table: Option<Table<Run>>,
+}
+
 impl Positions {
+    pub(super) fn new(memory: &Arc<Memory>) -> Result<Positions> {
+        Ok(Positions { runs: Table::with_capacity(memory, 1)? })
+    }
+
     /// Position of token `index`.
     pub fn at(&self, index: usize) -> i64 {
-        todo!()
+        let run = self.runs.partition_point(|r| r.first <= index).checked_sub(1).map(|i| self.runs[i]);
+        run.map_or(index as i64, |r| r.position.wrapping_add((index - r.first) as i64))
     }
+
     /// Number of tokens (of the first `len`) whose position is below `position`.
     pub fn below(&self, position: i64, len: usize) -> usize {
-        todo!()
+        let next = self.runs.partition_point(|r| r.position < position);
+        let Some(run) = next.checked_sub(1).map(|i| self.runs[i]) else { return 0 };
+        let end = self.runs.get(next).map_or(len, |r| r.first).min(len);
+        // Modulo 2^64 the difference of two i64 in order is right.
+        let in_run = position.wrapping_sub(run.position) as u64;
+        run.first.saturating_add(usize::try_from(in_run).unwrap_or(usize::MAX)).min(end)
+    }
+
+    /// Room to [`Positions::extend`] by these.
+    pub(super) fn room(&self, len: usize, positions: &[i64]) -> Result<Room> {
+        let mut n_runs = 0;
+        for (i, &p) in positions.iter().enumerate() {
+            let last = if i > 0 { Some(positions[i - 1]) } else { len.checked_sub(1).map(|l| self.at(l)) };
+            n_runs += usize::from(!follows(last, p));
+        }
+        Ok(Room { n_runs, table: self.runs.room(n_runs)? })
+    }
+
+    /// Gives tokens `len..` these positions.
+    pub(super) fn extend(&mut self, len: usize, positions: &[i64], room: Room) {
+        self.runs.adopt(room.table);
+        let mut last = len.checked_sub(1).map(|l| self.at(l));
+        for (i, &position) in positions.iter().enumerate() {
+            if !follows(last, position) {
+                self.runs.push(Run { first: len + i, position });
+            }
+            last = Some(position);
+        }
+    }
+
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.runs.truncate(self.runs.partition_point(|r| r.first < len));
+    }
+
+    /// Those of the first `len` tokens.
+    pub(super) fn fork(&self, len: usize) -> Result<Positions> {
+        let n = self.runs.partition_point(|r| r.first < len);
+        let mut runs = Table::with_capacity(self.runs.memory(), n.max(1))?;
+        self.runs[..n].iter().for_each(|&run| runs.push(run));
+        Ok(Positions { runs })
+    }
+}
+
+fn follows(last: Option<i64>, position: i64) -> bool {
+    last.and_then(|l| l.checked_add(1)) == Some(position)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::Allocator;
+
+    #[test]
+    fn as_a_plain_list() {
+        let memory = Memory::new(Allocator::System, 0);
+        let (mut positions, mut plain) = (Positions::new(&memory).unwrap(), Vec::<i64>::new());
+        let mut x = 1u64;
+        let mut random = |n: u64| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 33) % n
+        };
+        for _ in 0..2000 {
+            if random(4) == 0 {
+                let n = random(plain.len() as u64 + 1) as usize;
+                positions.truncate(n);
+                plain.truncate(n);
+            }
+            let mut last = plain.last().copied().unwrap_or(i64::MIN);
+            let new: Vec<i64> = (0..random(6))
+                .map(|_| {
+                    last = if random(40) == 0 { i64::MAX } else { last.saturating_add(random(3) as i64) };
+                    if last == i64::MIN {
+                        last = -5
+                    }
+                    last
+                })
+                .collect();
+            let room = positions.room(plain.len(), &new).unwrap();
+            positions.extend(plain.len(), &new, room);
+            plain.extend(new);
+            let fork = positions.fork(plain.len() / 2).unwrap();
+            for (i, &p) in plain.iter().enumerate() {
+                assert_eq!(positions.at(i), p);
+                if i < plain.len() / 2 {
+                    assert_eq!(fork.at(i), p);
+                }
+            }
+            for at in [i64::MIN, -6, -5, 0, plain.last().copied().unwrap_or(3), i64::MAX] {
+                for len in [0, plain.len() / 2, plain.len()] {
+                    assert_eq!(positions.below(at, len), plain[..len].partition_point(|&p| p < at), "{at} {len}");
+                }
+            }
+        }
     }
 }

@@ -1,17 +1,418 @@
 //! Attention, and merging partial attention.
 
+use super::batch::{Object, WORKSPACE_ALIGN};
+use super::check::{
+    Bytes, Grid, array, count, descriptor, disjoint, no_stream, not_built, optional, pointer, within, wrong, zero,
+};
+use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
-use super::{guard, unbuilt};
+use super::{context, guard};
+use crate::backend::cpu::{Cpu, State, merge};
+use crate::backend::{Attention, Floats, Mode, QueryRow, Threads};
+use crate::cache::{Reader, SequenceView, StepSequence};
+use crate::format::{Format, MAX_DIM, Rows, Shape};
+use crate::{Error, Result};
 use std::ffi::c_void;
 
-/// Attention of the step's query rows over their sequences' rows in one layer. Queries of up to 8 rows of a sequence
-/// take the progressive path: plane 0 of all visible keys is scanned, every token's share of the error decides how many
-/// further digits of its K and V are read, and the certificate says how far off the result can be. Longer ones
-/// (prefill), AKV_EXACT and AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other rows of the
-/// batch, nor on the number of threads.
+/// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
+const MAX_PROGRESSIVE: usize = 8;
+
+/// What an attention call asks for, apart from memory: checked here for `akv_aligned_attention` and `akv_supports`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Options {
+    scale: f32,
+    tolerance: f32,
+    mode: Mode,
+    causal: bool,
+    window: usize,
+    /// No row takes another path than the dense one.
+    all_dense: bool,
+    /// AKV_PATH_* that rows can take.
+    pub paths: i32,
+}
+
+impl Options {
+    pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape) -> Result<Options> {
+        let at = |field: &str| format!("{name}->{field}");
+        zero(at("flags"), d.flags)?;
+        Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
+        Grid::new(&d.out, &at("out"), shape.n_q_heads, shape.dim_v)?;
+        no_stream(&at("stream"), d.stream)?;
+        if !d.scale.is_finite() {
+            return Err(wrong(at("scale"), d.scale, "a finite factor, or 0 for 1 / sqrt(dim_k)"));
+        }
+        if !(d.tolerance >= 0.0 && d.tolerance.is_finite()) {
+            return Err(wrong(at("tolerance"), d.tolerance, "a finite number above 0, or 0 for 1e-3"));
+        }
+        let mode = match d.mode {
+            AKV_EXPECTED => Mode::Expected,
+            AKV_GUARANTEED => Mode::Guaranteed,
+            AKV_EXACT => Mode::Exact,
+            other => return Err(wrong(at("mode"), other, "AKV_EXPECTED (0), AKV_GUARANTEED (1) or AKV_EXACT (2)")),
+        };
+        within(at("visibility"), d.visibility, AKV_CAUSAL..=AKV_FULL)?;
+        let window = within(at("window"), d.window, 0..=i32::MAX)? as usize;
+        if d.logit_softcap != 0.0 {
+            return Err(not_built(at("logit_softcap"), d.logit_softcap, 0));
+        }
+        for (field, null) in [
+            ("alibi_slopes", d.alibi_slopes.is_null()),
+            ("sink_logits", d.sink_logits.is_null()),
+            ("mask", d.mask.is_null()),
+            ("tree", d.tree.is_null()),
+        ] {
+            if !null {
+                return Err(not_built(at(field), "not NULL", "NULL"));
+            }
+        }
+        let all_dense = mode == Mode::Exact || format == Format::Raw;
+        let paths = match format {
+            _ if all_dense => AKV_PATH_DENSE,
+            Format::Published => AKV_PATH_DENSE | AKV_PATH_PUBLISHED,
+            _ => AKV_PATH_DENSE | AKV_PATH_PROGRESSIVE,
+        };
+        Ok(Options {
+            scale: if d.scale == 0.0 { 1.0 / (shape.dim_k as f32).sqrt() } else { d.scale },
+            tolerance: if d.tolerance == 0.0 { 1e-3 } else { d.tolerance },
+            mode,
+            causal: d.visibility == AKV_CAUSAL,
+            window: if window == 0 { shape.window } else { window },
+            all_dense,
+            paths,
+        })
+    }
+}
+
+/// The caller's threads.
+struct Team {
+    ith: usize,
+    nth: usize,
+    barrier: akv_barrier_fn,
+    user: *mut c_void,
+}
+
+// SAFETY: `barrier` and `user` are made to be used by many threads.
+unsafe impl Sync for Team {}
+
+impl Team {
+    /// # Safety
+    /// `threads` is NULL, misaligned, or valid.
+    unsafe fn new(threads: *const akv_threads, max_threads: usize) -> Result<Option<Team>> {
+        if threads.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: checked, and the caller's contract.
+        let t = unsafe { pointer(threads, "desc->threads")?.read() };
+        let nth = count("desc->threads->nth", t.nth.into())?;
+        if nth == 0 || nth > max_threads {
+            return Err(wrong("desc->threads->nth", nth, format_args!("1 to the batch's max_threads ({max_threads})")));
+        }
+        let ith = within("desc->threads->ith", t.ith, 0..=t.nth - 1)? as usize;
+        if nth > 1 && t.barrier.is_none() {
+            return Err(wrong("desc->threads->barrier", "NULL", "a function if nth is above 1"));
+        }
+        Ok(Some(Team { ith, nth, barrier: t.barrier, user: t.user }))
+    }
+
+    fn wait(&self) {
+        if let Some(barrier) = self.barrier {
+            // SAFETY: the caller's function, with the caller's pointer.
+            unsafe { barrier(self.user) }
+        }
+    }
+}
+
+/// Memory of an optional output of `n` floats: none if it is NULL.
+fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
+    if p.is_null() {
+        return Ok(Bytes { from: 0, to: 0 });
+    }
+    Bytes::new(pointer(p, name)?, n, name)
+}
+
+/// Which tokens every query row sees.
+fn query_rows(
+    views: &[SequenceView],
+    step: &[StepSequence],
+    options: &Options,
+    kv_from: Option<&[i64]>,
+    kv_to: Option<&[i64]>,
+) -> Vec<QueryRow> {
+    let mut rows = Vec::with_capacity(step.iter().map(|s| s.n_q).sum());
+    for (sequence, (view, step)) in views.iter().zip(step).enumerate() {
+        let dense = options.all_dense || step.n_q > MAX_PROGRESSIVE;
+        for token in view.len - step.n_q..view.len {
+            let position = view.positions.at(token);
+            let mut to =
+                if options.causal { view.positions.below(position.saturating_add(1), view.len) } else { view.len };
+            let mut from = match options.window {
+                0 => 0,
+                w => view.positions.below(position.saturating_sub(w as i64 - 1), view.len),
+            };
+            // Checked to be 0 or more.
+            if let Some(bound) = kv_from {
+                from = from.max(bound[rows.len()] as usize);
+            }
+            if let Some(bound) = kv_to {
+                to = to.min(bound[rows.len()] as usize);
+            }
+            rows.push(QueryRow { sequence, from, to, dense });
+        }
+    }
+    rows
+}
+
+fn finite(q: &Rows, n_rows: usize, n_heads: usize) -> Result<()> {
+    let mut x = [0.0; MAX_DIM];
+    let x = &mut x[..q.dim()];
+    for row in 0..n_rows {
+        for head in 0..n_heads {
+            q.read(row, head, x);
+            if x.iter().any(|x| !x.is_finite()) {
+                return Err(Error::NonFinite(format!("desc->q: NaN or infinity in row {row}, head {head}")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// What `desc` points to is as documented.
+unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Result<()> {
+    let step = batch.step()?;
+    let (cache, cpu) = (&batch.owner.cache, &batch.owner.context.cpu);
+    let layer = batch.owner.layer(layer)?;
+    let layout = &cache.layouts()[layer];
+    let shape = &layout.shape;
+
+    // Arguments first: all threads of a call come to the same conclusion about them, before any of them waits.
+    let options = Options::new(desc, "desc", layout.format, shape)?;
+    // SAFETY: the caller's contract.
+    let team = unsafe { Team::new(desc.threads, batch.max_threads) }?;
+    let (ith, nth) = team.as_ref().map_or((0, 1), |t| (t.ith, t.nth));
+    let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
+    let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
+    let n = step.n_q.checked_mul(shape.n_q_heads);
+    // SAFETY: the caller's contract.
+    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
+        unsafe { (optional(desc.kv_from, step.n_q, "desc->kv_from")?, optional(desc.kv_to, step.n_q, "desc->kv_to")?) };
+    for (name, array) in [("kv_from", kv_from), ("kv_to", kv_to)] {
+        if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
+            return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
+        }
+    }
+    let workers = if team.is_some() { nth } else { cpu.n_threads() };
+    let needed = Cpu::workspace_bytes(layout, step.max_kv, workers);
+    if desc.workspace.is_null() {
+        if nth > 1 {
+            return Err(wrong("desc->workspace", "NULL", "memory of akv_batch_workspace's size if nth is above 1"));
+        }
+    } else if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
+        let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
+        return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
+    } else if desc.workspace_bytes < needed {
+        return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
+    }
+    let stats = match desc.stats.is_null() {
+        true => Bytes { from: 0, to: 0 },
+        false => Bytes::new(pointer(desc.stats, "desc->stats")?, Some(1), "desc->stats")?,
+    };
+    disjoint(
+        &[
+            ("desc->out", out.bytes("desc->out", step.n_q)?),
+            ("desc->lse", floats(desc.lse, n, "desc->lse")?),
+            ("desc->bound", floats(desc.bound, n, "desc->bound")?),
+            ("desc->lse_bound", floats(desc.lse_bound, n, "desc->lse_bound")?),
+            ("desc->estimate", floats(desc.estimate, n, "desc->estimate")?),
+            ("desc->amplitude", floats(desc.amplitude, n, "desc->amplitude")?),
+            ("desc->stats", stats),
+            (
+                "desc->workspace",
+                Bytes::new(desc.workspace.cast::<u8>(), Some(desc.workspace_bytes), "desc->workspace")?,
+            ),
+        ],
+        &[("desc->q", q.bytes("desc->q", step.n_q)?)],
+    )?;
+    if step.n_q == 0 {
+        // SAFETY: checked, and the caller's contract.
+        return unsafe { report(desc.stats, ith, Default::default(), cpu) };
+    }
+
+    // SAFETY: extents are checked; that all threads of a call write the same `out`, each its own rows and heads, is
+    // the backend's business.
+    let (q, out) = unsafe { (q.rows(), out.rows_mut()) };
+    finite(&q, step.n_q, shape.n_q_heads)?;
+
+    // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
+    let prepared = batch.batch.read(layer);
+    let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
+    let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
+    let rows = query_rows(&views, &step.sequences, &options, kv_from, kv_to);
+    // SAFETY: checked for n floats each, and the caller's contract.
+    let floats = |p: *mut f32| if p.is_null() { None } else { Some(unsafe { Floats::new(p) }) };
+    let call = Attention {
+        shape,
+        sequences: &views,
+        rows: &rows,
+        q,
+        out,
+        scale: options.scale,
+        tolerance: options.tolerance,
+        mode: options.mode,
+        lse: floats(desc.lse),
+        bound: floats(desc.bound),
+        lse_bound: floats(desc.lse_bound),
+        estimate: floats(desc.estimate),
+        amplitude: floats(desc.amplitude),
+    };
+    let call = prepared.as_ref().map(|_| &call).map_err(Clone::clone);
+    let barrier = || team.as_ref().map_or((), Team::wait);
+    let threads = team.as_ref().map(|t| Threads { ith: t.ith, nth: t.nth, barrier: &barrier });
+    let stats = if desc.workspace.is_null() {
+        // Alone: there is nobody to meet.
+        let call = Ok(call?);
+        batch.with_workspace(needed, |workspace| {
+            // SAFETY: as large as needed, aligned as every block, and nobody else's.
+            unsafe { cpu.attention(call, threads, workspace.as_mut_ptr()) }
+        })
+    } else {
+        // SAFETY: checked above, and by the caller's contract this call's own.
+        unsafe { cpu.attention(call, threads, desc.workspace.cast()) }
+    }?;
+    // SAFETY: checked, and the caller's contract.
+    unsafe { report(desc.stats, ith, stats, cpu) }
+}
+
+/// Writes the statistics of a call: one of its threads does.
 ///
-/// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED, AKV_E_BUSY, AKV_E_MEMORY (own workspace). Outputs
-/// are undefined after an error that is found during the work, untouched after one found before.
+/// # Safety
+/// `to` is NULL or valid.
+unsafe fn report(to: *mut akv_stats, ith: usize, s: crate::backend::Stats, cpu: &Cpu) -> Result<()> {
+    if to.is_null() || ith > 0 {
+        return Ok(());
+    }
+    let stats = akv_stats {
+        bytes_k: s.bytes_k,
+        bytes_v: s.bytes_v,
+        bytes_scales: s.bytes_scales,
+        bytes_exact: s.bytes_exact,
+        planes_k: s.planes_k,
+        planes_v: s.planes_v,
+        tokens: s.tokens,
+        dense_rows: s.dense_rows,
+        backend: AKV_CPU,
+        isa: context::isa_code(cpu.isa()),
+        path: s.path,
+        reserved: 0,
+    };
+    // SAFETY: the caller's contract.
+    unsafe { to.write(stats) };
+    Ok(())
+}
+
+/// The arrays of an `akv_state` as numbers of elements: `out`, then the five others.
+fn state_arrays(s: &akv_state, out: usize, others: usize) -> [(&'static str, *mut f32, usize); 6] {
+    [
+        ("out", s.out, out),
+        ("lse", s.lse, others),
+        ("bound", s.bound, others),
+        ("lse_bound", s.lse_bound, others),
+        ("estimate", s.estimate, others),
+        ("amplitude", s.amplitude, others),
+    ]
+}
+
+/// # Safety
+/// What `states` and `out` point to is as documented.
+unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
+    let sizes = n.checked_mul(dim).filter(|&n| n <= isize::MAX as usize / 4);
+    let n_out = sizes.ok_or_else(|| wrong("rows", n, "states that fit the address space"))?;
+    let check = |state: &akv_state, name: &str| -> Result<[Bytes; 6]> {
+        let mut all = [Bytes { from: 0, to: 0 }; 6];
+        for (i, (field, p, n)) in state_arrays(state, n_out, n).into_iter().enumerate() {
+            let name = format!("{name}{field}");
+            if i < 2 {
+                pointer(p, &name)?;
+            }
+            all[i] = floats(p, Some(n), &name)?;
+        }
+        Ok(all)
+    };
+    let outputs = check(out, "out->")?;
+    for i in 0..6 {
+        if let Some(j) = (0..i).find(|&j| outputs[i].overlaps(&outputs[j])) {
+            let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
+            return Err(wrong(
+                format_args!("out->{}", names[i]),
+                format_args!("in out->{}", names[j]),
+                "separate memory",
+            ));
+        }
+    }
+    for (s, state) in states.iter().enumerate() {
+        let inputs = check(state, &format!("states[{s}]."))?;
+        for (i, output) in outputs.iter().enumerate() {
+            // An element is read by all states before it is written, so the same array may be both.
+            if let Some(j) = (0..6).find(|&j| output.overlaps(&inputs[j]) && !(i == j && *output == inputs[j])) {
+                let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
+                return Err(wrong(
+                    format_args!("out->{}", names[i]),
+                    format_args!("in states[{s}].{}", names[j]),
+                    "separate memory, or exactly the same array",
+                ));
+            }
+        }
+    }
+    let mut parts: Vec<State> = Vec::with_capacity(states.len());
+    let mut buffer = [0.0; MAX_DIM];
+    for i in 0..n {
+        parts.clear();
+        for s in states {
+            // SAFETY: checked for n (times dim) floats; nothing is written while these borrows are used.
+            unsafe {
+                let one = |p: *mut f32| std::slice::from_raw_parts(p.add(i), 1);
+                let some = |p: *mut f32| if p.is_null() { None } else { Some(one(p)) };
+                parts.push(State {
+                    out: std::slice::from_raw_parts(s.out.add(i * dim), dim),
+                    lse: one(s.lse),
+                    bound: some(s.bound),
+                    lse_bound: some(s.lse_bound),
+                    estimate: some(s.estimate),
+                    amplitude: some(s.amplitude),
+                });
+            }
+        }
+        let merged = merge(&parts, 0, dim, &mut buffer[..dim]);
+        // SAFETY: as above, and the borrows are not used any more.
+        unsafe {
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), out.out.add(i * dim), dim);
+            for (p, value) in [
+                (out.lse, merged.lse),
+                (out.bound, merged.bound),
+                (out.lse_bound, merged.lse_bound),
+                (out.estimate, merged.estimate),
+                (out.amplitude, merged.amplitude),
+            ] {
+                if !p.is_null() {
+                    p.add(i).write(value);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
+/// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+/// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
+/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
+/// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
+/// number of threads.
+///
+/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+/// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
+/// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
+/// AKV_E_INTERNAL: they are undefined.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -21,12 +422,16 @@ pub unsafe extern "C" fn akv_aligned_attention(
     layer: i32,
     desc: *const akv_attention_desc,
 ) -> akv_status {
-    guard(|| unbuilt("akv_aligned_attention"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        // SAFETY: the caller's contract.
+        unsafe { attend(&batch, layer, &descriptor(desc, "desc")?) }
+    })
 }
 
-/// Merges `n` partial states over disjoint parts of a context into the state of the whole: outputs by their LSE, bounds
-/// rigorously. Empty parts have lse = -inf. `out` may be the same memory as one of `states`. `[rows][heads][dim]`, all
-/// f32, host memory on the CPU.
+/// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
+/// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
+/// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -41,5 +446,161 @@ pub unsafe extern "C" fn akv_merge_states(
     out: *const akv_state,
     stream: *mut c_void,
 ) -> akv_status {
-    guard(|| unbuilt("akv_merge_states"))
+    guard(|| {
+        CONTEXTS.get(context, "context")?;
+        no_stream("stream", stream)?;
+        let n = within("n", n, 1..=i32::MAX)? as usize;
+        let (rows, heads) = (count("rows", rows)?, count("heads", heads.into())?);
+        let dim = within("dim", dim, 1..=MAX_DIM as i32)? as usize;
+        let elements =
+            rows.checked_mul(heads).ok_or_else(|| wrong("rows", rows, "states that fit the address space"))?;
+        // SAFETY: the caller's contract.
+        unsafe { merge_states(array(states, n, "states")?, elements, dim, &*pointer(out, "out")?) }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Dtype;
+
+    const SHAPE: Shape = Shape {
+        n_q_heads: 8,
+        n_kv_heads: 2,
+        dim_k: 64,
+        dim_v: 32,
+        dtype_k: Dtype::F32,
+        dtype_v: Dtype::F32,
+        planes_k: 4,
+        planes_v: 4,
+        window: 100,
+    };
+
+    fn options(format: Format, change: impl Fn(&mut akv_attention_desc)) -> Result<Options> {
+        // SAFETY: plain data.
+        let mut desc: akv_attention_desc = unsafe { std::mem::zeroed() };
+        change(&mut desc);
+        Options::new(&desc, "desc", format, &SHAPE)
+    }
+
+    #[test]
+    fn zeros_are_defaults() {
+        let o = options(Format::Aligned, |_| ()).unwrap();
+        assert_eq!((o.scale, o.tolerance, o.mode, o.causal, o.window), (0.125, 1e-3, Mode::Expected, true, 100));
+        let o =
+            options(Format::Aligned, |d| (d.scale, d.tolerance, d.visibility, d.window) = (0.5, 0.1, 1, 7)).unwrap();
+        assert_eq!((o.scale, o.tolerance, o.causal, o.window), (0.5, 0.1, false, 7));
+    }
+
+    #[test]
+    fn paths() {
+        let paths = |format, mode| options(format, |d| d.mode = mode).unwrap().paths;
+        assert_eq!(paths(Format::Aligned, AKV_EXPECTED), AKV_PATH_PROGRESSIVE | AKV_PATH_DENSE);
+        assert_eq!(paths(Format::Published, AKV_EXPECTED), AKV_PATH_PUBLISHED | AKV_PATH_DENSE);
+        assert_eq!(paths(Format::Raw, AKV_EXPECTED), AKV_PATH_DENSE);
+        assert_eq!(paths(Format::Aligned, AKV_EXACT), AKV_PATH_DENSE);
+    }
+
+    #[test]
+    fn every_field_is_checked_and_named() {
+        type Case = (&'static str, fn(&mut akv_attention_desc));
+        let cases: [Case; 15] = [
+            ("desc->flags", |d| d.flags = 1),
+            ("desc->q->dtype", |d| d.q.dtype = 9),
+            ("desc->q->stride_head", |d| d.q.stride_head = 252),
+            ("desc->out->reserved", |d| d.out.reserved = 1),
+            ("desc->out->stride_row", |d| d.out.stride_row = -128),
+            ("desc->stream", |d| d.stream = std::ptr::dangling_mut()),
+            ("desc->scale", |d| d.scale = f32::NAN),
+            ("desc->scale", |d| d.scale = f32::INFINITY),
+            ("desc->tolerance", |d| d.tolerance = -1e-3),
+            ("desc->tolerance", |d| d.tolerance = f32::NAN),
+            ("desc->tolerance", |d| d.tolerance = f32::INFINITY),
+            ("desc->mode", |d| d.mode = 3),
+            ("desc->visibility", |d| d.visibility = 2),
+            ("desc->visibility", |d| d.visibility = -1),
+            ("desc->window", |d| d.window = -1),
+        ];
+        for (name, change) in cases {
+            match options(Format::Aligned, change) {
+                Err(Error::Argument(text)) if text.starts_with(&format!("{name} is ")) => {}
+                other => panic!("{other:?} for {name}"),
+            }
+        }
+        let cases: [Case; 5] = [
+            ("desc->logit_softcap", |d| d.logit_softcap = 30.0),
+            ("desc->alibi_slopes", |d| d.alibi_slopes = std::ptr::dangling()),
+            ("desc->sink_logits", |d| d.sink_logits = std::ptr::dangling()),
+            ("desc->mask", |d| d.mask = std::ptr::dangling()),
+            ("desc->tree", |d| d.tree = std::ptr::dangling()),
+        ];
+        for (name, change) in cases {
+            match options(Format::Aligned, change) {
+                Err(Error::Unsupported(text)) if text.starts_with(&format!("{name} is ")) => {}
+                other => panic!("{other:?} for {name}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_callers_threads() {
+        unsafe extern "C" fn wait(_: *mut c_void) {}
+        let barrier: akv_barrier_fn = Some(wait);
+        let team = |ith, nth, barrier| {
+            let threads = akv_threads { ith, nth, barrier, user: std::ptr::null_mut() };
+            // SAFETY: valid.
+            unsafe { Team::new(&threads, 4) }.map(|t| t.unwrap().nth)
+        };
+        assert_eq!(team(0, 1, None), Ok(1));
+        assert_eq!(team(3, 4, barrier), Ok(4));
+        let bad = [(0, 0, None), (0, -1, None), (1, 1, None), (-1, 2, barrier), (0, 5, barrier), (0, 2, None)];
+        for (ith, nth, barrier) in bad {
+            assert!(matches!(team(ith, nth, barrier), Err(Error::Argument(_))), "{ith} of {nth}");
+        }
+        // SAFETY: NULL means none.
+        assert!(unsafe { Team::new(std::ptr::null(), 4) }.unwrap().is_none());
+    }
+
+    #[test]
+    fn a_query_with_nan_is_found() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut q = vec![1.0f32; 3 * 8 * 64];
+            q[(2 * 8 + 5) * 64 + 63] = bad;
+            // SAFETY: plain data.
+            let bytes = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<u8>(), 4 * q.len()) };
+            let q = Rows::contiguous(bytes, 8, Dtype::F32, 64);
+            let text = "desc->q: NaN or infinity in row 2, head 5".to_owned();
+            assert_eq!(finite(&q, 3, 8), Err(Error::NonFinite(text)));
+            assert_eq!(finite(&q, 2, 8), Ok(()));
+        }
+    }
+
+    #[test]
+    fn states_overlap_only_as_a_whole() {
+        let mut memory = [0f32; 64];
+        let p = memory.as_mut_ptr();
+        let null = std::ptr::null_mut();
+        let state = |out: usize, lse: usize| akv_state {
+            out: p.wrapping_add(out),
+            lse: p.wrapping_add(lse),
+            bound: null,
+            lse_bound: null,
+            estimate: null,
+            amplitude: null,
+        };
+        // One element of 8 channels.
+        let refused = |states: &[akv_state], out: akv_state, name: &str| {
+            // SAFETY: all within `memory`, or NULL.
+            match unsafe { merge_states(states, 1, 8, &out) } {
+                Err(Error::Argument(text)) if text.starts_with(name) => {}
+                other => panic!("{other:?} for {name}"),
+            }
+        };
+        refused(&[state(0, 8), state(16, 24)], state(4, 32), "out->out is in states[0].out");
+        refused(&[state(0, 8), state(16, 24)], state(32, 17), "out->lse is in states[1].out");
+        refused(&[state(0, 8)], state(16, 17), "out->lse is in out->out");
+        refused(&[akv_state { lse: null, ..state(0, 8) }], state(16, 24), "states[0].lse is NULL");
+        refused(&[state(0, 8)], akv_state { out: null, ..state(16, 24) }, "out->out is NULL");
+        refused(&[state(0, 8)], akv_state { bound: p.wrapping_byte_add(1), ..state(16, 24) }, "out->bound is 0x");
+    }
 }

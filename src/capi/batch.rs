@@ -1,14 +1,150 @@
 //! Steps: batches, and appending.
 
+use super::check::{Grid, array, count, descriptor, no_stream, optional, pointer, within, wrong, zero};
+use super::handle::{BATCHES, CACHES};
 use super::types::*;
-use super::{guard, unbuilt};
+use super::{cache, guard};
+use crate::backend::cpu::Cpu;
+use crate::cache::{Batch, Block, Bounds, StepSequence};
+use crate::{Error, Result};
 use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+
+/// What an `akv_batch` stands for.
+pub(super) struct Object {
+    pub batch: Batch,
+    /// Bound of `akv_threads.nth`.
+    pub max_threads: usize,
+    /// Calls that work on the step hold it shared; begin, commit and abort exclusively, without waiting.
+    step: RwLock<Step>,
+    /// Of calls that brought none.
+    workspaces: Mutex<Vec<Block>>,
+    /// Keeps it alive, and busy. Last, since the memory above is its.
+    pub owner: Arc<cache::Object>,
+}
+
+/// What validation needs to know of the step in progress without waiting for readers or writers of its rows.
+#[derive(Default)]
+pub(super) struct Step {
+    begun: bool,
+    pub sequences: Vec<StepSequence>,
+    pub n_new: usize,
+    pub n_q: usize,
+    /// Most tokens of a sequence once the step's new ones are in.
+    pub max_kv: usize,
+}
+
+impl Object {
+    /// The step in progress, which does not end while the guard lives.
+    pub fn step(&self) -> Result<RwLockReadGuard<'_, Step>> {
+        let step = self.step.read().unwrap_or_else(PoisonError::into_inner);
+        if step.begun { Ok(step) } else { Err(no_step()) }
+    }
+
+    fn exclusive(&self) -> Result<RwLockWriteGuard<'_, Step>> {
+        match self.step.try_write() {
+            Ok(step) => Ok(step),
+            Err(TryLockError::Poisoned(step)) => Ok(step.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Error::Busy("batch: other calls are working on its step".to_owned())),
+        }
+    }
+
+    /// Runs `work` with a workspace of at least `bytes` that is kept for later calls.
+    pub fn with_workspace<T>(&self, bytes: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
+        let kept = self.workspaces.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut block = match kept.filter(|b| b.len() >= bytes) {
+            Some(block) => block,
+            // Contexts grow by a token at a time: not so their workspaces.
+            None => Block::new(self.owner.cache.memory(), bytes.next_power_of_two())?,
+        };
+        let result = work(&mut block);
+        self.workspaces.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+        result
+    }
+}
+
+/// Of attention's workspace.
+pub(super) const WORKSPACE_ALIGN: usize = 64;
+
+fn no_step() -> Error {
+    Error::Argument("batch has no step in progress: expected akv_batch_begin before".to_owned())
+}
+
+/// Everything of a step's description that can be checked without the cache.
+struct Request<'a> {
+    sequences: Vec<StepSequence>,
+    positions: Option<&'a [i64]>,
+    n_new: usize,
+    n_q: usize,
+}
+
+impl<'a> Request<'a> {
+    /// # Safety
+    /// The arrays of `desc` are NULL, misaligned, or as documented during `'a`.
+    unsafe fn new(desc: &akv_batch_desc) -> Result<Request<'a>> {
+        zero("desc->reserved", desc.reserved)?;
+        zero("desc->max_sequences", desc.max_sequences)?;
+        zero("desc->max_q", desc.max_q)?;
+        zero("desc->max_kv", desc.max_kv)?;
+        zero("desc->max_threads", desc.max_threads)?;
+        let n = desc.n_sequences as usize;
+        if n == 0 {
+            return Err(wrong("desc->n_sequences", 0, "1 or more"));
+        }
+        // SAFETY: the caller's contract.
+        let (ids, n_new, n_q) = unsafe {
+            (
+                array(desc.sequences, n, "desc->sequences")?,
+                optional(desc.n_new, n, "desc->n_new")?,
+                optional(desc.n_q, n, "desc->n_q")?,
+            )
+        };
+        let at = |array: Option<&[i32]>, name: &str, i: usize| match array {
+            Some(values) => count(format_args!("desc->{name}[{i}]"), values[i].into()).map(Some),
+            None => Ok(None),
+        };
+        let mut sequences = Vec::with_capacity(n);
+        for (i, &sequence) in ids.iter().enumerate() {
+            let n_new = at(n_new, "n_new", i)?.unwrap_or(0);
+            let n_q = at(n_q, "n_q", i)?.unwrap_or(n_new);
+            sequences.push(StepSequence { sequence, n_new, n_q });
+        }
+        // At most 2^32 summands below 2^31.
+        let n_new = sequences.iter().map(|s| s.n_new).sum();
+        let n_q = sequences.iter().map(|s| s.n_q).sum();
+        // SAFETY: the caller's contract.
+        let positions = unsafe { optional(desc.positions, n_new, "desc->positions") }?;
+        Ok(Request { sequences, positions, n_new, n_q })
+    }
+}
+
+fn bounds(desc: &akv_batch_desc) -> Result<Bounds> {
+    zero("bounds->n_sequences", desc.n_sequences)?;
+    zero("bounds->reserved", desc.reserved)?;
+    for (name, null) in [
+        ("sequences", desc.sequences.is_null()),
+        ("n_new", desc.n_new.is_null()),
+        ("n_q", desc.n_q.is_null()),
+        ("positions", desc.positions.is_null()),
+    ] {
+        if !null {
+            return Err(wrong(format_args!("bounds->{name}"), "not NULL", "NULL: akv_batch_begin takes the sequences"));
+        }
+    }
+    let bound = |n: usize| if n == 0 { None } else { Some(n) };
+    Ok(Bounds {
+        max_sequences: bound(within("bounds->max_sequences", desc.max_sequences, 0..=i32::MAX)? as usize),
+        max_q: bound(within("bounds->max_q", desc.max_q, 0..=i32::MAX)? as usize),
+        max_kv: bound(within("bounds->max_kv", desc.max_kv, 0..=i64::from(i32::MAX))? as usize),
+    })
+}
 
 /// Makes a batch: it carries one model step at a time through all layers. `bounds` holds max_sequences, max_q, max_kv,
-/// max_threads; the rest is 0 or NULL. `*out` is written on success only.
+/// max_threads; the rest is 0 or NULL. Steps beyond the bounds are AKV_E_CAPACITY. `*out` is written on success only.
 ///
-/// Threads: begin, commit, abort and destroy by one thread at a time; akv_aligned_attention on a begun batch from any
-/// number at once, also for different layers; akv_quantize_kv for different layers at once.
+/// Threads: begin, commit, abort and destroy are AKV_E_BUSY while other calls use the batch. In between,
+/// akv_aligned_attention may run any number of times at once, also for different layers, and akv_quantize_kv for
+/// different layers at once.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -18,7 +154,27 @@ pub unsafe extern "C" fn akv_batch_create(
     bounds: *const akv_batch_desc,
     out: *mut *mut akv_batch,
 ) -> akv_status {
-    guard(|| unbuilt("akv_batch_create"))
+    guard(|| {
+        let owner = CACHES.get(cache, "cache")?;
+        let out = pointer(out, "out")?;
+        // SAFETY: the caller's contract.
+        let desc = unsafe { descriptor(bounds, "bounds") }?;
+        let bounds = self::bounds(&desc)?;
+        let max_threads = match within("bounds->max_threads", desc.max_threads, 0..=1024)? {
+            0 => owner.context.cpu.n_threads(),
+            n => n as usize,
+        };
+        let object = Object {
+            batch: Batch::new(owner.cache.clone(), bounds),
+            max_threads,
+            step: RwLock::default(),
+            workspaces: Mutex::default(),
+            owner,
+        };
+        // SAFETY: checked, and the caller's contract.
+        unsafe { out.write(BATCHES.insert(object)?) };
+        Ok(())
+    })
 }
 
 /// Begins a step: reserves the pages that its new tokens need in all layers, all or nothing, and makes the sequences
@@ -26,6 +182,9 @@ pub unsafe extern "C" fn akv_batch_create(
 /// one beyond the bounds or max_bytes AKV_E_CAPACITY; a batch that is begun already AKV_E_BUSY. Then, per layer:
 /// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 /// capture.
+///
+/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
+/// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -35,30 +194,63 @@ pub unsafe extern "C" fn akv_batch_begin(
     desc: *const akv_batch_desc,
     stream: *mut c_void,
 ) -> akv_status {
-    guard(|| unbuilt("akv_batch_begin"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        let request = unsafe { Request::new(&descriptor(desc, "desc")?) }?;
+        let mut step = batch.exclusive()?;
+        if step.begun {
+            return Err(Error::Busy("batch has a step in progress: commit or abort it first".to_owned()));
+        }
+        batch.batch.begin(&request.sequences, request.positions)?;
+        let lens = request.sequences.iter().map(|s| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new));
+        let lens = lens.collect::<Result<Vec<_>>>().inspect_err(|_| batch.batch.abort())?;
+        let max_kv = lens.into_iter().max().unwrap_or(0);
+        *step = Step { begun: true, sequences: request.sequences, n_new: request.n_new, n_q: request.n_q, max_kv };
+        Ok(())
+    })
 }
 
 /// Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
-/// for one (the step stays begun).
+/// for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_batch_commit(batch: *mut akv_batch) -> akv_status {
-    guard(|| unbuilt("akv_batch_commit"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        let mut step = batch.exclusive()?;
+        if !step.begun {
+            return Err(no_step());
+        }
+        batch.batch.commit()?;
+        step.begun = false;
+        Ok(())
+    })
 }
 
-/// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun.
+/// Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun; AKV_E_BUSY
+/// while calls work on the step.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_batch_abort(batch: *mut akv_batch) -> akv_status {
-    guard(|| unbuilt("akv_batch_abort"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        let mut step = batch.exclusive()?;
+        if step.begun {
+            batch.batch.abort();
+            step.begun = false;
+        }
+        Ok(())
+    })
 }
 
-/// Size and alignment of the workspace of one attention call, from the bounds alone. AKV_E_ARGUMENT if max_q or max_kv
-/// is unbounded.
+/// Size and alignment of the workspace that any attention call within the batch's bounds can do with, in any layer, on
+/// up to max_threads of the caller's threads or on the context's. AKV_E_ARGUMENT if max_kv has no bound.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -68,21 +260,41 @@ pub unsafe extern "C" fn akv_batch_workspace(
     bytes: *mut usize,
     align: *mut usize,
 ) -> akv_status {
-    guard(|| unbuilt("akv_batch_workspace"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        let (bytes, align) = (pointer(bytes, "bytes")?, pointer(align, "align")?);
+        let bounds = batch.batch.bounds();
+        let max_kv = bounds.max_kv.ok_or_else(|| wrong("the batch's max_kv", "0 (no bound)", "a bound"))?;
+        // The context's threads serve a call that names none.
+        let nth = batch.max_threads.max(batch.owner.context.cpu.n_threads());
+        let layouts = batch.owner.cache.layouts().iter();
+        let most = layouts.map(|layout| Cpu::workspace_bytes(layout, max_kv, nth)).max().unwrap_or(0);
+        // SAFETY: checked, and the caller's contract.
+        unsafe {
+            bytes.write(most);
+            align.write(WORKSPACE_ALIGN);
+        }
+        Ok(())
+    })
 }
 
-/// Destroys a batch; a begun step is aborted.
+/// Destroys a batch; a begun step is aborted. AKV_E_BUSY while calls are in it.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status {
-    guard(|| unbuilt("akv_batch_destroy"))
+    guard(|| {
+        let batch = BATCHES.remove(batch, "batch", "let calls end")?;
+        batch.batch.abort();
+        Ok(())
+    })
 }
 
 /// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
 /// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-/// (a second time is AKV_E_ARGUMENT). All rows are checked first: on error nothing is appended.
+/// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
+/// is appended, and the call may be made again.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
 ///
@@ -96,5 +308,88 @@ pub unsafe extern "C" fn akv_quantize_kv(
     value: *const akv_rows,
     stream: *mut c_void,
 ) -> akv_status {
-    guard(|| unbuilt("akv_quantize_kv"))
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        no_stream("stream", stream)?;
+        let layer = batch.owner.layer(layer)?;
+        let step = batch.step()?;
+        if step.n_new == 0 {
+            return Ok(());
+        }
+        let shape = &batch.owner.cache.layouts()[layer].shape;
+        // SAFETY: checked, and the caller's contract.
+        let (key, value) = unsafe { (&*pointer(key, "key")?, &*pointer(value, "value")?) };
+        let key = Grid::new(key, "key", shape.n_kv_heads, shape.dim_k)?.expect("key", shape.dtype_k)?;
+        let value = Grid::new(value, "value", shape.n_kv_heads, shape.dim_v)?.expect("value", shape.dtype_v)?;
+        key.bytes("key", step.n_new)?;
+        value.bytes("value", step.n_new)?;
+        // SAFETY: checked for n_new rows, and the caller's contract.
+        let (key, value) = unsafe { (key.rows(), value.rows()) };
+        batch.batch.append(layer, key, value)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn zeroed() -> akv_batch_desc {
+        // SAFETY: plain data.
+        unsafe { std::mem::zeroed() }
+    }
+
+    fn argument<T>(result: Result<T>, part: &str) {
+        match result {
+            Err(Error::Argument(text)) if text.contains(part) => {}
+            Err(other) => panic!("{other:?} instead of {part:?}"),
+            Ok(_) => panic!("no error instead of {part:?}"),
+        }
+    }
+
+    fn request<'a>(
+        ids: &[u64],
+        n_new: &[i32],
+        n_q: Option<&[i32]>,
+        positions: Option<&'a [i64]>,
+    ) -> Result<Request<'a>> {
+        let desc = akv_batch_desc {
+            n_sequences: ids.len() as u32,
+            sequences: ids.as_ptr(),
+            n_new: n_new.as_ptr(),
+            n_q: n_q.map_or(std::ptr::null(), |a| a.as_ptr()),
+            positions: positions.map_or(std::ptr::null(), |a| a.as_ptr()),
+            ..zeroed()
+        };
+        // SAFETY: slices of the right lengths.
+        unsafe { Request::new(&desc) }
+    }
+
+    #[test]
+    fn steps() {
+        let r = request(&[5, 3], &[2, 0], None, Some(&[4, 4])).unwrap();
+        assert_eq!((r.n_new, r.n_q, r.positions.unwrap().len()), (2, 2, 2));
+        let r = request(&[5, 3], &[2, 0], Some(&[1, 7]), None).unwrap();
+        assert_eq!((r.n_new, r.n_q), (2, 8));
+        assert_eq!((r.sequences[1].n_new, r.sequences[1].n_q), (0, 7));
+        argument(request(&[5, 3], &[2, -1], None, None), "desc->n_new[1] is -1");
+        argument(request(&[5, 3], &[2, 1], Some(&[-2, 1]), None), "desc->n_q[0] is -2");
+        argument(request(&[], &[], None, None), "desc->n_sequences is 0");
+        // SAFETY: NULL is refused.
+        unsafe {
+            argument(Request::new(&akv_batch_desc { n_sequences: 1, ..zeroed() }), "desc->sequences is NULL");
+            argument(Request::new(&akv_batch_desc { max_kv: 1, ..zeroed() }), "desc->max_kv is 1");
+            argument(Request::new(&akv_batch_desc { reserved: 1, ..zeroed() }), "desc->reserved is 1");
+        }
+    }
+
+    #[test]
+    fn zero_bounds_are_none() {
+        let b = bounds(&zeroed()).unwrap();
+        assert!(b.max_sequences.is_none() && b.max_q.is_none() && b.max_kv.is_none());
+        let b = bounds(&akv_batch_desc { max_q: 3, max_kv: 4, ..zeroed() }).unwrap();
+        assert_eq!((b.max_sequences, b.max_q, b.max_kv), (None, Some(3), Some(4)));
+        argument(bounds(&akv_batch_desc { max_q: -3, ..zeroed() }), "bounds->max_q is -3");
+        argument(bounds(&akv_batch_desc { n_sequences: 3, ..zeroed() }), "bounds->n_sequences is 3");
+        argument(bounds(&akv_batch_desc { sequences: &7, ..zeroed() }), "bounds->sequences is not NULL");
+    }
 }

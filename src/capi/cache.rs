@@ -1,8 +1,133 @@
 //! Caches.
 
+use super::check::{array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
+use super::handle::{CACHES, CONTEXTS};
 use super::types::*;
-use super::{guard, unbuilt};
-use std::ffi::c_void;
+use super::{context, guard};
+use crate::Result;
+use crate::cache::{Cache, Config};
+use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, PLANES, Shape, TILE};
+use std::sync::Arc;
+
+/// What an `akv_cache` stands for.
+pub(super) struct Object {
+    pub cache: Arc<Cache>,
+    /// Keeps it alive, and busy.
+    pub context: Arc<context::Object>,
+}
+
+impl Object {
+    /// An index of a layer.
+    pub fn layer(&self, layer: i32) -> Result<usize> {
+        let n = self.cache.layouts().len();
+        usize::try_from(layer)
+            .ok()
+            .filter(|&l| l < n)
+            .ok_or_else(|| wrong("layer", layer, format_args!("0 to {}", n - 1)))
+    }
+}
+
+/// Head dimensions that kernels exist for.
+fn dim(name: String, value: i32) -> Result<usize> {
+    let dim = usize::try_from(value).ok().filter(|d| (16..=MAX_DIM).contains(d) && d % 8 == 0);
+    dim.ok_or_else(|| wrong(name, value, format_args!("a multiple of 8 from 16 to {MAX_DIM}")))
+}
+
+fn shape(l: &akv_layer_desc, name: &str, format: Format, n_layers: usize) -> Result<Shape> {
+    let at = |field: &str| format!("{name}.{field}");
+    // Bounds that no model comes near, and under which no size overflows.
+    let n_kv_heads = within(at("n_kv_heads"), l.n_kv_heads, 1..=4096)? as usize;
+    let n_q_heads = usize::try_from(l.n_q_heads).unwrap_or(0);
+    if n_q_heads == 0 || n_q_heads % n_kv_heads != 0 || n_q_heads / n_kv_heads > MAX_GROUP {
+        let expected = format_args!("1 to {MAX_GROUP} times n_kv_heads ({n_kv_heads})");
+        return Err(wrong(at("n_q_heads"), l.n_q_heads, expected));
+    }
+    let dim_k = dim(at("dim_k"), l.dim_k)?;
+    let dim_v = if l.dim_v == 0 { dim_k } else { dim(at("dim_v"), l.dim_v)? };
+    let planes = |field, value| match (value, format) {
+        (0, _) => Ok(PLANES),
+        (4, _) | (2 | 3, Format::Aligned) => Ok(value as usize),
+        (_, Format::Aligned) => Err(wrong(at(field), value, "2, 3, 4, or 0 for 4")),
+        _ => Err(wrong(at(field), value, "0 or 4 with this format, which keeps all bits")),
+    };
+    let dtype = |field, value| match (dtype(at(field), value)?, format) {
+        (Dtype::F32 | Dtype::Bf16, Format::Published) => {
+            Err(wrong(at(field), value, "AKV_F16 (1) with AKV_FORMAT_PUBLISHED"))
+        }
+        (dtype, _) => Ok(dtype),
+    };
+    let shape = Shape {
+        n_q_heads,
+        n_kv_heads,
+        dim_k,
+        dim_v,
+        dtype_k: dtype("dtype_k", l.dtype_k)?,
+        dtype_v: dtype("dtype_v", l.dtype_v)?,
+        planes_k: planes("planes_k", l.planes_k)?,
+        planes_v: planes("planes_v", l.planes_v)?,
+        window: within(at("window"), l.window, 0..=i32::MAX)? as usize,
+    };
+    within(at("share_with"), l.share_with, 0..=n_layers as i32)?;
+    for (field, value) in [("group", l.group), ("share_with", l.share_with), ("v_is_prefix_of_k", l.v_is_prefix_of_k)] {
+        if value != 0 {
+            return Err(not_built(at(field), value, 0));
+        }
+    }
+    Ok(shape)
+}
+
+/// Tokens kept as given at an end of a sequence.
+fn exact(name: String, value: u32, default: usize) -> Result<usize> {
+    match value {
+        0 => Ok(default),
+        AKV_NONE => Ok(0),
+        n if n as usize <= TILE => Ok(n as usize),
+        n => Err(wrong(name, n, format_args!("0 to {TILE}, or AKV_NONE"))),
+    }
+}
+
+/// Checks what a cache is to be made of: for making one, and for `akv_supports`.
+///
+/// # Safety
+/// `desc.layers` is NULL, misaligned, or points to `desc.n_layers` layers.
+pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config> {
+    let at = |field: &str| format!("{name}->{field}");
+    zero(at("flags"), desc.flags)?;
+    zero(at("reserved"), desc.reserved)?;
+    let format = match desc.format {
+        AKV_FORMAT_ALIGNED => Format::Aligned,
+        AKV_FORMAT_PUBLISHED => Format::Published,
+        AKV_FORMAT_RAW => Format::Raw,
+        other => return Err(wrong(at("format"), other, "an AKV_FORMAT_* code (0 to 2)")),
+    };
+    if within(at("placement"), desc.placement, AKV_APPEND..=AKV_ATTACHED)? != AKV_APPEND {
+        return Err(not_built(at("placement"), desc.placement, "AKV_APPEND (0)"));
+    }
+    if within(at("nan_policy"), desc.nan_policy, AKV_NAN_ERROR..=AKV_NAN_ZERO)? != AKV_NAN_ERROR {
+        return Err(not_built(at("nan_policy"), desc.nan_policy, "AKV_NAN_ERROR (0)"));
+    }
+    if desc.n_slots != 0 {
+        return Err(wrong(at("n_slots"), desc.n_slots, "0 with AKV_APPEND"));
+    }
+    let n_layers = within(at("n_layers"), desc.n_layers, 1..=4096)? as usize;
+    // SAFETY: the caller's contract.
+    let layers = unsafe { array(desc.layers, n_layers, at("layers")) }?;
+    let layers = layers.iter().enumerate();
+    let layers = layers.map(|(i, l)| shape(l, &format!("{name}->layers[{i}]"), format, n_layers));
+    let layers = layers.collect::<Result<Vec<_>>>()?;
+    let exact_head = exact(at("exact_head"), desc.exact_head, 4)?;
+    let exact_tail = exact(at("exact_tail"), desc.exact_tail, 64)?;
+    // The other formats store every row as given: there is nothing to keep beside it.
+    let lossy = usize::from(format == Format::Aligned);
+    Ok(Config {
+        format,
+        layers,
+        max_sequences: if desc.max_sequences == 0 { 65536 } else { desc.max_sequences as usize },
+        exact_head: exact_head * lossy,
+        exact_tail: exact_tail * lossy,
+        max_bytes: desc.max_bytes,
+    })
+}
 
 /// Makes a cache. Memory for rows is taken as sequences grow. `*out` is written on success only.
 ///
@@ -19,23 +144,157 @@ pub unsafe extern "C" fn akv_cache_create(
     desc: *const akv_cache_desc,
     out: *mut *mut akv_cache,
 ) -> akv_status {
-    guard(|| unbuilt("akv_cache_create"))
+    guard(|| {
+        let context = CONTEXTS.get(context, "context")?;
+        let out = pointer(out, "out")?;
+        // SAFETY: the caller's contract, for the descriptor, its array and `out`.
+        unsafe {
+            let config = config(&descriptor(desc, "desc")?, "desc")?;
+            let cache = Arc::new(Cache::new(config, context.allocator.clone())?);
+            out.write(CACHES.insert(Object { cache, context })?);
+        }
+        Ok(())
+    })
 }
 
-/// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it.
+/// Destroys a cache with all its sequences. AKV_E_BUSY while batches made from it live, or calls are in it (nothing
+/// happens then).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_cache_destroy(cache: *mut akv_cache) -> akv_status {
-    guard(|| unbuilt("akv_cache_destroy"))
+    guard(|| CACHES.remove(cache, "cache", "destroy its batches first, and let calls end").map(drop))
 }
 
-/// Reports what the cache holds. `out->struct_size` must be set.
+/// Reports what the cache holds. `out->struct_size` must be set, and the rest zeroed if it is a later version's.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_cache_usage(cache: *const akv_cache, out: *mut akv_usage) -> akv_status {
-    guard(|| unbuilt("akv_cache_usage"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        // SAFETY: the caller's contract; of `out` only struct_size is read.
+        let out = unsafe { sized(out, "out") }?;
+        let u = cache.cache.usage();
+        // SAFETY: `sized` made sure of address and size. What a later version has beyond stays zero.
+        unsafe {
+            let struct_size = (*out).struct_size;
+            out.write(akv_usage {
+                struct_size,
+                n_sequences: u.n_sequences,
+                bytes_reserved: u.bytes_reserved,
+                bytes_used: u.bytes_used,
+                bytes_kept: u.bytes_kept,
+                pages_used: u.pages_used,
+                pages_free: u.pages_free,
+                pages_shared: u.pages_shared,
+                tokens: u.tokens,
+            });
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Error;
+
+    fn layer() -> akv_layer_desc {
+        // SAFETY: plain data.
+        let zero: akv_layer_desc = unsafe { std::mem::zeroed() };
+        akv_layer_desc { n_q_heads: 8, n_kv_heads: 2, dim_k: 64, ..zero }
+    }
+
+    fn with(desc: impl Fn(&mut akv_cache_desc), change: impl Fn(&mut akv_layer_desc)) -> Result<Config> {
+        let mut layers = [layer(), layer()];
+        change(&mut layers[1]);
+        // SAFETY: plain data.
+        let mut d: akv_cache_desc = unsafe { std::mem::zeroed() };
+        (d.n_layers, d.layers) = (2, layers.as_ptr());
+        desc(&mut d);
+        // SAFETY: two layers.
+        unsafe { config(&d, "desc") }
+    }
+
+    #[test]
+    fn zeros_are_defaults() {
+        let c = with(|_| (), |_| ()).unwrap();
+        assert_eq!((c.format, c.max_sequences, c.exact_head, c.exact_tail), (Format::Aligned, 65536, 4, 64));
+        let s = c.layers[1];
+        assert_eq!((s.dim_v, s.planes_k, s.planes_v, s.dtype_k), (64, 4, 4, Dtype::F32));
+        let none = with(|d| (d.exact_head, d.exact_tail) = (AKV_NONE, 128), |_| ()).unwrap();
+        assert_eq!((none.exact_head, none.exact_tail), (0, 128));
+        let raw = with(|d| (d.format, d.exact_head) = (AKV_FORMAT_RAW, 7), |_| ()).unwrap();
+        assert_eq!((raw.exact_head, raw.exact_tail), (0, 0));
+    }
+
+    #[test]
+    fn every_field_is_checked_and_named() {
+        let argument = |result: Result<Config>, name: &str| match result {
+            Err(Error::Argument(text)) if text.starts_with(name) => {}
+            other => panic!("{other:?} for {name}"),
+        };
+        type Case = (&'static str, fn(&mut akv_cache_desc));
+        let cases: [Case; 12] = [
+            ("desc->flags", |d| d.flags = 1),
+            ("desc->reserved", |d| d.reserved = 1),
+            ("desc->format", |d| d.format = 3),
+            ("desc->placement", |d| d.placement = -1),
+            ("desc->nan_policy", |d| d.nan_policy = 3),
+            ("desc->n_slots", |d| d.n_slots = 1),
+            ("desc->n_layers", |d| d.n_layers = 0),
+            ("desc->n_layers", |d| d.n_layers = 4097),
+            ("desc->n_layers", |d| d.n_layers = -1),
+            ("desc->layers", |d| d.layers = std::ptr::null()),
+            ("desc->exact_head", |d| d.exact_head = 129),
+            ("desc->exact_tail", |d| d.exact_tail = AKV_NONE - 1),
+        ];
+        for (name, change) in cases {
+            argument(with(change, |_| ()), name);
+        }
+        type LayerCase = (&'static str, fn(&mut akv_layer_desc));
+        let cases: [LayerCase; 19] = [
+            ("n_kv_heads", |l| l.n_kv_heads = 0),
+            ("n_kv_heads", |l| l.n_kv_heads = -2),
+            ("n_q_heads", |l| l.n_q_heads = 0),
+            ("n_q_heads", |l| l.n_q_heads = 7),
+            ("n_q_heads", |l| l.n_q_heads = -8),
+            ("n_q_heads", |l| l.n_q_heads = 130),
+            ("dim_k", |l| l.dim_k = 0),
+            ("dim_k", |l| l.dim_k = 8),
+            ("dim_k", |l| l.dim_k = 68),
+            ("dim_k", |l| l.dim_k = 264),
+            ("dim_v", |l| l.dim_v = -64),
+            ("dtype_k", |l| l.dtype_k = 3),
+            ("dtype_v", |l| l.dtype_v = -1),
+            ("planes_k", |l| l.planes_k = 1),
+            ("planes_v", |l| l.planes_v = 5),
+            ("planes_v", |l| l.planes_v = -4),
+            ("window", |l| l.window = -1),
+            ("share_with", |l| l.share_with = -1),
+            ("share_with", |l| l.share_with = 3),
+        ];
+        for (name, change) in cases {
+            argument(with(|_| (), change), &format!("desc->layers[1].{name} is "));
+        }
+        argument(with(|d| d.format = AKV_FORMAT_PUBLISHED, |_| ()), "desc->layers[0].dtype_k");
+        argument(with(|d| d.format = AKV_FORMAT_RAW, |l| l.planes_k = 2), "desc->layers[1].planes_k");
+    }
+
+    #[test]
+    fn what_is_not_built_says_so() {
+        let unsupported = |result: Result<Config>| assert!(matches!(result, Err(Error::Unsupported(_))), "{result:?}");
+        for placement in [AKV_SLOTS, AKV_ATTACHED] {
+            unsupported(with(|d| d.placement = placement, |_| ()));
+        }
+        for policy in [AKV_NAN_PROPAGATE, AKV_NAN_ZERO] {
+            unsupported(with(|d| d.nan_policy = policy, |_| ()));
+        }
+        unsupported(with(|_| (), |l| l.group = 1));
+        unsupported(with(|_| (), |l| l.share_with = 1));
+        unsupported(with(|_| (), |l| l.v_is_prefix_of_k = 1));
+    }
 }

@@ -1,8 +1,96 @@
 //! Contexts.
 
+use super::attention::Options;
+use super::check::{descriptor, not_built, pointer, within, wrong};
+use super::guard;
+use super::handle::CONTEXTS;
 use super::types::*;
-use super::{guard, unbuilt};
-use std::ffi::c_void;
+use crate::backend::cpu::{Cpu, Isa};
+use crate::cache::Allocator;
+use crate::{Error, Result};
+use std::ffi::CString;
+
+/// What an `akv_context` stands for.
+pub(super) struct Object {
+    pub cpu: Cpu,
+    pub allocator: Allocator,
+}
+
+pub(super) fn isa_code(isa: Isa) -> i32 {
+    match isa {
+        Isa::Scalar => AKV_ISA_SCALAR,
+        Isa::Avx2 => AKV_ISA_AVX2,
+        Isa::Avx512 => AKV_ISA_AVX512,
+    }
+}
+
+/// The code that an environment variable asks for; None if it is unset or empty.
+fn forced(variable: &str, value: Option<String>, names: &[(&str, i32)]) -> Result<Option<i32>> {
+    let Some(value) = value.filter(|v| !v.is_empty()) else { return Ok(None) };
+    match names.iter().find(|(name, _)| *name == value) {
+        Some(&(_, code)) => Ok(Some(code)),
+        None => {
+            let names: Vec<_> = names.iter().map(|(name, _)| *name).collect();
+            Err(wrong(format_args!("environment variable {variable}"), format_args!("{value:?}"), names.join(" or ")))
+        }
+    }
+}
+
+fn environment(variable: &str) -> Option<String> {
+    std::env::var_os(variable).map(|v| v.to_string_lossy().into_owned())
+}
+
+/// Backend and instruction set of a description; an override is told apart in the text.
+fn choose(desc: &akv_context_desc, backend: Option<String>, isa: Option<String>) -> Result<Isa> {
+    match forced("AKV_BACKEND", backend, &[("cpu", AKV_CPU), ("cuda", AKV_CUDA)])?.unwrap_or(desc.backend) {
+        0 | AKV_CPU => {}
+        AKV_CUDA => return Err(not_built("desc->backend", "AKV_CUDA", "AKV_CPU")),
+        other => return Err(wrong("desc->backend", other, "0, AKV_CPU (1) or AKV_CUDA (2)")),
+    }
+    let names = Isa::ALL.map(|isa| (isa.name(), isa_code(isa)));
+    let code = forced("AKV_ISA", isa, &names)?.unwrap_or(desc.isa);
+    if code == 0 {
+        return Ok(Isa::best());
+    }
+    let isa = Isa::ALL.into_iter().find(|&isa| isa_code(isa) == code);
+    let isa = isa.ok_or_else(|| wrong("desc->isa", code, "0 or an AKV_ISA_* code (1 to 3)"))?;
+    if !isa.available() {
+        let best = Isa::best().name();
+        return Err(Error::Unsupported(format!("isa {} is not available: this machine's best is {best}", isa.name())));
+    }
+    Ok(isa)
+}
+
+/// # Safety
+/// The functions in `desc` must be as documented, for as long as the context lives.
+unsafe fn create(desc: &akv_context_desc) -> Result<Object> {
+    if desc.abi_version != AKV_ABI_VERSION {
+        return Err(Error::Version(format!(
+            "desc->abi_version is {}: this library speaks {AKV_ABI_VERSION} ({})",
+            desc.abi_version,
+            super::status::VERSION.to_string_lossy()
+        )));
+    }
+    let isa = choose(desc, environment("AKV_BACKEND"), environment("AKV_ISA"))?;
+    within("desc->device", desc.device, 0..=i32::MAX)?;
+    let n_threads = within("desc->n_threads", desc.n_threads, 0..=1024)?.max(1) as usize;
+    let allocator = match (desc.alloc, desc.dealloc) {
+        (None, None) => Allocator::default(),
+        // SAFETY: the caller's contract.
+        (Some(alloc), Some(dealloc)) => unsafe { Allocator::hooks(alloc, dealloc, desc.alloc_user) },
+        (None, Some(_)) => return Err(wrong("desc->alloc", "NULL but desc->dealloc is not", "both or neither")),
+        (Some(_), None) => return Err(wrong("desc->dealloc", "NULL but desc->alloc is not", "both or neither")),
+    };
+    let cpu = Cpu::new(isa, n_threads)?;
+    if let Some(log) = desc.log {
+        let version = super::status::VERSION.to_string_lossy();
+        let line = format!("{version}; backend cpu, isa {}, threads {}", cpu.isa().name(), cpu.n_threads());
+        let line = CString::new(line).unwrap_or_default();
+        // SAFETY: the caller's function, and a string that outlives the call.
+        unsafe { log(desc.log_user, AKV_LOG_INFO, line.as_ptr()) };
+    }
+    Ok(Object { cpu, allocator })
+}
 
 /// Makes a context. `*out` is written on success only.
 ///
@@ -15,7 +103,15 @@ use std::ffi::c_void;
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_context_create(desc: *const akv_context_desc, out: *mut *mut akv_context) -> akv_status {
-    guard(|| unbuilt("akv_context_create"))
+    guard(|| {
+        let out = pointer(out, "out")?;
+        // SAFETY: the caller's contract, for the descriptor, its functions and `out`.
+        unsafe {
+            let desc = descriptor(desc, "desc")?;
+            out.write(CONTEXTS.insert(create(&desc)?)?);
+        }
+        Ok(())
+    })
 }
 
 /// Destroys a context and joins its threads. AKV_E_BUSY while caches made from it live (nothing happens then). NULL is
@@ -25,7 +121,7 @@ pub unsafe extern "C" fn akv_context_create(desc: *const akv_context_desc, out: 
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_context_destroy(context: *mut akv_context) -> akv_status {
-    guard(|| unbuilt("akv_context_destroy"))
+    guard(|| CONTEXTS.remove(context, "context", "destroy its caches first, and let calls end").map(drop))
 }
 
 /// Returns and clears the sticky fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none,
@@ -41,7 +137,8 @@ pub unsafe extern "C" fn akv_poll(
     layer: *mut i32,
     row: *mut u64,
 ) -> akv_status {
-    guard(|| unbuilt("akv_poll"))
+    let _ = (sequence, layer, row);
+    guard(|| CONTEXTS.get(context, "context").map(drop))
 }
 
 /// Asks whether caches of `cache` can be created here and attended as `attention` says (NULL: with defaults), without
@@ -57,5 +154,40 @@ pub unsafe extern "C" fn akv_supports(
     attention: *const akv_attention_desc,
     path: *mut i32,
 ) -> akv_status {
-    guard(|| unbuilt("akv_supports"))
+    guard(|| {
+        CONTEXTS.get(context, "context")?;
+        // SAFETY: the caller's contract.
+        let config = unsafe { super::cache::config(&descriptor(cache, "cache")?, "cache") }?;
+        let attention = match attention.is_null() {
+            // SAFETY: plain data, all zeros is what "defaults" means.
+            true => unsafe { std::mem::zeroed() },
+            // SAFETY: the caller's contract.
+            false => unsafe { descriptor(attention, "attention") }?,
+        };
+        let mut paths = 0;
+        for shape in &config.layers {
+            paths |= Options::new(&attention, "attention", config.format, shape)?.paths;
+        }
+        if !path.is_null() {
+            // SAFETY: checked, and the caller's contract.
+            unsafe { pointer(path, "path")?.write(paths) };
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_overrides_and_is_checked() {
+        let names = [("cpu", 1), ("cuda", 2)];
+        let value = |v: &str| Some(v.to_owned());
+        assert_eq!(forced("AKV_BACKEND", None, &names), Ok(None));
+        assert_eq!(forced("AKV_BACKEND", value(""), &names), Ok(None));
+        assert_eq!(forced("AKV_BACKEND", value("cuda"), &names), Ok(Some(2)));
+        let text = "environment variable AKV_BACKEND is \"gpu\": expected cpu or cuda".to_owned();
+        assert_eq!(forced("AKV_BACKEND", value("gpu"), &names), Err(Error::Argument(text)));
+    }
 }

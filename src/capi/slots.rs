@@ -19,6 +19,7 @@ pub unsafe extern "C" fn akv_slots_write(
     value: *const akv_rows,
     stream: *mut c_void,
 ) -> akv_status {
+    let _ = (cache, layer, slots, n, key, value, stream);
     guard(|| unbuilt("akv_slots_write"))
 }
 
@@ -36,6 +37,7 @@ pub unsafe extern "C" fn akv_slots_read(
     value: *const akv_rows,
     stream: *mut c_void,
 ) -> akv_status {
+    let _ = (cache, layer, first, n, key, value, stream);
     guard(|| unbuilt("akv_slots_read"))
 }
 
@@ -45,6 +47,7 @@ pub unsafe extern "C" fn akv_slots_read(
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32, first: i64, n: i64) -> akv_status {
+    let _ = (cache, layer, first, n);
     guard(|| unbuilt("akv_slots_invalidate"))
 }
 
@@ -60,6 +63,7 @@ pub unsafe extern "C" fn akv_attach_rows(
     key: *const akv_rows,
     value: *const akv_rows,
 ) -> akv_status {
+    let _ = (cache, layer, key, value);
     guard(|| unbuilt("akv_attach_rows"))
 }
 
@@ -75,6 +79,7 @@ pub unsafe extern "C" fn akv_slots_attention(
     n_q: i64,
     desc: *const akv_attention_desc,
 ) -> akv_status {
+    let _ = (cache, layer, n_kv, n_q, desc);
     guard(|| unbuilt("akv_slots_attention"))
 }
 
@@ -89,6 +94,7 @@ pub unsafe extern "C" fn akv_mask_create(
     max_kv: i64,
     out: *mut *mut akv_mask,
 ) -> akv_status {
+    let _ = (cache, max_rows, max_kv, out);
     guard(|| unbuilt("akv_mask_create"))
 }
 
@@ -105,6 +111,7 @@ pub unsafe extern "C" fn akv_mask_set(
     stride: i64,
     stream: *mut c_void,
 ) -> akv_status {
+    let _ = (mask, f16, rows, n_kv, stride, stream);
     guard(|| unbuilt("akv_mask_set"))
 }
 
@@ -114,5 +121,6 @@ pub unsafe extern "C" fn akv_mask_set(
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_mask_destroy(mask: *mut akv_mask) -> akv_status {
+    let _ = mask;
     guard(|| unbuilt("akv_mask_destroy"))
 }

@@ -7,12 +7,13 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
-/// Version of the binary interface. Pass it in `akv_context_desc.abi_version`; `akv_abi_version()` tells what the
-/// library that was loaded speaks.
+/// # Version of the binary interface
+/// Goes into `akv_context_desc.abi_version`; `akv_abi_version()` tells what the loaded library speaks.
 pub const AKV_ABI_VERSION: u32 = 1;
 
 /// Result of a call: `AKV_OK` (0) or a negative code. The list only ever grows at its end.
 pub type akv_status = i32;
+/// # Status codes
 /// Done.
 pub const AKV_OK: akv_status = 0;
 /// An argument breaks a documented rule; `akv_last_error` names it.
@@ -27,102 +28,116 @@ pub const AKV_E_CAPACITY: akv_status = -4;
 pub const AKV_E_HANDLE: akv_status = -5;
 /// NaN or infinity in K, V or q.
 pub const AKV_E_NONFINITE: akv_status = -6;
-/// A finite value that the format cannot hold (magnitude above about 3e10), or that f16 output cannot.
+/// A finite value that the format cannot hold (magnitude above about 3e10), or that an output's dtype cannot.
 pub const AKV_E_RANGE: akv_status = -7;
-/// The object is in use in a way that excludes this call: nothing waited, nothing changed, try later.
+/// In use in a way that excludes this call: nothing waited, nothing changed, try again later.
 pub const AKV_E_BUSY: akv_status = -8;
 /// Imported bytes are damaged.
 pub const AKV_E_CORRUPT: akv_status = -9;
-/// A struct, library or file of another version: unknown non-zero tail bytes, wrong `abi_version`.
+/// A struct or file of another version: wrong `abi_version`, or bytes set beyond the struct that this version knows.
 pub const AKV_E_VERSION: akv_status = -10;
 /// The device or its driver failed.
 pub const AKV_E_DEVICE: akv_status = -11;
 /// A bug in the library (a panic was stopped at the boundary); the objects of the call should be destroyed.
 pub const AKV_E_INTERNAL: akv_status = -12;
 
-/// Element types of rows: IEEE binary32.
+/// # Element types of rows
+/// IEEE binary32.
 pub const AKV_F32: i32 = 0;
 /// IEEE binary16.
 pub const AKV_F16: i32 = 1;
 /// bfloat16, the upper half of a binary32.
 pub const AKV_BF16: i32 = 2;
 
-/// Backends (`akv_context_desc.backend`, `akv_stats.backend`): the CPU; also what 0 stands for.
+/// # Backends: akv_context_desc.backend (0 = AKV_CPU), akv_stats.backend
+/// The CPU.
 pub const AKV_CPU: i32 = 1;
 /// CUDA devices. Not built yet: AKV_E_UNSUPPORTED.
 pub const AKV_CUDA: i32 = 2;
 
-/// Instruction sets (`akv_context_desc.isa`, `akv_stats.isa`): portable code. 0 in a descriptor picks the best here.
+/// # Instruction sets: akv_context_desc.isa (0 = the best of this machine), akv_stats.isa
+/// Portable code.
 pub const AKV_ISA_SCALAR: i32 = 1;
 /// x86-64 with AVX2.
 pub const AKV_ISA_AVX2: i32 = 2;
 /// x86-64 with AVX-512 F, BW, VL and VNNI.
 pub const AKV_ISA_AVX512: i32 = 3;
 
-/// Ways that attention can take (`akv_stats.path`, a sum of those that ran): plane 0 of all keys first, then only the
-/// digits that matter.
+/// # Ways that attention can take: akv_stats.path and akv_supports (sums)
+/// Plane 0 of all keys first, then only the digits that matter.
 pub const AKV_PATH_PROGRESSIVE: i32 = 1;
 /// Every stored digit of every row: exact mode, long prefills, the raw format.
 pub const AKV_PATH_DENSE: i32 = 2;
 /// The criterion of the published AlignedKV scheme.
 pub const AKV_PATH_PUBLISHED: i32 = 4;
 
-/// Storage formats (`akv_cache_desc.format`): precision-aligned digit planes under shared scales.
+/// # Storage formats: akv_cache_desc.format
+/// Precision-aligned digit planes under shared scales.
 pub const AKV_FORMAT_ALIGNED: i32 = 0;
-/// AlignedKV as published (arXiv 2409.16546): f16 cut into 8 | 4 | 4 bits, lossless; for comparison. f16 rows only.
+/// AlignedKV as published (arXiv 2409.16546): f16 cut into 8 | 4 | 4 bits, lossless; for comparison.
+/// K and V must be AKV_F16; its criterion takes no tolerance and gives no certificate.
 pub const AKV_FORMAT_PUBLISHED: i32 = 1;
 /// Rows as given, attended in f32: the exact baseline.
 pub const AKV_FORMAT_RAW: i32 = 2;
 
-/// Placements (`akv_cache_desc.placement`): the library appends rows to sequences.
+/// # Placements: akv_cache_desc.placement
+/// The library appends rows to sequences.
 pub const AKV_APPEND: i32 = 0;
 /// The engine's cells are the truth: rows are written to any cell. Not built yet: AKV_E_UNSUPPORTED.
 pub const AKV_SLOTS: i32 = 1;
 /// The engine keeps its own rows, the library an index beside them. Not built yet: AKV_E_UNSUPPORTED.
 pub const AKV_ATTACHED: i32 = 2;
 
-/// Modes (`akv_attention_desc.mode`): errors of tokens add as if independent; the rms error per channel stays near
-/// `tolerance`.
+/// # Modes: akv_attention_desc.mode
+/// Errors of tokens add as if independent: the rms error of a channel stays near tolerance * A.
 pub const AKV_EXPECTED: i32 = 0;
-/// Error bounds add: `bound` itself meets the tolerance, as far as the stored planes can (16 bits: to about 3e-2).
+/// Error bounds add: `bound` itself stays within tolerance * A, as far as the stored planes can (below about
+/// 3e-2 the rounding of 16 bits shows, and `bound` says so).
 pub const AKV_GUARANTEED: i32 = 1;
 /// All stored digits are read.
 pub const AKV_EXACT: i32 = 2;
 
-/// Visibility (`akv_attention_desc.visibility`): a query row sees tokens at its own position and before.
+/// # Visibility: akv_attention_desc.visibility
+/// A query row sees tokens at its own position and before.
 pub const AKV_CAUSAL: i32 = 0;
 /// A query row sees all tokens of its sequence.
 pub const AKV_FULL: i32 = 1;
 
-/// What NaN or infinity in K, V or q does (`akv_cache_desc.nan_policy`): the call fails with AKV_E_NONFINITE.
+/// # NaN or infinity in K, V or q: akv_cache_desc.nan_policy
+/// The call fails with AKV_E_NONFINITE.
 pub const AKV_NAN_ERROR: i32 = 0;
 /// It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
 pub const AKV_NAN_PROPAGATE: i32 = 1;
 /// It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
 pub const AKV_NAN_ZERO: i32 = 2;
 
-/// RoPE pairings (`akv_rope.pairing`): channels 2i and 2i + 1 turn together.
+/// # RoPE pairings: akv_rope.pairing
+/// Channels 2i and 2i + 1 turn together.
 pub const AKV_ROPE_INTERLEAVED: i32 = 0;
 /// Channels i and i + n_dims / 2 turn together.
 pub const AKV_ROPE_HALVES: i32 = 1;
 
-/// For `exact_head` and `exact_tail`, where 0 means the default: none at all.
+/// # For akv_cache_desc.exact_head and exact_tail
+/// None at all (0 means the default).
 pub const AKV_NONE: u32 = u32::MAX;
 
-/// Log levels: something the caller should know of.
+/// # Log levels: akv_log_fn
+/// Something the caller should know of.
 pub const AKV_LOG_WARN: i32 = 1;
 /// What runs and where.
 pub const AKV_LOG_INFO: i32 = 2;
 
-/// A backend, its threads and its allocator. Everything else is made from one.
+/// A backend, its threads and its allocator. Everything else is made from one. May be used by any number of threads at
+/// once.
 pub struct akv_context {
     _opaque: (),
 }
-/// The KV rows of all sequences, for all layers of a model (or one, if the engine keeps one cache per layer).
+/// The KV rows of all sequences, for all layers of a model (or one, if the engine keeps one cache per layer). Calls on
+/// different sequences may run at once; a sequence is read by any number of calls at once or written by one.
 pub struct akv_cache {
     _opaque: (),
 }
-/// The sequences of one model step.
+/// One model step at a time. Many calls may work on a step at once; it begins and ends while none does.
 pub struct akv_batch {
     _opaque: (),
 }
@@ -131,7 +146,8 @@ pub struct akv_mask {
     _opaque: (),
 }
 
-/// A sequence of a cache: index and generation, so that a stale id is noticed. 0 is never one.
+/// A sequence of a cache: index and generation, so that a stale id is noticed. 0 is never one. An id means nothing to
+/// another cache.
 pub type akv_sequence = u64;
 
 /// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
@@ -152,9 +168,10 @@ pub type akv_alloc_fn = Option<
 /// Takes back what `akv_alloc_fn` gave, with the same `bytes`.
 pub type akv_dealloc_fn =
     Option<unsafe extern "C" fn(user: *mut c_void, p: *mut c_void, bytes: usize, backend: i32, stream: *mut c_void)>;
-/// Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the library.
+/// Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the
+/// library.
 pub type akv_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, text: *const c_char)>;
-/// Returns when all `nth` threads of a call have entered it.
+/// Returns when all `nth` threads of a call have entered it. No callback may throw or longjmp.
 pub type akv_barrier_fn = Option<unsafe extern "C" fn(user: *mut c_void)>;
 
 /// What a context is made of. Zeroed apart from `struct_size` and `abi_version`: CPU backend, best instruction set, no
@@ -168,17 +185,18 @@ pub struct akv_context_desc {
     pub abi_version: u32,
     /// AKV_CPU or AKV_CUDA; 0 = AKV_CPU. The environment variable AKV_BACKEND (cpu, cuda) overrides it, for tests.
     pub backend: i32,
-    /// CUDA device ordinal.
+    /// CUDA device ordinal; not used by AKV_CPU.
     pub device: i32,
     /// AKV_ISA_*; 0 = the best of this machine. The environment variable AKV_ISA (scalar, avx2, avx512) overrides it,
     /// for tests. One that this machine lacks is AKV_E_UNSUPPORTED, never replaced in silence.
     pub isa: i32,
     /// Threads that attention may use, the calling one included: 0 and 1 start none, n > 1 starts n - 1 workers that
-    /// live as long as the context. They serve calls without `akv_threads`, one call at a time.
+    /// live as long as the context. They serve calls without `akv_threads`, one call at a time. At most 1024.
     pub n_threads: i32,
-    /// CUcontext to use; NULL = the device's primary one.
+    /// CUcontext to use; NULL = the device's primary one. Not used by AKV_CPU.
     pub cuda_context: *mut c_void,
-    /// Allocator of everything large (pages, kept rows, workspaces); NULL = the library's own. Both or neither.
+    /// Allocator of everything large (pages, kept rows, workspaces); NULL = the library's own. Both or neither. Must
+    /// work for as long as the context lives.
     pub alloc: akv_alloc_fn,
     /// Its counterpart.
     pub dealloc: akv_dealloc_fn,
@@ -194,9 +212,10 @@ pub struct akv_context_desc {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct akv_layer_desc {
-    /// Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of up to 64.
+    /// Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
+    /// up to 64.
     pub n_q_heads: i32,
-    /// KV heads.
+    /// KV heads, 1 to 4096.
     pub n_kv_heads: i32,
     /// Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
     pub dim_k: i32,
@@ -206,7 +225,8 @@ pub struct akv_layer_desc {
     pub dtype_k: i32,
     /// The same of V.
     pub dtype_v: i32,
-    /// Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory.
+    /// Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory. Formats
+    /// other than AKV_FORMAT_ALIGNED keep all: 0 or 4.
     pub planes_k: i32,
     /// The same of V.
     pub planes_v: i32,
@@ -250,7 +270,7 @@ pub struct akv_cache_desc {
     pub reserved: u32,
     /// Cells of AKV_SLOTS and AKV_ATTACHED.
     pub n_slots: u64,
-    /// Most bytes the cache may take from the allocator, page tables and staging included; 0 = no limit.
+    /// Most bytes the cache may take, page tables, staging and workspaces included; 0 = no limit.
     pub max_bytes: u64,
 }
 
@@ -262,7 +282,7 @@ pub struct akv_usage {
     pub struct_size: u32,
     /// Sequences alive.
     pub n_sequences: u32,
-    /// Bytes taken from the allocator; what `max_bytes` limits.
+    /// Bytes taken, from the allocator and for tables; what `max_bytes` limits.
     pub bytes_reserved: u64,
     /// Of these: in use by sequences and batches (the rest waits for reuse).
     pub bytes_used: u64,
@@ -283,11 +303,13 @@ pub struct akv_usage {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct akv_rows {
-    /// Row 0, head 0; aligned to the element size. Only read where it is an input.
+    /// Row 0, head 0; aligned to the element size. Only read where it is an input. May be NULL if there are no rows.
     pub data: *mut c_void,
-    /// Bytes from a row to the next; a multiple of the element size; 0 = rows are contiguous.
+    /// Bytes from a row to the next: a multiple of the element size, at least dim elements, never negative. Rows may
+    /// lie inside heads (stride_row < stride_head) or heads inside rows, but not over each other. 0 = all heads of a
+    /// row, then the next row.
     pub stride_row: i64,
-    /// Bytes from a head to the next; a multiple of the element size; 0 = heads are contiguous (dim elements).
+    /// Bytes from a head to the next, likewise. 0 = dim elements.
     pub stride_head: i64,
     /// AKV_F32, AKV_F16 or AKV_BF16.
     pub dtype: i32,
@@ -321,7 +343,7 @@ pub struct akv_batch_desc {
     pub n_sequences: u32,
     /// `[n_sequences]`, each at most once.
     pub sequences: *const akv_sequence,
-    /// `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = none.
+    /// `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     pub n_new: *const i32,
     /// `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
     /// decode may mix.
@@ -333,16 +355,19 @@ pub struct akv_batch_desc {
     pub max_sequences: i32,
     /// Bound of the sum of n_q; likewise.
     pub max_q: i32,
-    /// Bound of a sequence's tokens after the step; likewise.
+    /// Bound of a sequence's tokens after the step; likewise. At most 2^31 - 1.
     pub max_kv: i64,
-    /// Bound of akv_threads.nth; 0 = 1, or the context's n_threads if that is larger.
+    /// Bound of akv_threads.nth, at most 1024; 0 in akv_batch_begin, and 0 in akv_batch_create = the context's
+    /// n_threads (at least 1).
     pub max_threads: i32,
     /// 0.
     pub reserved: i32,
 }
 
 /// The caller's own threads: `nth` of them make the same call with the same descriptor, each with its own `ith`, and
-/// together do its work. Every one returns the same status. The bits of the result do not depend on nth.
+/// together do its work, in memory (`workspace`) that the caller gives. Every one returns the same status; when one
+/// returns, others may still be at work: outputs are complete when all have. The bits of the result do not depend on
+/// nth.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct akv_threads {
@@ -357,7 +382,8 @@ pub struct akv_threads {
     pub user: *mut c_void,
 }
 
-/// What an attention call read and how. Written on success only, over what was there.
+/// What an attention call read and how: numbers of this call, not sums over calls. Written on success only (with
+/// `akv_threads` by the thread with ith 0).
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct akv_stats {
@@ -399,13 +425,15 @@ pub struct akv_attention_desc {
     pub flags: u32,
     /// Queries `[sum of n_q][n_q_heads][dim_k]`, sequence by sequence, after RoPE.
     pub q: akv_rows,
-    /// Where the outputs `[sum of n_q][n_q_heads][dim_v]` go. Must not overlap q. A row that sees nothing gets zeros.
+    /// Where the outputs `[sum of n_q][n_q_heads][dim_v]` go, in any dtype. A row that sees nothing gets zeros (and an
+    /// lse of -inf). Outputs overlap neither each other nor q.
     pub out: akv_rows,
-    /// Factor of the dot products; 0 = 1 / sqrt(dim_k).
+    /// Factor of the dot products, score = scale * (q . k); 0 = 1 / sqrt(dim_k).
     pub scale: f32,
     /// Cap c of the scores, c * tanh(score / c); 0 = none (the only one built).
     pub logit_softcap: f32,
-    /// Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT.
+    /// Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT, on the dense path
+    /// and by AKV_FORMAT_PUBLISHED.
     pub tolerance: f32,
     /// AKV_EXPECTED, AKV_GUARANTEED or AKV_EXACT.
     pub mode: i32,
@@ -419,9 +447,10 @@ pub struct akv_attention_desc {
     pub sink_logits: *const f32,
     /// For akv_slots_attention; replaces visibility and window.
     pub mask: *const akv_mask,
-    /// `[sum of n_q]`: row r sees only tokens (by index, not position) from kv_from[r] on; NULL = 0.
+    /// `[sum of n_q]`: of what it would see, row r sees only tokens (by index, not position) from kv_from[r] on; NULL =
+    /// 0 for all. What several calls see of parts of a context, akv_merge_states puts together.
     pub kv_from: *const i64,
-    /// `[sum of n_q]`: and below kv_to[r]; NULL = all.
+    /// `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     pub kv_to: *const i64,
     /// `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
     pub tree: *const u64,
@@ -438,27 +467,31 @@ pub struct akv_attention_desc {
     pub estimate: *mut f32,
     /// A = sum over tokens of p * max|v|: what tolerance is relative to.
     pub amplitude: *mut f32,
-    /// NULL, or where statistics go: host memory, or device memory under CUDA.
+    /// NULL, or where this call's statistics go: host memory, or device memory under CUDA.
     pub stats: *mut akv_stats,
     /// NULL = this thread alone, or the context's threads.
     pub threads: *const akv_threads,
-    /// NULL, or scratch memory of akv_batch_workspace's size and alignment, for this call alone. Required for nth > 1;
-    /// otherwise the batch keeps its own.
+    /// NULL, or scratch memory of akv_batch_workspace's size and alignment (64), for this call alone; with nth > 1 it
+    /// is required, and the same for all threads of the call. Without one the batch keeps its own, as many as calls run
+    /// at once.
     pub workspace: *mut c_void,
-    /// Its size.
+    /// Its size in bytes.
     pub workspace_bytes: usize,
     /// CUstream; NULL on the CPU.
     pub stream: *mut c_void,
 }
 
 /// Partial attention over a part of the context, as attention writes it: `out` is `[rows][heads][dim]`, the others
-/// `[rows][heads]`, all f32 and contiguous.
+/// `[rows][heads]`, all f32 and contiguous. `out` and `lse` are needed.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct akv_state {
+    /// As akv_attention_desc.out, and so are the others.
     pub out: *mut f32,
+    /// -inf where nothing was seen.
     pub lse: *mut f32,
-    /// The next four may be NULL in an output; NULL in any input makes that output NULL's value, infinity.
+    /// The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity (and
+    /// `bound` needs the inputs' `lse_bound` too).
     pub bound: *mut f32,
     pub lse_bound: *mut f32,
     pub estimate: *mut f32,

@@ -1,11 +1,11 @@
 //! A tile of digit planes.
 //!
-//! A plane of a token is one row of `dim / 2` bytes; byte `b` holds channel `b` in its low nibble and channel
+//! A plane of a token is a row of `dim / 2` bytes; byte `b` holds channel `b` in its low nibble and channel
 //! `b + dim / 2` in its high one. A head's part of a page is, each array starting on a cache line:
 //!
 //! | array | shape | |
 //! |---|---|---|
-//! | K plane 0 | `[TILE][dim_k / 2]` | what the scan reads |
+//! | K plane 0 | `[TILE / 16][dim_k / 8][16 tokens][4]` | what the scan reads: a word of 16 tokens is a cache line |
 //! | K further planes | `[TILE][planes_k - 1][dim_k / 2]` | a token's lie together |
 //! | V planes | `[TILE][planes_v][dim_v / 2]` | p planes of a token are the first p rows |
 //! | K scale bytes | `[dim_k]` | |
@@ -118,18 +118,22 @@ impl<'a> Tile<'a> {
         &self.v[row * bytes..(row + 1) * bytes]
     }
 
+    /// The first `planes` digits of a token's K channel, the others 0.
+    #[inline(always)]
+    fn k_stored(&self, row: usize, channel: usize, planes: usize) -> u16 {
+        let half = self.dim_k / 2;
+        let (b, shift) = place(channel, half);
+        let mut stored = u16::from((self.k0[k0_place(row, b, half)] >> shift) & 15) << 12;
+        for p in 1..planes {
+            stored |= u16::from((self.k_row(row)[(p - 1) * half + b] >> shift) & 15) << (12 - 4 * p);
+        }
+        stored
+    }
+
     /// K of a token at the precision of `planes` planes.
     pub fn decode_k(&self, row: usize, planes: usize, out: &mut [f32]) {
-        let half = self.dim_k / 2;
-        let first = &self.k0[row * half..(row + 1) * half];
-        let rest = self.k_row(row);
         for (c, x) in out.iter_mut().enumerate() {
-            let (b, shift) = place(c, half);
-            let mut stored = u16::from((first[b] >> shift) & 15) << 12;
-            for p in 1..planes {
-                stored |= u16::from((rest[(p - 1) * half + b] >> shift) & 15) << (12 - 4 * p);
-            }
-            *x = decode(stored, planes) * scale(self.k_scales[c]);
+            *x = decode(self.k_stored(row, c, planes), planes) * scale(self.k_scales[c]);
         }
     }
 
@@ -148,6 +152,16 @@ impl<'a> Tile<'a> {
     }
 }
 
+/// Tokens whose plane-0 words lie together: the scan always reads all tokens, so that lanes can be tokens and no sum
+/// ever crosses lanes.
+pub const LANES: usize = 16;
+
+/// Place of byte `b` of a token's plane-0 row.
+#[inline(always)]
+fn k0_place(row: usize, b: usize, half: usize) -> usize {
+    row / LANES * LANES * half + b / 4 * 4 * LANES + row % LANES * 4 + b % 4
+}
+
 /// Byte and shift of a channel in a plane's row.
 #[inline(always)]
 fn place(channel: usize, half: usize) -> (usize, u32) {
@@ -157,23 +171,16 @@ fn place(channel: usize, half: usize) -> (usize, u32) {
 /// Digit `plane` of every code, two to a byte.
 #[inline(always)]
 fn pack(codes: &[u16], plane: usize, row: &mut [u8]) {
-    let shift = 12 - 4 * plane;
-    let (low, high) = codes.split_at(codes.len() / 2);
-    for ((byte, &l), &h) in row.iter_mut().zip(low).zip(high) {
-        *byte = ((l >> shift) & 15 | ((h >> shift) & 15) << 4) as u8;
+    for (b, byte) in row.iter_mut().enumerate() {
+        *byte = packed(codes, plane, b);
     }
 }
 
-/// Puts one code in its place in the first planes.
+/// Byte `b` of a plane's row.
 #[inline(always)]
-fn set_digits(planes: [&mut [u8]; 2], half: usize, n_planes: usize, channel: usize, code: u16) {
-    let (b, shift) = place(channel, half);
-    let [first, rest] = planes;
-    for p in 0..n_planes {
-        let byte = if p == 0 { &mut first[b] } else { &mut rest[(p - 1) * half + b] };
-        let nibble = ((code >> (12 - 4 * p)) & 15) as u8;
-        *byte = *byte & !(15 << shift) | nibble << shift;
-    }
+fn packed(codes: &[u16], plane: usize, b: usize) -> u8 {
+    let (shift, half) = (12 - 4 * plane, codes.len() / 2);
+    ((codes[b] >> shift) & 15 | ((codes[b + half] >> shift) & 15) << 4) as u8
 }
 
 const ZERO: u16 = OFFSET as u16;
@@ -238,18 +245,20 @@ fn encode_k(
         for row in skip..from {
             let value = match &base {
                 Some(tile) if row < source.base_rows => {
-                    let mut stored = 0;
-                    let (b, shift) = place(c, half);
-                    for p in 0..planes {
-                        let byte = if p == 0 { tile.k0[row * half + b] } else { tile.k_row(row)[(p - 1) * half + b] };
-                        stored |= u16::from((byte >> shift) & 15) << (12 - 4 * p);
-                    }
-                    decode(stored, planes) * scale(tile.k_scales[c])
+                    decode(tile.k_stored(row, c, planes), planes) * scale(tile.k_scales[c])
                 }
                 _ => source.k.element(row, head, c),
             };
-            let rows = [&mut k0[row * half..(row + 1) * half], &mut k_rest[row * rest_row..(row + 1) * rest_row]];
-            set_digits(rows, half, planes, c, code_of(value, inverse(byte)));
+            let code = code_of(value, inverse(byte));
+            let (b, shift) = place(c, half);
+            for p in 0..planes {
+                let at = if p == 0 {
+                    &mut k0[k0_place(row, b, half)]
+                } else {
+                    &mut k_rest[row * rest_row + (p - 1) * half + b]
+                };
+                *at = *at & !(15 << shift) | (((code >> (12 - 4 * p)) & 15) as u8) << shift;
+            }
         }
     }
 
@@ -265,7 +274,9 @@ fn encode_k(
                 *code = code_of(v, factor);
             }
         }
-        pack(codes, 0, &mut k0[row * half..(row + 1) * half]);
+        for b in 0..half {
+            k0[k0_place(row, b, half)] = packed(codes, 0, b);
+        }
         for p in 1..planes {
             let at = row * rest_row + (p - 1) * half;
             pack(codes, p, &mut k_rest[at..at + half]);
@@ -287,9 +298,10 @@ fn encode_k(
 /// Largest sum of magnitudes and of squares of a token's plane-0 digits.
 fn digit_sums(k0: &[u8], half: usize, skip: usize) -> (u32, u32) {
     let mut most = (0, 0);
-    for row in k0[..TILE * half].chunks_exact(half).skip(skip) {
+    for row in skip..TILE {
         let (mut sum, mut squares) = (0u32, 0u32);
-        for &byte in row {
+        for b in 0..half {
+            let byte = k0[k0_place(row, b, half)];
             let (low, high) = (i32::from(byte & 15) - 8, i32::from(byte >> 4) - 8);
             sum += low.unsigned_abs() + high.unsigned_abs();
             squares += (low * low + high * high) as u32;

@@ -110,7 +110,7 @@ impl Layout {
             for row in 0..n {
                 for head in 0..self.shape.n_kv_heads {
                     rows.read(row, head, x);
-                    let peak = x.iter().fold(0.0f32, |m, &v| if v.abs() <= m { m } else { v.abs() });
+                    let peak = x.iter().fold(0.0f32, |m, &v| if v.abs() > m || v.is_nan() { v.abs() } else { m });
                     if !peak.is_finite() {
                         return Err(Error::NonFinite(format!("{name}: NaN or infinity in row {row}, head {head}")));
                     }

@@ -3,7 +3,7 @@
 //! `alignment::published` has the criterion.
 
 use super::layout::align;
-use super::{Shape, Source, TILE};
+use super::{MAX_DIM, Shape, Source, TILE};
 use half::f16;
 
 pub(super) struct Offsets {
@@ -26,34 +26,27 @@ pub struct Cut<'a> {
 }
 
 impl Cut<'_> {
-    /// The f16 bits of a token's channel with all but the first `bits` (8, 12 or 16) replaced by their midpoint.
+    /// The f16 bits of a row.
     #[inline(always)]
-    pub fn bits(&self, row: usize, channel: usize, bits: u8) -> u16 {
+    pub fn row(&self, row: usize, out: &mut [u16]) {
         let (d, half) = (self.dim, self.dim / 2);
-        let high = u16::from(self.bytes[row * d + channel]) << 8;
-        if bits == 8 {
-            return high | 0x80;
-        }
+        let high = &self.bytes[row * d..][..d];
+        let middle = &self.bytes[TILE * d + row * half..][..half];
+        let low = &self.bytes[TILE * d + TILE * half + row * half..][..half];
         // As in every plane: byte b holds channel b in its low nibble and channel b + dim / 2 in its high one.
-        let (byte, shift) = if channel < half { (channel, 0) } else { (channel - half, 4) };
-        let middle = TILE * d + row * half + byte;
-        let with_middle = high | u16::from((self.bytes[middle] >> shift) & 15) << 4;
-        if bits == 12 {
-            return with_middle | 8;
+        for b in 0..half {
+            let (m, l) = (u16::from(middle[b]), u16::from(low[b]));
+            out[b] = u16::from(high[b]) << 8 | (m & 15) << 4 | l & 15;
+            out[b + half] = u16::from(high[b + half]) << 8 | m & 0xf0 | l >> 4;
         }
-        with_middle | u16::from((self.bytes[middle + TILE * half] >> shift) & 15)
-    }
-
-    /// A token's channel with its tail beyond `bits` replaced by the midpoint.
-    #[inline(always)]
-    pub fn value(&self, row: usize, channel: usize, bits: u8) -> f32 {
-        f16::from_bits(self.bits(row, channel, bits)).to_f32()
     }
 
     /// A whole row, exactly.
     pub fn decode(&self, row: usize, out: &mut [f32]) {
-        for (c, x) in out.iter_mut().enumerate() {
-            *x = self.value(row, c, 16);
+        let mut bits = [0u16; MAX_DIM];
+        self.row(row, &mut bits[..self.dim]);
+        for (x, &b) in out.iter_mut().zip(&bits) {
+            *x = f16::from_bits(b).to_f32();
         }
     }
 }

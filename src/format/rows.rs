@@ -134,6 +134,11 @@ impl RowsMut<'_> {
         RowsMut { data, stride_row, stride_head, dtype, dim, _memory: PhantomData }
     }
 
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// Writes one row of one head.
     pub fn write(&mut self, row: usize, head: usize, x: &[f32]) {
         // SAFETY: `&mut self` excludes other writers.

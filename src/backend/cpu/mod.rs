@@ -1,8 +1,32 @@
-//! The CPU backend. STUB: the contract with `capi`; bodies follow.
+//! The CPU backend.
+//!
+//! A call is cut into units (a query row, or a block of them on the dense path, on one KV head) and splits of their
+//! context. With units enough for all threads each takes whole units; otherwise the splits of every unit are shared,
+//! with a barrier between the phases. Splits are absolute stretches of tiles and are merged in order, so the bits of a
+//! result depend on neither.
+
+mod dense;
+mod fold;
+mod math;
+mod merge;
+mod pool;
+mod progressive;
+mod published;
+mod scan;
+mod unit;
+mod workspace;
+
+pub use merge::{Merged, State, merge};
 
 use super::{Attention, Stats, Threads};
-use crate::Result;
-use crate::format::Layout;
+use crate::alignment::Sums;
+use crate::format::{Dtype, Layout, MAX_DIM};
+use crate::{Error, Result};
+use pool::{BreakOnPanic, Pool, SpinBarrier};
+use scan::Scan;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use unit::{Path, Unit, Worker};
+use workspace::{Arena, ThreadScratch, UnitScratch};
 
 /// Instruction sets, worst to best.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,84 +39,364 @@ pub enum Isa {
     Avx512,
 }
 
-#[allow(missing_docs)]
 impl Isa {
+    /// All of them.
     pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// As AKV_ISA spells it.
     pub fn name(self) -> &'static str {
-        todo!()
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
     }
+
+    /// True if this machine has it.
     pub fn available(self) -> bool {
-        todo!()
+        #[cfg(target_arch = "x86_64")]
+        return match self {
+            Isa::Scalar => true,
+            Isa::Avx2 => std::arch::is_x86_feature_detected!("avx2"),
+            Isa::Avx512 => {
+                std::arch::is_x86_feature_detected!("avx512f")
+                    && std::arch::is_x86_feature_detected!("avx512bw")
+                    && std::arch::is_x86_feature_detected!("avx512vl")
+                    && std::arch::is_x86_feature_detected!("avx512vnni")
+            }
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        return self == Isa::Scalar;
     }
+
+    /// The best of this machine.
     pub fn best() -> Isa {
-        todo!()
+        Isa::ALL.into_iter().rev().find(|isa| isa.available()).unwrap_or(Isa::Scalar)
     }
+}
+
+/// What a thread does to a split, or to a whole unit.
+#[derive(Clone, Copy)]
+enum Phase {
+    /// Scores of a split.
+    Scan,
+    /// Sums and outputs of a split.
+    Attend,
+    /// The unit's result, from its splits.
+    Merge,
+}
+
+#[inline(always)]
+fn step(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
+    match (phase, unit.path) {
+        (Phase::Scan, Path::Progressive) => progressive::scan(w, unit, split),
+        (Phase::Scan, _) => {}
+        (Phase::Attend, Path::Progressive) => progressive::refine(w, unit, split),
+        (Phase::Attend, Path::Dense) => dense::split(w, unit, split),
+        (Phase::Attend, Path::Published) => published::attend(w, unit),
+        (Phase::Merge, _) => finish(w, unit),
+    }
+}
+
+/// Merges a unit's splits in order and writes its outputs.
+#[inline(always)]
+fn finish(w: &mut Worker, unit: &Unit) {
+    let (call, g, dv) = (w.call, w.call.shape.group(), w.call.shape.dim_v);
+    let n = unit.n_rows * g;
+    w.scratch.total[..n].fill(Sums::EMPTY);
+    w.scratch.total_out[..n * dv].fill(0.0);
+    for split in 0..unit.n_splits() {
+        let (sums, outs) = w.state(unit, split);
+        for at in 0..n {
+            let (a, b) = w.scratch.total[at].merge(&sums[at]);
+            let total = &mut w.scratch.total_out[at * dv..(at + 1) * dv];
+            for (total, &x) in total.iter_mut().zip(&outs[at * dv..(at + 1) * dv]) {
+                *total = *total * a + f64::from(x) * b;
+            }
+        }
+    }
+    let limit = if call.out.dtype() == Dtype::F16 { 65519.0 } else { f32::MAX };
+    for at in 0..n {
+        let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
+        let sums = &w.scratch.total[at];
+        let mut out = [0.0f32; MAX_DIM];
+        let out = &mut out[..dv];
+        let mut peak = 0.0f32;
+        if sums.sum > 0.0 {
+            for (x, &total) in out.iter_mut().zip(&w.scratch.total_out[at * dv..(at + 1) * dv]) {
+                *x = (total / sums.sum) as f32;
+                peak = peak.max(x.abs());
+            }
+        }
+        w.overflow |= peak > limit;
+        let mut c = sums.certificate(peak);
+        if unit.path == Path::Published {
+            (c.bound, c.lse_bound, c.estimate) = (f32::INFINITY, f32::INFINITY, f32::INFINITY);
+        }
+        let index = row * call.shape.n_q_heads + head;
+        // SAFETY: a unit's rows and heads are its own, and one thread merges it; rows and heads are within the call's.
+        unsafe {
+            call.out.write_shared(row, head, out);
+            for (floats, value) in [
+                (call.lse, c.lse),
+                (call.bound, c.bound),
+                (call.lse_bound, c.lse_bound),
+                (call.estimate, c.estimate),
+                (call.amplitude, c.amplitude),
+            ] {
+                if let Some(floats) = floats {
+                    floats.set(index, value);
+                }
+            }
+        }
+    }
+    w.stats.count_unit(unit);
+}
+
+type Step = unsafe fn(&mut Worker, &Unit, usize, Phase);
+
+/// Everything that is inlined into these is compiled for their instruction set.
+fn scalar(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
+    step(w, unit, split, phase);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn avx2(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
+    step(w, unit, split, phase);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn avx512(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
+    step(w, unit, split, phase);
+}
+
+fn kernels(isa: Isa) -> (Step, Scan) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => (avx2, scan::avx2),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => (avx512, scan::avx512),
+        _ => (scalar, scan::scalar),
+    }
+}
+
+/// Start of a workspace: what the threads of a call share.
+#[repr(C, align(64))]
+#[derive(Default)]
+struct Shared {
+    /// Next piece of work of each phase.
+    next: [AtomicUsize; 3],
+    /// A thread could not make its call.
+    failed: AtomicBool,
+    /// Scores left binary32.
+    overflow: AtomicBool,
 }
 
 /// The backend of a context: an instruction set, and threads if asked for.
 #[derive(Debug)]
-pub struct Cpu {}
+pub struct Cpu {
+    isa: Isa,
+    pool: Option<Pool>,
+}
 
-#[allow(unused_variables)]
+/// Units below `SHARED_UNITS * nth` are shared split by split.
+const SHARED_UNITS: usize = 2;
+
 impl Cpu {
     /// `isa` must be available. Starts n_threads - 1 workers.
     pub fn new(isa: Isa, n_threads: usize) -> Result<Cpu> {
-        todo!()
+        if !isa.available() {
+            return Err(Error::Unsupported(format!("instruction set {}: this machine does not have it", isa.name())));
+        }
+        Ok(Cpu { isa, pool: if n_threads > 1 { Some(Pool::new(n_threads - 1)?) } else { None } })
     }
+
     /// Instruction set.
     pub fn isa(&self) -> Isa {
-        todo!()
+        self.isa
     }
+
     /// Threads, the caller's included; at least 1.
     pub fn n_threads(&self) -> usize {
-        todo!()
+        self.pool.as_ref().map_or(1, |pool| pool.n_workers() + 1)
     }
+
     /// Bytes of workspace (aligned to 64) of any call on this layout within these bounds.
-    pub fn workspace_bytes(layout: &Layout, max_q: usize, max_kv: usize, nth: usize) -> usize {
-        todo!()
+    pub fn workspace_bytes(layout: &Layout, max_kv: usize, nth: usize) -> usize {
+        let shape = &layout.shape;
+        let mut unit = Arena::counting();
+        UnitScratch::carve(&mut unit, shape, max_kv);
+        let units = if nth > 1 { SHARED_UNITS * nth } else { 1 };
+        size_of::<Shared>()
+            + nth * (size_of::<Stats>().next_multiple_of(64) + ThreadScratch::bytes(shape))
+            + units * unit.used()
     }
+
     /// Runs a call on this thread alone or, without `threads`, on the context's own. With `threads`, every one of them
-    /// calls this with the same workspace; one that could not make its call passes the error, and all return it
-    /// (or an equal status), having entered the barrier equally often.
+    /// calls this with the same workspace; one that could not make its call passes the error, and all fail, having
+    /// entered the barrier equally often.
     ///
     /// # Safety
-    /// `workspace` is aligned to 64, has at least [`Cpu::workspace_bytes`], and belongs to this call alone.
+    /// `workspace` is aligned to 64, has at least [`Cpu::workspace_bytes`] of the call's longest sequence and nth, and
+    /// belongs to this call alone.
     pub unsafe fn attention(
         &self,
-        call: Result<&Attention, crate::Error>,
+        call: Result<&Attention, Error>,
         threads: Option<Threads>,
         workspace: *mut u8,
-        workspace_bytes: usize,
     ) -> Result<Stats> {
-        todo!()
+        let alone = Threads { ith: 0, nth: 1, barrier: &|| {} };
+        if let Some(threads) = threads {
+            // SAFETY: the caller's contract.
+            return unsafe { self.run(call, threads, workspace) };
+        }
+        let call = call?;
+        if let Some(pool) = &self.pool {
+            let nth = self.n_threads();
+            let barrier = SpinBarrier::new(nth);
+            let result = std::sync::Mutex::new(Err(Error::Internal("a worker did not finish".to_owned())));
+            let wait = || barrier.wait();
+            let workspace = Workspace(workspace);
+            let part = |ith: usize| {
+                let _break = BreakOnPanic(&barrier);
+                let threads = Threads { ith, nth, barrier: &wait };
+                // SAFETY: the caller's contract; each thread its own ith.
+                let stats = unsafe { self.run(Ok(call), threads, workspace.start()) };
+                if ith == 0 {
+                    *result.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = stats;
+                }
+            };
+            if pool.run(&part) {
+                return result.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+            }
+        }
+        // The context's threads are busy with another call: the bits are the same without them.
+        // SAFETY: the caller's contract.
+        unsafe { self.run(Ok(call), alone, workspace) }
+    }
+
+    /// One thread's part.
+    ///
+    /// # Safety
+    /// As [`Cpu::attention`].
+    unsafe fn run(&self, call: Result<&Attention, Error>, threads: Threads, workspace: *mut u8) -> Result<Stats> {
+        let Threads { ith, nth, barrier } = threads;
+        let wait = || {
+            if nth > 1 {
+                barrier();
+            }
+        };
+        if ith == 0 {
+            // SAFETY: the workspace starts with it, and no other thread reads it before the barrier.
+            unsafe { workspace.cast::<Shared>().write(Shared::default()) };
+        }
+        wait();
+        // SAFETY: written before the barrier; from here on only its atomics are touched.
+        let shared = unsafe { &*workspace.cast::<Shared>() };
+        let call = call.and_then(|call| Ok((call, Unit::list(call)?)));
+        if call.is_err() {
+            shared.failed.store(true, Ordering::Relaxed);
+        }
+        wait();
+        let (call, units) = call?;
+        if shared.failed.load(Ordering::Relaxed) {
+            return Err(Error::Busy("another thread of this call failed: see its error".to_owned()));
+        }
+
+        let stats_bytes = size_of::<Stats>().next_multiple_of(64);
+        let stats_at = |i: usize| workspace.wrapping_add(size_of::<Shared>() + i * stats_bytes).cast::<Stats>();
+        let threads_start = workspace.wrapping_add(size_of::<Shared>() + nth * stats_bytes);
+        let thread_bytes = ThreadScratch::bytes(call.shape);
+        let units_start = threads_start.wrapping_add(nth * thread_bytes);
+        let max_kv = units.iter().map(|u| u.to).max().unwrap_or(0);
+        let unit_scratch = |i: usize| {
+            let mut counting = Arena::counting();
+            UnitScratch::carve(&mut counting, call.shape, max_kv);
+            // SAFETY: unit i's part of the workspace, of the size that `workspace_bytes` counts.
+            let mut arena = unsafe { Arena::new(units_start.wrapping_add(i * counting.used())) };
+            UnitScratch::carve(&mut arena, call.shape, max_kv)
+        };
+        let (step, scan) = kernels(self.isa);
+        let mut worker = Worker {
+            call,
+            scan,
+            // SAFETY: this thread's own part of the workspace, which has room for all.
+            scratch: unsafe {
+                ThreadScratch::carve(&mut Arena::new(threads_start.wrapping_add(ith * thread_bytes)), call.shape)
+            },
+            unit: unit_scratch(ith),
+            stats: Stats::default(),
+            overflow: false,
+        };
+        let take = |phase: Phase| shared.next[phase as usize].fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the instruction set was found available in `new`.
+        let run = |worker: &mut Worker, unit: &Unit, split: usize, phase: Phase| unsafe {
+            step(worker, unit, split, phase);
+        };
+        if nth == 1 || units.len() >= SHARED_UNITS * nth {
+            while let Some(unit) = units.get(take(Phase::Merge)) {
+                for phase in [Phase::Scan, Phase::Attend] {
+                    for split in 0..unit.n_splits() {
+                        run(&mut worker, unit, split, phase);
+                    }
+                }
+                run(&mut worker, unit, 0, Phase::Merge);
+            }
+        } else {
+            for phase in [Phase::Scan, Phase::Attend, Phase::Merge] {
+                let splits = |u: &Unit| if matches!(phase, Phase::Merge) { 1 } else { u.n_splits() };
+                let n: usize = units.iter().map(splits).sum();
+                loop {
+                    let mut at = take(phase);
+                    if at >= n {
+                        break;
+                    }
+                    for (i, unit) in units.iter().enumerate() {
+                        if at < splits(unit) {
+                            worker.unit = unit_scratch(i);
+                            run(&mut worker, unit, at, phase);
+                            break;
+                        }
+                        at -= splits(unit);
+                    }
+                }
+                wait();
+            }
+        }
+        if worker.overflow {
+            shared.overflow.store(true, Ordering::Relaxed);
+        }
+        // SAFETY: this thread's own place; read by others after the barrier.
+        unsafe { stats_at(ith).write(worker.stats) };
+        wait();
+        if shared.overflow.load(Ordering::Relaxed) {
+            return Err(Error::Range(
+                "q: the scores (or the outputs in out's dtype) overflow: expected |q| * |k| * scale within binary32"
+                    .to_owned(),
+            ));
+        }
+        let mut stats = Stats::default();
+        for i in 0..nth {
+            // SAFETY: written by every thread before the barrier.
+            stats.add(unsafe { &*stats_at(i) });
+        }
+        // Nobody may give the workspace back while others still read it.
+        wait();
+        Ok(stats)
     }
 }
 
-/// Merges states, as `akv_merge_states`: see there. Inputs and outputs are `[rows * heads]` (times dim for `out`).
-#[derive(Debug, Clone, Copy)]
-#[allow(missing_docs)]
-pub struct State<'a> {
-    pub out: &'a [f32],
-    pub lse: &'a [f32],
-    pub bound: Option<&'a [f32]>,
-    pub lse_bound: Option<&'a [f32]>,
-    pub estimate: Option<&'a [f32]>,
-    pub amplitude: Option<&'a [f32]>,
-}
+/// The start of a workspace, for the threads of a call.
+#[derive(Clone, Copy)]
+struct Workspace(*mut u8);
 
-/// One merged row of one head: everything but `out`, which is written in place.
-#[derive(Debug, Clone, Copy)]
-#[allow(missing_docs)]
-pub struct Merged {
-    pub lse: f32,
-    pub bound: f32,
-    pub lse_bound: f32,
-    pub estimate: f32,
-    pub amplitude: f32,
-}
+// SAFETY: threads of a call use disjoint parts of it, or its atomics.
+unsafe impl Sync for Workspace {}
 
-/// Merges element `index` (row * heads + head) of all `states` into `out` (dim values), which aliases none of them.
-#[allow(unused_variables)]
-pub fn merge(states: &[State], index: usize, dim: usize, out: &mut [f32]) -> Merged {
-    todo!()
+impl Workspace {
+    fn start(self) -> *mut u8 {
+        self.0
+    }
 }

@@ -1,0 +1,159 @@
+//! The certificate: a rigorous bound of the error, and an estimate of it, from sums over the tokens.
+//!
+//! Let `ds` bound the error of a token's score, `u = sum p * expm1(ds)` and `up = log(1 + u) = log sum p e^ds`. The true
+//! weight is `p e^x / E[e^x']` with `|x| <= ds`, and by Cauchy-Schwarz `1 / E[e^-ds] <= E[e^ds]`, so every weight is off by
+//! at most `p * expm1(ds + up)`, both ways. The output is off by at most
+//! `sum p * expm1(ds + up) * max|v| + sum p * dv`, and since `expm1(ds + up) = expm1(ds) (1 + u) + u`, that is
+//! `(1 + u) * sum p expm1(ds) peak + u * A + sum p dv`: linear sums, which add over parts of a context.
+//!
+//! Whatever the scores are, the true output lies in the convex hull of the values: `max peak + max|out|` bounds the
+//! error too, and is the answer where scores are so uncertain that the sums say nothing.
+
+use crate::format::PEAK;
+
+/// Score errors beyond this are not summed: e^60 times a weight that binary32 has flushed to zero could still matter.
+const LOOSE: f32 = 60.0;
+
+/// Float rounding of weights and of the weighted sum of values, relative to the amplitude: up to 128 binary32 additions
+/// per tile and a few operations more (136 * 2^-24), the rest in binary64.
+const ROUNDING: f64 = 1.0 / (1 << 16) as f64;
+
+/// What is known of the scores of some tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreError {
+    /// Bound.
+    pub bound: f32,
+    /// Root mean square.
+    pub rms: f32,
+}
+
+/// Sums over tokens for one query head, relative to `exp(max)`.
+#[derive(Debug, Clone, Copy)]
+pub struct Sums {
+    /// Largest score.
+    pub max: f32,
+    /// Sum of e.
+    pub sum: f64,
+    /// Sum of e * peak.
+    pub weighted: f64,
+    /// Sum of e * expm1(ds).
+    spread: f64,
+    /// Sum of e * expm1(ds) * peak.
+    spread_weighted: f64,
+    /// Sum of e * dv.
+    value: f64,
+    /// Sum of (e * es * peak / 2)^2 + (e * rms of dv)^2.
+    square: f64,
+    /// Largest peak.
+    peak: f32,
+    /// Largest ds.
+    bound: f32,
+}
+
+impl Sums {
+    /// Of no tokens.
+    pub const EMPTY: Sums = Sums {
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+        weighted: 0.0,
+        spread: 0.0,
+        spread_weighted: 0.0,
+        value: 0.0,
+        square: 0.0,
+        peak: 0.0,
+        bound: 0.0,
+    };
+
+    /// Of no tokens, relative to exp(max).
+    pub fn at(max: f32) -> Sums {
+        Sums { max, ..Sums::EMPTY }
+    }
+
+    /// Adds tokens whose scores are known as well as `error` says and whose values are left off by at most
+    /// `left * scale` (rms `left_rms * scale`): `e` = sum of e, `e_vs` = sum of e times V scale, `e_vs_2` = sum of the
+    /// squares of that.
+    #[inline(always)]
+    pub fn add(&mut self, error: ScoreError, left: f32, e: f64, e_vs: f64, e_vs_2: f64) {
+        let peak = f64::from(PEAK);
+        self.sum += e;
+        self.weighted += e_vs * peak;
+        let grow = f64::from(error.bound.min(LOOSE)).exp_m1();
+        self.spread += grow * e;
+        self.spread_weighted += grow * e_vs * peak;
+        self.value += f64::from(left) * e_vs;
+        let (k, v) = (f64::from(error.rms) * peak / 2.0, f64::from(left) * 0.577_350_3);
+        self.square += e_vs_2 * (k * k + v * v);
+        self.bound = self.bound.max(error.bound);
+    }
+
+    /// Notes the largest peak among the tokens.
+    #[inline(always)]
+    pub fn note_peak(&mut self, peak: f32) {
+        self.peak = self.peak.max(peak);
+    }
+
+    /// Takes in the sums of other tokens. Returns what the two weighted sums of values must be multiplied with before
+    /// they are added.
+    pub fn merge(&mut self, other: &Sums) -> (f64, f64) {
+        let max = self.max.max(other.max);
+        let factor = |m: f32| if m == f32::NEG_INFINITY { 0.0 } else { (f64::from(m) - f64::from(max)).exp() };
+        let (a, b) = (factor(self.max), factor(other.max));
+        let add = |x: f64, y: f64| a * x + b * y;
+        *self = Sums {
+            max,
+            sum: add(self.sum, other.sum),
+            weighted: add(self.weighted, other.weighted),
+            spread: add(self.spread, other.spread),
+            spread_weighted: add(self.spread_weighted, other.spread_weighted),
+            value: add(self.value, other.value),
+            square: a * a * self.square + b * b * other.square,
+            peak: self.peak.max(other.peak),
+            bound: self.bound.max(other.bound),
+        };
+        (a, b)
+    }
+
+    /// The result for one query head; `out_peak` = largest |channel| of the output.
+    pub fn certificate(&self, out_peak: f32) -> Certificate {
+        if self.sum == 0.0 {
+            return Certificate { lse: f32::NEG_INFINITY, bound: 0.0, lse_bound: 0.0, estimate: 0.0, amplitude: 0.0 };
+        }
+        let amplitude = self.weighted / self.sum;
+        let u = self.spread / self.sum;
+        let lse = f64::from(self.max) + self.sum.ln();
+        let hull = f64::from(self.peak) * (1.0 + ROUNDING) + f64::from(out_peak);
+        let (bound, lse_bound) = if self.bound > LOOSE {
+            (hull, f64::from(self.bound))
+        } else {
+            let scores = (1.0 + u) * self.spread_weighted / self.sum + u * amplitude;
+            ((scores + self.value / self.sum + ROUNDING * amplitude).min(hull), u.ln_1p().min(f64::from(self.bound)))
+        };
+        Certificate {
+            lse: lse as f32,
+            bound: up(bound),
+            lse_bound: up(lse_bound + ROUNDING + lse.abs() * f64::from(f32::EPSILON)),
+            estimate: (self.square.sqrt() / self.sum) as f32,
+            amplitude: amplitude as f32,
+        }
+    }
+}
+
+/// Rounds a bound upwards.
+fn up(x: f64) -> f32 {
+    ((x * (1.0 + 1e-6)) as f32).next_up()
+}
+
+/// What attention returns beside the output.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Certificate {
+    /// Log of the normaliser.
+    pub lse: f32,
+    /// Bound of the error of every channel.
+    pub bound: f32,
+    /// Bound of the error of `lse`.
+    pub lse_bound: f32,
+    /// Expected rms error of a channel.
+    pub estimate: f32,
+    /// A.
+    pub amplitude: f32,
+}

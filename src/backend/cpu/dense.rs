@@ -1,0 +1,246 @@
+//! Dense attention: every stored digit of every visible row. A tile is decoded once for a block of query rows.
+
+use super::fold::score_rounding;
+use super::math::{self, Lane128};
+use super::unit::{Unit, Worker};
+use crate::alignment::{ScoreError, Sums};
+use crate::cache::SequenceView;
+use crate::format::{CENTRE, Format, LEFT, MAX_DIM, PEAK, Shape, TILE, aligned, published, raw, scale};
+
+/// A tile in f32, K by channels (so that lanes are tokens), and what its values are uncertain by.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Decoded {
+    k: [Lane128; MAX_DIM],
+    v: [[f32; MAX_DIM]; TILE],
+    /// Per channel: K is known to `left_k` times this, and |k| is at most PEAK times this.
+    k_unit: [f32; MAX_DIM],
+    /// Per token: the same of V.
+    pub v_unit: Lane128,
+    left_k: f32,
+    left_v: f32,
+}
+
+impl Decoded {
+    /// The rows that are kept as given, as a tile of their own.
+    pub fn exact(&mut self, view: &SequenceView, kv_head: usize) {
+        let Some((k, v)) = view.exact else { return };
+        self.v_unit[view.n_exact..].fill(0.0);
+        self.rows(&view.layout.shape, view.n_exact, |i, out| k.read(i, kv_head, out), |i, out| v.read(i, kv_head, out));
+    }
+
+    /// The first `n` tokens of a page.
+    #[inline(always)]
+    pub fn page(&mut self, view: &SequenceView, tile: usize, kv_head: usize, n: usize) {
+        let shape = &view.layout.shape;
+        let part = view.layout.part(view.page(tile), kv_head);
+        self.v_unit[n..].fill(0.0);
+        match view.layout.format {
+            Format::Aligned => self.aligned(shape, &aligned::Tile::new(shape, part), n),
+            Format::Published => {
+                let t = published::Tile::new(shape, part);
+                self.rows(shape, n, |i, out| t.k.decode(i, out), |i, out| t.v.decode(i, out));
+            }
+            Format::Raw => {
+                let t = raw::Tile::new(shape, part);
+                self.rows(shape, n, |i, out| t.k.read(i, 0, out), |i, out| t.v.read(i, 0, out));
+            }
+        }
+    }
+
+    /// 16 rows of K, turned so that lanes are tokens.
+    #[inline(always)]
+    fn put_k(&mut self, first: usize, d: usize, rows: &[[f32; MAX_DIM]; 16]) {
+        for c in 0..d {
+            let lane = &mut self.k[c][first..first + 16];
+            for (x, row) in lane.iter_mut().zip(rows) {
+                *x = row[c];
+            }
+        }
+    }
+
+    /// Rows that are known exactly.
+    #[inline(always)]
+    fn rows(&mut self, s: &Shape, n: usize, k: impl Fn(usize, &mut [f32]), v: impl Fn(usize, &mut [f32])) {
+        (self.left_k, self.left_v) = (0.0, 0.0);
+        self.k_unit = [0.0; MAX_DIM];
+        let mut rows = [[0.0f32; MAX_DIM]; 16];
+        for first in (0..n).step_by(16) {
+            let count = (n - first).min(16);
+            for (i, row) in rows[..count].iter_mut().enumerate() {
+                k(first + i, &mut row[..s.dim_k]);
+                for (unit, x) in self.k_unit.iter_mut().zip(&row[..s.dim_k]) {
+                    *unit = if x.abs() > *unit { x.abs() } else { *unit };
+                }
+            }
+            self.put_k(first, s.dim_k, &rows);
+        }
+        for unit in &mut self.k_unit {
+            *unit *= 1.0 / PEAK;
+        }
+        for i in 0..n {
+            let row = &mut self.v[i][..s.dim_v];
+            v(i, row);
+            self.v_unit[i] = row.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m }) * (1.0 / PEAK);
+        }
+    }
+
+    #[inline(always)]
+    fn aligned(&mut self, s: &Shape, tile: &aligned::Tile, n: usize) {
+        let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, s.planes_k, s.planes_v);
+        self.left_k = LEFT[pk] + tile.meta.slack;
+        self.left_v = LEFT[pv];
+        for (unit, &u) in self.k_unit.iter_mut().zip(tile.k_scales) {
+            *unit = scale(u);
+        }
+        let weight = |digits: usize| 1.0 / (1u32 << (4 * digits)) as f32;
+        let mut rest = [[0.0f32; MAX_DIM]; 16];
+        for first in (0..n).step_by(16) {
+            let count = (n - first).min(16);
+            for (i, row) in rest[..count].iter_mut().enumerate() {
+                math::unpack(tile.k_row(first + i), half_k, pk - 1, weight(pk - 1), CENTRE[pk], &mut row[..s.dim_k]);
+            }
+            self.put_k(first, s.dim_k, &rest);
+            // Plane 0 lies by words of 16 tokens: lanes are tokens already.
+            let block = &tile.k0[first * half_k..(first + 16) * half_k];
+            for (b, line) in (0..half_k).step_by(4).zip(block.chunks_exact(64)) {
+                for j in 0..4 {
+                    let (low, high) = (b + j, b + j + half_k);
+                    let (low_unit, high_unit) = (self.k_unit[low], self.k_unit[high]);
+                    for t in 0..16 {
+                        let byte = i32::from(line[4 * t + j]);
+                        let x = &mut self.k[low][first + t];
+                        *x = (((byte & 15) - 8) as f32 + *x) * low_unit;
+                        let x = &mut self.k[high][first + t];
+                        *x = (((byte >> 4) - 8) as f32 + *x) * high_unit;
+                    }
+                }
+            }
+        }
+        for i in 0..n {
+            let unit = scale(tile.v_scales[i]);
+            let row = &mut self.v[i][..s.dim_v];
+            math::unpack(tile.v_row(i), half_v, pv, weight(pv - 1), CENTRE[pv], row);
+            for x in row {
+                *x *= unit;
+            }
+            self.v_unit[i] = unit;
+        }
+    }
+
+    /// Scores of tokens `from..to` of the tile, -inf elsewhere, and what they are uncertain by.
+    #[inline(always)]
+    pub fn scores(&self, q: &[f32], from: usize, to: usize, s: &mut Lane128) -> ScoreError {
+        let d = q.len();
+        *s = [0.0; TILE];
+        for (q, k) in q.chunks(d.div_ceil(8)).zip(self.k[..d].chunks(d.div_ceil(8))) {
+            let mut part = [0.0f32; TILE];
+            for (&q, k) in q.iter().zip(k) {
+                math::axpy(q, k, &mut part);
+            }
+            for (s, p) in s.iter_mut().zip(&part) {
+                *s += p;
+            }
+        }
+        s[..from].fill(f32::NEG_INFINITY);
+        s[to..].fill(f32::NEG_INFINITY);
+        let (mut worst, mut square) = (0.0f32, 0.0f32);
+        for (&q, &unit) in q.iter().zip(&self.k_unit) {
+            let f = (q * unit).abs();
+            worst += f;
+            square += f * f;
+        }
+        ScoreError {
+            bound: worst * (1.0 + 1e-5) * (self.left_k + score_rounding(d)),
+            rms: square.sqrt() * self.left_k * 0.577_350_3,
+        }
+    }
+
+    /// Adds tokens `from..to` with scores `s` to a row's sums and output.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend(
+        &self,
+        s: &Lane128,
+        error: ScoreError,
+        from: usize,
+        to: usize,
+        sums: &mut Sums,
+        out: &mut [f32],
+        tile_out: &mut [f32],
+    ) {
+        raise(sums, math::max(s), out);
+        let mut e = [0.0f32; TILE];
+        for i in from..to {
+            e[i] = math::exp(s[i] - sums.max);
+        }
+        let total = math::sum(|i| e[i]);
+        let weighted = math::sum(|i| e[i] * self.v_unit[i]);
+        let squared = math::sum(|i| (e[i] * self.v_unit[i]) * (e[i] * self.v_unit[i]));
+        sums.add(error, self.left_v, f64::from(total), f64::from(weighted), f64::from(squared));
+        sums.note_peak(self.v_unit[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK);
+        tile_out.fill(0.0);
+        for i in from..to {
+            math::axpy(e[i], &self.v[i][..out.len()], tile_out);
+        }
+        math::axpy(1.0, tile_out, out);
+    }
+}
+
+/// Makes `max` the reference of sums and output if it is larger than theirs.
+#[inline(always)]
+fn raise(sums: &mut Sums, max: f32, out: &mut [f32]) {
+    if max > sums.max {
+        let (factor, _) = sums.merge(&Sums::at(max));
+        for x in out {
+            *x *= factor as f32;
+        }
+    }
+}
+
+/// One split of a block of query rows of one KV head.
+#[inline(always)]
+pub fn split(w: &mut Worker, unit: &Unit, split: usize) {
+    let (call, g) = (w.call, w.call.shape.group());
+    let (d, dv) = (call.shape.dim_k, call.shape.dim_v);
+    let view = &call.sequences[call.rows[unit.row].sequence];
+    w.load_q(unit);
+    let (sums, outs) = w.state(unit, split);
+    sums.fill(Sums::EMPTY);
+    outs.fill(0.0);
+    let (first, last) = unit.tiles(split);
+    // The exact rows come first, as a tile of their own.
+    let exact = split == 0 && unit.from < view.n_exact;
+    for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
+        let (start, lowest, highest) = if tile < 0 {
+            w.scratch.tile.exact(view, unit.kv_head);
+            (0, 0, view.n_exact)
+        } else {
+            let start = (first + tile as usize) * TILE;
+            let (lowest, highest) = (start.max(view.n_exact).max(unit.from), (start + TILE).min(unit.to));
+            if lowest >= highest {
+                continue;
+            }
+            w.scratch.tile.page(view, first + tile as usize, unit.kv_head, highest - start);
+            (start, lowest, highest)
+        };
+        for r in 0..unit.n_rows {
+            let row = &call.rows[unit.row + r];
+            let (from, to) = (lowest.max(row.from), highest.min(row.to));
+            if from >= to {
+                continue;
+            }
+            w.stats.count_dense(view, tile < 0, to - from);
+            for h in 0..g {
+                let at = r * g + h;
+                let q = &w.scratch.q[at * d..(at + 1) * d];
+                let mut s = [0.0; TILE];
+                let error = w.scratch.tile.scores(q, from - start, to - start, &mut s);
+                w.check(error.bound, math::max(&s));
+                let out = &mut outs[at * dv..(at + 1) * dv];
+                let tile_out = &mut w.scratch.tile_out[..dv];
+                w.scratch.tile.attend(&s, error, from - start, to - start, &mut sums[at], out, tile_out);
+            }
+        }
+    }
+}

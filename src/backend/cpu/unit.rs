@@ -1,0 +1,208 @@
+//! Pieces of work: a unit is some query rows of one sequence on one KV head, a split a stretch of its context.
+
+use super::scan::Scan;
+use super::workspace::{Partial, SPLIT, ThreadScratch, UnitScratch, dense_rows};
+use crate::alignment::{Sums, TileError};
+use crate::backend::{Attention, Mode, Stats};
+use crate::cache::SequenceView;
+use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
+use crate::format::{Format, TILE};
+use crate::{Error, Result};
+
+/// How a unit is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    Progressive,
+    Dense,
+    Published,
+}
+
+/// Query rows `row..row + n_rows` (1 unless dense) on one KV head.
+#[derive(Debug, Clone, Copy)]
+pub struct Unit {
+    pub path: Path,
+    pub row: usize,
+    pub n_rows: usize,
+    pub kv_head: usize,
+    /// Tokens that any of its rows sees.
+    pub from: usize,
+    pub to: usize,
+}
+
+impl Unit {
+    /// All units of a call, in a fixed order.
+    pub fn list(call: &Attention) -> Result<Vec<Unit>> {
+        let shape = call.shape;
+        let mut units = Vec::new();
+        let most = call.rows.len() * shape.n_kv_heads;
+        units.try_reserve_exact(most).map_err(|_| Error::Memory(format!("a list of {most} units")))?;
+        let mut row = 0;
+        while row < call.rows.len() {
+            let first = call.rows[row];
+            let format = call.sequences[first.sequence].layout.format;
+            let path = match format {
+                _ if first.dense || call.mode == Mode::Exact => Path::Dense,
+                Format::Aligned => Path::Progressive,
+                Format::Published => Path::Published,
+                Format::Raw => Path::Dense,
+            };
+            let mut n_rows = 1;
+            if path == Path::Dense {
+                let alike = |r: &&crate::backend::QueryRow| r.sequence == first.sequence && r.dense == first.dense;
+                n_rows = call.rows[row..].iter().take(dense_rows(shape.group())).take_while(alike).count();
+            }
+            let rows = call.rows[row..row + n_rows].iter().filter(|r| r.from < r.to);
+            let (from, to) = rows.fold((usize::MAX, 0), |(a, b), r| (a.min(r.from), b.max(r.to)));
+            for kv_head in 0..shape.n_kv_heads {
+                units.push(Unit { path, row, n_rows, kv_head, from: from.min(to), to });
+            }
+            row += n_rows;
+        }
+        Ok(units)
+    }
+
+    /// Splits: absolute ones, 0 always among them (it has the exact rows). The published scheme decides over the whole
+    /// context at once: it has one.
+    pub fn n_splits(&self) -> usize {
+        match self.path {
+            Path::Published => 1,
+            _ => self.to.div_ceil(SPLIT * TILE).max(1),
+        }
+    }
+
+    /// Tiles `first..last` of a split that the unit sees.
+    pub fn tiles(&self, split: usize) -> (usize, usize) {
+        let first = (split * SPLIT).max(self.from / TILE);
+        let last = ((split + 1) * SPLIT).min(self.to.div_ceil(TILE));
+        (first, last.max(first))
+    }
+}
+
+/// A thread at work on a unit.
+pub struct Worker<'a> {
+    pub call: &'a Attention<'a>,
+    pub scan: Scan,
+    pub scratch: ThreadScratch<'a>,
+    pub unit: UnitScratch,
+    pub stats: Stats,
+    /// Set if scores left binary32.
+    pub overflow: bool,
+}
+
+impl<'a> Worker<'a> {
+    /// Fetches the unit's q, times the softmax scale.
+    #[inline(always)]
+    pub fn load_q(&mut self, unit: &Unit) {
+        let (g, d) = (self.call.shape.group(), self.call.shape.dim_k);
+        for at in 0..unit.n_rows * g {
+            let q = &mut self.scratch.q[at * d..(at + 1) * d];
+            self.call.q.read(unit.row + at / g, unit.kv_head * g + at % g, q);
+            for x in q {
+                *x *= self.call.scale;
+            }
+        }
+    }
+
+    /// Notes scores that have left binary32.
+    #[inline(always)]
+    pub fn check(&mut self, bound: f32, max: f32) {
+        self.overflow |= !bound.is_finite() || max == f32::INFINITY;
+    }
+
+    /// Sums and outputs of a split.
+    #[inline(always)]
+    pub fn state(&self, unit: &Unit, split: usize) -> (&'a mut [Sums], &'a mut [f32]) {
+        let n = unit.n_rows * self.call.shape.group();
+        let dv = self.call.shape.dim_v;
+        // SAFETY: the unit's scratch has room for every split, and a split is at work in one thread at a time: whoever
+        // merges comes after a barrier.
+        unsafe {
+            (
+                std::slice::from_raw_parts_mut(self.unit.sums.add(split * n), n),
+                std::slice::from_raw_parts_mut(self.unit.outs.add(split * n * dv), n * dv),
+            )
+        }
+    }
+
+    /// What the scan says of a split.
+    #[inline(always)]
+    pub fn partial(&self, split: usize) -> &'a mut [Partial] {
+        let g = self.call.shape.group();
+        // SAFETY: as in `state`; other splits' are read after a barrier only.
+        unsafe { std::slice::from_raw_parts_mut(self.unit.partials.add(split * g), g) }
+    }
+
+    /// Scores and uncertainties of a tile; index 0 is that of the exact rows, page t has index t + 1.
+    #[inline(always)]
+    pub fn scores(&self, index: usize) -> (&'a mut [[f32; TILE]], &'a mut [TileError]) {
+        let g = self.call.shape.group();
+        // SAFETY: as in `state`: a tile belongs to one split.
+        unsafe {
+            (
+                std::slice::from_raw_parts_mut(self.unit.scores.add(index * g), g),
+                std::slice::from_raw_parts_mut(self.unit.errors.add(index * g), g),
+            )
+        }
+    }
+}
+
+impl Stats {
+    /// `n` tokens of a tile, all of whose stored digits were read.
+    pub fn count_dense(&mut self, view: &SequenceView, exact: bool, n: usize) {
+        let (s, n64) = (&view.layout.shape, n as u64);
+        self.tokens += n64;
+        let (dk, dv) = (s.dim_k as u64, s.dim_v as u64);
+        if exact || view.layout.format != Format::Aligned {
+            let (k, v) = (n64 * dk * s.dtype_k.size() as u64, n64 * dv * s.dtype_v.size() as u64);
+            self.bytes_k += k;
+            self.bytes_v += v;
+            if exact {
+                self.bytes_exact += k + v;
+            }
+        } else {
+            self.count_scales(view, n);
+            self.bytes_k += n64 * s.planes_k as u64 * dk / 2;
+            self.bytes_v += n64 * s.planes_v as u64 * dv / 2;
+            self.planes_k[s.planes_k] += n64;
+            self.planes_v[s.planes_v] += n64;
+        }
+    }
+
+    /// Scale bytes of a tile of which `n` tokens are seen.
+    pub fn count_scales(&mut self, view: &SequenceView, n: usize) {
+        // The 8 bytes of the tile's meta data go with K's scales.
+        let (k, v) = (view.layout.shape.dim_k as u64 + 8, n as u64);
+        self.bytes_k += k;
+        self.bytes_v += v;
+        self.bytes_scales += k + v;
+    }
+
+    /// A unit that was merged.
+    pub fn count_unit(&mut self, unit: &Unit) {
+        self.path |= match unit.path {
+            Path::Progressive => AKV_PATH_PROGRESSIVE,
+            Path::Dense => AKV_PATH_DENSE,
+            Path::Published => AKV_PATH_PUBLISHED,
+        };
+        if unit.path == Path::Dense && unit.kv_head == 0 {
+            self.dense_rows += unit.n_rows as u64;
+        }
+    }
+
+    /// Adds another thread's.
+    pub fn add(&mut self, other: &Stats) {
+        self.bytes_k += other.bytes_k;
+        self.bytes_v += other.bytes_v;
+        self.bytes_scales += other.bytes_scales;
+        self.bytes_exact += other.bytes_exact;
+        for (a, b) in self.planes_k.iter_mut().zip(other.planes_k) {
+            *a += b;
+        }
+        for (a, b) in self.planes_v.iter_mut().zip(other.planes_v) {
+            *a += b;
+        }
+        self.tokens += other.tokens;
+        self.dense_rows += other.dense_rows;
+        self.path |= other.path;
+    }
+}

@@ -1,0 +1,218 @@
+//! The rows of one sequence in one layer.
+//!
+//! Whatever can still be written is held by this sequence alone: the open tile with its kept rows, and the exact head
+//! while it is not full. Forks and truncations copy what would break that; appending never has to.
+
+use super::memory::{Kind, Memory, Shared, Table};
+use crate::Result;
+use crate::format::{Layout, Rows, Source, TILE};
+use std::sync::Arc;
+
+/// A tile.
+#[derive(Debug, Clone)]
+pub(super) struct Page {
+    pub block: Shared,
+    /// Its rows as given, from `base` on: while the tile is open, and while the exact tail can reach into it.
+    kept: Option<Shared>,
+    /// Of a tile that was reopened without them: the page that it was, and how many of its tokens only that knows.
+    base: Option<(Shared, usize)>,
+}
+
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub layout: Layout,
+    pub exact_head: usize,
+    exact_tail: usize,
+    /// Tokens.
+    pub len: usize,
+    /// Tiles. In a begun step also those that its tokens will need.
+    pub pages: Table<Page>,
+    /// The first `exact_head` rows as given.
+    pub head: Option<Shared>,
+}
+
+/// What a step needs.
+#[derive(Debug)]
+pub(super) struct Room {
+    pages: Table<Page>,
+    table: Option<Table<Page>>,
+    head: Option<Shared>,
+}
+
+/// What a truncation needs.
+#[derive(Debug, Default)]
+pub(super) struct Spare {
+    block: Option<Shared>,
+    kept: Option<Shared>,
+    head: Option<Shared>,
+}
+
+/// Tiles whose kept rows a sequence of `len` tokens has no more use for.
+pub(super) fn released(len: usize, exact_tail: usize) -> usize {
+    len.saturating_sub(exact_tail) / TILE
+}
+
+impl Layer {
+    pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
+        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages: Table::with_capacity(memory, 0)?, head: None })
+    }
+
+    fn page(&self) -> Result<Shared> {
+        Shared::new(self.pages.memory(), Kind::Page, self.layout.page_bytes())
+    }
+
+    fn kept(&self) -> Result<Shared> {
+        Shared::new(self.pages.memory(), Kind::Kept, self.layout.kept_bytes(TILE))
+    }
+
+    fn head(&self) -> Result<Shared> {
+        Shared::new(self.pages.memory(), Kind::Kept, self.layout.kept_bytes(self.exact_head))
+    }
+
+    /// Takes what `n` more tokens need.
+    pub fn room(&self, n: usize) -> Result<Room> {
+        let (len, tiles) = (self.len + n, self.len.div_ceil(TILE));
+        let n_pages = len.div_ceil(TILE) - tiles;
+        let table = self.pages.room(n_pages)?;
+        let mut pages = Table::with_capacity(self.pages.memory(), n_pages)?;
+        for tile in tiles..tiles + n_pages {
+            let keep = !self.layout.lossless() && tile >= released(len, self.exact_tail);
+            pages.push(Page { block: self.page()?, kept: if keep { Some(self.kept()?) } else { None }, base: None });
+        }
+        let head = if self.exact_head > 0 && self.head.is_none() && n > 0 { Some(self.head()?) } else { None };
+        Ok(Room { pages, table, head })
+    }
+
+    pub fn adopt(&mut self, mut room: Room) {
+        self.pages.adopt(room.table);
+        self.pages.append(&mut room.pages);
+        if room.head.is_some() {
+            self.head = room.head;
+        }
+    }
+
+    /// Appends the first `n` rows, for which there is room.
+    pub fn append(&mut self, k: Rows, v: Rows, n: usize) {
+        let mut done = 0;
+        while done < n {
+            let (tile, from) = (self.len / TILE, self.len % TILE);
+            let to = TILE.min(from + n - done);
+            let Page { block, kept, base } = &mut self.pages[tile];
+            // The tile's rows as if they all lay in the caller's memory; those below `from` are not touched.
+            let shift = done.wrapping_sub(from);
+            let (k, v) = (k.skip(shift), v.skip(shift));
+            if let Some(kept) = kept {
+                let kept = kept.own();
+                for row in from..to {
+                    self.layout.keep(kept, TILE, row, k.skip(row), v.skip(row));
+                }
+            }
+            let mut skip = 0;
+            if let (0, Some(head)) = (tile, &mut self.head) {
+                skip = self.exact_head;
+                for row in from..to.min(skip) {
+                    self.layout.keep(head.own(), skip, row, k.skip(row), v.skip(row));
+                }
+            }
+            let (k, v) = kept.as_ref().map_or((k, v), |kept| self.layout.kept(kept, TILE));
+            let (base, base_rows) = base.as_ref().map_or((None, 0), |(base, rows)| (Some(&base[..]), *rows));
+            self.layout.encode(block.own(), &Source { k, v, base, base_rows }, skip, from, to);
+            done += to - from;
+            self.len += to - from;
+        }
+    }
+
+    /// Drops rows of tiles that are kept for nothing.
+    pub fn release(&mut self) {
+        let n = released(self.len, self.exact_tail);
+        for page in &mut self.pages[..n] {
+            (page.kept, page.base) = (None, None);
+        }
+    }
+
+    /// The tile that is cut by a truncation to `len`, if one is.
+    fn cut(&self, len: usize) -> Option<(usize, usize)> {
+        (!len.is_multiple_of(TILE)).then_some((len / TILE, len % TILE))
+    }
+
+    fn skip(&self, tile: usize) -> usize {
+        if tile == 0 { self.exact_head } else { 0 }
+    }
+
+    /// True if the cut tile's first rows are known only as they were encoded.
+    fn known_by_page(&self, page: &Page, tile: usize, rows: usize) -> bool {
+        !self.layout.lossless() && page.kept.is_none() && rows > self.skip(tile)
+    }
+
+    /// Takes what a truncation to `len` needs: nothing, if nothing has been shared or released since it had that many.
+    pub fn spare(&self, len: usize) -> Result<Spare> {
+        let mut spare = Spare::default();
+        let Some((tile, rows)) = self.cut(len) else { return Ok(spare) };
+        let page = &self.pages[tile];
+        if !page.block.is_own() || self.known_by_page(page, tile, rows) {
+            spare.block = Some(self.page()?);
+        }
+        if !self.layout.lossless() && !page.kept.as_ref().is_some_and(Shared::is_own) {
+            spare.kept = Some(self.kept()?);
+        }
+        if len < self.exact_head && !self.head.as_ref().is_some_and(Shared::is_own) {
+            spare.head = Some(self.head()?);
+        }
+        Ok(spare)
+    }
+
+    /// Forgets all but the first `len` tokens, and the room for more.
+    pub fn truncate(&mut self, len: usize, spare: Spare) {
+        self.len = len;
+        self.pages.truncate(len.div_ceil(TILE));
+        if len == 0 {
+            self.head = None;
+        }
+        replace(&mut self.head, spare.head);
+        let Some((tile, rows)) = self.cut(len) else { return };
+        let skip = self.skip(tile);
+        let known_by_page = self.known_by_page(&self.pages[tile], tile, rows);
+        let page = &mut self.pages[tile];
+        page.base = match page.base.take() {
+            _ if rows <= skip => None,
+            None if known_by_page => Some((page.block.clone(), rows)),
+            base => base.map(|(base, base_rows)| (base, base_rows.min(rows))),
+        };
+        if let Some(mut block) = spare.block {
+            block.own().copy_from_slice(&page.block);
+            page.block = block;
+        }
+        replace(&mut page.kept, spare.kept);
+        let Some(kept) = &page.kept else { return };
+
+        let (block, (k, v)) = (page.block.own(), self.layout.kept(kept, TILE));
+        let (base, base_rows) = page.base.as_ref().map_or((None, 0), |(base, rows)| (Some(&base[..]), *rows));
+        if let Some(base) = base {
+            block.copy_from_slice(base);
+            self.layout.reopen(block);
+        }
+        if base_rows < rows {
+            self.layout.encode(block, &Source { k, v, base, base_rows }, skip, base_rows, rows);
+        }
+    }
+
+    /// The first `len` tokens as another sequence's.
+    pub fn fork(&self, len: usize) -> Result<Layer> {
+        let mut pages = Table::with_capacity(self.pages.memory(), len.div_ceil(TILE))?;
+        self.pages[..len.div_ceil(TILE)].iter().for_each(|page| pages.push(page.clone()));
+        let mut fork = Layer { pages, head: self.head.clone(), ..*self };
+        let spare = fork.spare(len)?;
+        fork.truncate(len, spare);
+        Ok(fork)
+    }
+}
+
+/// Puts a copy of what is there, if anything is, in its place.
+fn replace(block: &mut Option<Shared>, spare: Option<Shared>) {
+    if let Some(mut spare) = spare {
+        if let Some(old) = block {
+            spare.own().copy_from_slice(old);
+        }
+        *block = Some(spare);
+    }
+}

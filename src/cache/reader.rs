@@ -1,0 +1,54 @@
+//! Shared access to rows.
+
+use super::Positions;
+use super::layer::{Layer, Page};
+use crate::format::{Layout, Rows, TILE};
+use parking_lot::RawRwLock;
+use parking_lot::lock_api::ArcRwLockReadGuard;
+
+pub(super) type ReadGuard<T> = ArcRwLockReadGuard<RawRwLock, T>;
+
+/// Shared access to one layer of one sequence; rows cannot change while it lives.
+#[derive(Debug)]
+pub struct Reader {
+    pub(super) layer: ReadGuard<Layer>,
+    pub(super) positions: ReadGuard<Positions>,
+}
+
+impl Reader {
+    /// What attention reads.
+    pub fn view(&self) -> SequenceView<'_> {
+        let layer = &*self.layer;
+        let n_exact = layer.exact_head.min(layer.len);
+        let exact = layer.head.as_ref().filter(|_| n_exact > 0);
+        SequenceView {
+            layout: &layer.layout,
+            len: layer.len,
+            positions: &self.positions,
+            n_exact,
+            exact: exact.map(|head| layer.layout.kept(head, layer.exact_head)),
+            pages: &layer.pages[..layer.len.div_ceil(TILE)],
+        }
+    }
+}
+
+/// One layer of one sequence, as attention reads it. Tokens go by index, 0 to len - 1.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct SequenceView<'a> {
+    pub layout: &'a Layout,
+    pub len: usize,
+    pub positions: &'a Positions,
+    /// The first `n_exact` (at most `len`) tokens attend through these rows instead of through page 0.
+    pub n_exact: usize,
+    pub exact: Option<(Rows<'a>, Rows<'a>)>,
+    pages: &'a [Page],
+}
+
+impl<'a> SequenceView<'a> {
+    /// The page of tokens `tile * TILE ..`.
+    #[inline(always)]
+    pub fn page(&self, tile: usize) -> &'a [u8] {
+        &self.pages[tile].block
+    }
+}

@@ -1,0 +1,242 @@
+//! Sequences, and the ids that name them.
+
+use super::layer::Layer;
+use super::memory::{Charge, Memory, Table};
+use super::{Config, Positions, Reader};
+use crate::format::Layout;
+use crate::{Error, Result};
+use parking_lot::lock_api::ArcRwLockWriteGuard;
+use parking_lot::{RawRwLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering::Relaxed};
+
+/// A sequence. Its locks are only ever tried: contention is the caller's to know of. The one exception is an abort,
+/// which must not fail.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub id: u64,
+    /// Held by whoever changes the sequence, by a begun batch from begin to end; false once it is destroyed.
+    alive: Arc<RwLock<bool>>,
+    /// Committed tokens; changes under `alive` only.
+    pub len: AtomicUsize,
+    pub positions: Arc<RwLock<Positions>>,
+    pub layers: Vec<Arc<RwLock<Layer>>>,
+    _record: Charge,
+}
+
+/// The right to change a sequence.
+pub(super) type Claim = ArcRwLockWriteGuard<RawRwLock, bool>;
+
+impl Sequence {
+    /// Heap bytes of a sequence without its tables.
+    fn record_bytes(n_layers: usize) -> usize {
+        const COUNTS: usize = 2 * size_of::<usize>();
+        size_of::<Sequence>()
+            + 3 * COUNTS
+            + size_of::<RwLock<bool>>()
+            + size_of::<RwLock<Positions>>()
+            + n_layers * (size_of::<Arc<RwLock<Layer>>>() + COUNTS + size_of::<RwLock<Layer>>())
+    }
+
+    /// `layer(i)` makes the layers.
+    fn with(
+        memory: &Arc<Memory>,
+        n_layers: usize,
+        len: usize,
+        positions: Positions,
+        layer: impl Fn(usize) -> Result<Layer>,
+    ) -> Result<Sequence> {
+        let record = Charge::new(memory, Sequence::record_bytes(n_layers))?;
+        let mut layers = Vec::new();
+        super::memory::reserve(&mut layers, n_layers)?;
+        for i in 0..n_layers {
+            layers.push(Arc::new(RwLock::new(layer(i)?)));
+        }
+        Ok(Sequence {
+            id: 0,
+            alive: Arc::new(RwLock::new(true)),
+            len: AtomicUsize::new(len),
+            positions: Arc::new(RwLock::new(positions)),
+            layers,
+            _record: record,
+        })
+    }
+
+    pub fn new(memory: &Arc<Memory>, config: &Config, layouts: &[Layout]) -> Result<Sequence> {
+        let layer = |i: usize| Layer::new(memory, layouts[i], config.exact_head, config.exact_tail);
+        Sequence::with(memory, layouts.len(), 0, Positions::new(memory)?, layer)
+    }
+
+    /// The first `n_tokens` tokens (all without) as another sequence.
+    pub fn fork(&self, memory: &Arc<Memory>, n_tokens: Option<usize>) -> Result<Sequence> {
+        let alive = self.alive.try_read().ok_or_else(|| self.taken())?;
+        self.check_alive(*alive)?;
+        let len = self.len.load(Relaxed);
+        let n = n_tokens.unwrap_or(len);
+        if n > len {
+            return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
+        }
+        let positions = self.positions.try_read().ok_or_else(|| self.taken())?.fork(n)?;
+        Sequence::with(memory, self.layers.len(), n, positions, |i| self.read_layer(i)?.fork(n))
+    }
+
+    /// Forgets all but the first `n` tokens.
+    pub fn truncate(&self, n: usize) -> Result<()> {
+        let _claim = self.claim()?;
+        let len = self.len.load(Relaxed);
+        if n > len {
+            return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
+        }
+        if n == len {
+            return Ok(());
+        }
+        let mut layers = Vec::new();
+        super::memory::reserve(&mut layers, self.layers.len())?;
+        for i in 0..self.layers.len() {
+            let layer = self.write_layer(i)?;
+            let spare = layer.spare(n)?;
+            layers.push((layer, spare));
+        }
+        self.write_positions()?.truncate(n);
+        for (mut layer, spare) in layers {
+            layer.truncate(n, spare);
+        }
+        self.len.store(n, Relaxed);
+        Ok(())
+    }
+
+    /// Marks a sequence that nobody uses as destroyed.
+    pub fn destroy(&self) -> Result<()> {
+        let mut claim = self.claim()?;
+        for i in 0..self.layers.len() {
+            drop(self.write_layer(i)?);
+        }
+        *claim = false;
+        Ok(())
+    }
+
+    pub fn claim(&self) -> Result<Claim> {
+        let claim = self.alive.try_write_arc().ok_or_else(|| self.taken())?;
+        self.check_alive(*claim)?;
+        Ok(claim)
+    }
+
+    fn check_alive(&self, alive: bool) -> Result<()> {
+        if alive { Ok(()) } else { Err(stale(self.id)) }
+    }
+
+    fn taken(&self) -> Error {
+        Error::Busy(format!("sequence {}: in a begun batch, or being used by another call", self.id))
+    }
+
+    fn read_layer(&self, layer: usize) -> Result<RwLockReadGuard<'_, Layer>> {
+        self.layers[layer].try_read().ok_or_else(|| self.being_written(layer))
+    }
+
+    fn being_written(&self, layer: usize) -> Error {
+        Error::Busy(format!("sequence {}: layer {layer} is being written", self.id))
+    }
+
+    pub fn write_layer(&self, layer: usize) -> Result<RwLockWriteGuard<'_, Layer>> {
+        let busy = || Error::Busy(format!("sequence {}: layer {layer} is being read or written", self.id));
+        self.layers[layer].try_write().ok_or_else(busy)
+    }
+
+    pub fn write_positions(&self) -> Result<RwLockWriteGuard<'_, Positions>> {
+        let busy = || Error::Busy(format!("sequence {}: being read", self.id));
+        self.positions.try_write().ok_or_else(busy)
+    }
+
+    pub fn read(&self, layer: usize) -> Result<Reader> {
+        let busy = || self.being_written(layer);
+        let positions = self.positions.try_read_arc().ok_or_else(busy)?;
+        Ok(Reader { layer: self.layers[layer].try_read_arc().ok_or_else(busy)?, positions })
+    }
+}
+
+/// Sequences by id: 16 bits of the cache's tag, 24 of a generation, 24 of 1 + index.
+#[derive(Debug)]
+pub(super) struct Directory {
+    tag: u16,
+    slots: Table<Slot>,
+    free: Table<u32>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    sequence: Option<Arc<Sequence>>,
+}
+
+const BITS: u32 = 24;
+const MASK: u64 = (1 << BITS) - 1;
+/// Most sequences that ids can tell apart.
+pub(super) const MAX_SEQUENCES: usize = MASK as usize;
+
+/// Tags differ within a copy of the library, and most likely between copies.
+static NEXT_TAG: AtomicU16 = AtomicU16::new(0);
+
+fn stale(id: u64) -> Error {
+    Error::Handle(format!("sequence {id}: has been destroyed"))
+}
+
+impl Directory {
+    pub fn new(memory: &Arc<Memory>) -> Result<Directory> {
+        let copy = (&raw const NEXT_TAG as usize >> 12) as u16;
+        Ok(Directory {
+            tag: NEXT_TAG.fetch_add(1, Relaxed).wrapping_add(copy),
+            slots: Table::with_capacity(memory, 0)?,
+            free: Table::with_capacity(memory, 0)?,
+        })
+    }
+
+    /// Bytes of the directory itself.
+    pub fn bytes(&self) -> usize {
+        self.slots.bytes() + self.free.bytes()
+    }
+
+    pub fn sequences(&self) -> impl Iterator<Item = &Arc<Sequence>> {
+        self.slots.iter().filter_map(|slot| slot.sequence.as_ref())
+    }
+
+    pub fn find(&self, id: u64) -> Result<&Arc<Sequence>> {
+        let slot = (id & MASK).checked_sub(1).and_then(|i| self.slots.get(i as usize));
+        let (true, Some(slot)) = (id >> (2 * BITS) == u64::from(self.tag), slot) else {
+            return Err(Error::Handle(format!("sequence {id}: not a sequence of this cache")));
+        };
+        let current = u64::from(slot.generation) == id >> BITS & MASK;
+        slot.sequence.as_ref().filter(|_| current).ok_or_else(|| stale(id))
+    }
+
+    pub fn insert(&mut self, mut sequence: Sequence, max_sequences: usize) -> Result<u64> {
+        let n = self.slots.len() - self.free.len();
+        if n >= max_sequences {
+            return Err(Error::Capacity(format!("max_sequences {max_sequences}: {n} are alive")));
+        }
+        if self.free.is_empty() {
+            // Room in `free` for every slot there is: removing never allocates.
+            let (slots, free) = (self.slots.room(1)?, self.free.room(self.slots.len() + 1)?);
+            self.slots.adopt(slots);
+            self.free.adopt(free);
+            self.free.push(self.slots.len() as u32);
+            self.slots.push(Slot { generation: 0, sequence: None });
+        }
+        let Some(index) = self.free.pop() else { return Err(Error::Internal("no free slot".into())) };
+        let slot = &mut self.slots[index as usize];
+        let id = u64::from(self.tag) << (2 * BITS) | u64::from(slot.generation) << BITS | u64::from(index + 1);
+        sequence.id = id;
+        slot.sequence = Some(Arc::new(sequence));
+        Ok(id)
+    }
+
+    /// Takes out a sequence that is in.
+    pub fn remove(&mut self, id: u64) -> Option<Arc<Sequence>> {
+        self.find(id).ok()?;
+        let index = (id & MASK) as u32 - 1;
+        let slot = &mut self.slots[index as usize];
+        slot.generation = (slot.generation + 1) & MASK as u32;
+        let sequence = slot.sequence.take();
+        self.free.push(index);
+        sequence
+    }
+}

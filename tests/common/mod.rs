@@ -1,0 +1,232 @@
+//! What the integration tests share: random numbers, float64 attention, and one sequence run through the library.
+#![allow(dead_code)]
+
+use alignedkv::backend::cpu::{Cpu, Isa};
+use alignedkv::backend::{Attention, Floats, Mode, QueryRow, Stats};
+use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, StepSequence};
+use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape};
+use half::{bf16, f16};
+use std::sync::Arc;
+
+/// xoshiro-like small generator: the tests' cases are the same on every machine.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() >> 11) as usize % n
+    }
+
+    /// In [0, 1).
+    pub fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    pub fn normal(&mut self) -> f32 {
+        let (u, v) = (1.0 - self.uniform(), self.uniform());
+        ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+    }
+
+    pub fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+/// Rounds to what a dtype can hold.
+pub fn round(x: &mut [f32], dtype: Dtype) {
+    for x in x {
+        *x = match dtype {
+            Dtype::F32 => *x,
+            Dtype::F16 => f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32(),
+            Dtype::Bf16 => bf16::from_f32(*x).to_f32(),
+        };
+    }
+}
+
+/// 64-byte aligned enough for any dtype: rows as bytes.
+pub struct Packed {
+    words: Vec<u64>,
+    n_heads: usize,
+    dim: usize,
+    dtype: Dtype,
+}
+
+impl Packed {
+    /// `x` is `[row][head][dim]`.
+    pub fn new(x: &[f32], n_heads: usize, dim: usize, dtype: Dtype) -> Packed {
+        let bytes: Vec<u8> = match dtype {
+            Dtype::F32 => x.iter().flat_map(|v| v.to_ne_bytes()).collect(),
+            Dtype::F16 => x.iter().flat_map(|&v| f16::from_f32(v).to_ne_bytes()).collect(),
+            Dtype::Bf16 => x.iter().flat_map(|&v| bf16::from_f32(v).to_ne_bytes()).collect(),
+        };
+        let mut words = vec![0u64; bytes.len().div_ceil(8)];
+        for (word, chunk) in words.iter_mut().zip(bytes.chunks(8)) {
+            let mut b = [0; 8];
+            b[..chunk.len()].copy_from_slice(chunk);
+            *word = u64::from_ne_bytes(b);
+        }
+        Packed { words, n_heads, dim, dtype }
+    }
+
+    pub fn rows(&self) -> Rows<'_> {
+        let head = (self.dim * self.dtype.size()) as isize;
+        // SAFETY: the words hold [row][head][dim] of the dtype.
+        unsafe { Rows::new(self.words.as_ptr().cast(), head * self.n_heads as isize, head, self.dtype, self.dim) }
+    }
+}
+
+/// The result of an attention call, all `[row][head]` (out: times dim_v).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Output {
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+    pub bound: Vec<f32>,
+    pub lse_bound: Vec<f32>,
+    pub estimate: Vec<f32>,
+    pub amplitude: Vec<f32>,
+    pub stats: Stats,
+}
+
+/// How to attend.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    pub mode: Mode,
+    pub tolerance: f32,
+    pub scale: f32,
+    pub dense: bool,
+}
+
+/// One sequence in a cache of one layer.
+pub struct Single {
+    pub cache: Arc<Cache>,
+    pub batch: Batch,
+    pub sequence: u64,
+    pub shape: Shape,
+}
+
+pub fn shape(group: usize, n_kv_heads: usize, dim_k: usize, dim_v: usize, dtype: Dtype, planes: usize) -> Shape {
+    let n_q_heads = group * n_kv_heads;
+    Shape {
+        n_q_heads,
+        n_kv_heads,
+        dim_k,
+        dim_v,
+        dtype_k: dtype,
+        dtype_v: dtype,
+        planes_k: planes,
+        planes_v: planes,
+        window: 0,
+    }
+}
+
+impl Single {
+    pub fn new(format: Format, shape: Shape, exact_head: usize) -> Single {
+        let lossless = format != Format::Aligned;
+        let config = Config {
+            format,
+            layers: vec![shape],
+            max_sequences: 4,
+            exact_head: if lossless { 0 } else { exact_head },
+            exact_tail: if lossless { 0 } else { 64 },
+            max_bytes: 0,
+        };
+        let cache = Arc::new(Cache::new(config, Allocator::default()).unwrap());
+        let sequence = cache.create().unwrap();
+        let batch = Batch::new(Arc::clone(&cache), Bounds::default());
+        Single { cache, batch, sequence, shape }
+    }
+
+    /// Appends rows `[row][kv head][dim]` as one step.
+    pub fn append(&self, k: &[f32], v: &[f32]) {
+        let s = &self.shape;
+        let n_new = k.len() / (s.n_kv_heads * s.dim_k);
+        let (k, v) =
+            (Packed::new(k, s.n_kv_heads, s.dim_k, s.dtype_k), Packed::new(v, s.n_kv_heads, s.dim_v, s.dtype_v));
+        self.batch.begin(&[StepSequence { sequence: self.sequence, n_new, n_q: 0 }], None).unwrap();
+        self.batch.append(0, k.rows(), v.rows()).unwrap();
+        self.batch.commit().unwrap();
+    }
+
+    /// Attends `[row][q head][dim_k]` f32 queries, each row over tokens `ranges[row]`.
+    pub fn attend(&self, cpu: &Cpu, q: &[f32], ranges: &[(usize, usize)], how: How) -> alignedkv::Result<Output> {
+        let s = &self.shape;
+        let (n_q, heads) = (ranges.len(), s.n_q_heads);
+        let reader = self.cache.read(self.sequence, 0)?;
+        let views = [reader.view()];
+        let rows: Vec<QueryRow> =
+            ranges.iter().map(|&(from, to)| QueryRow { sequence: 0, from, to, dense: how.dense }).collect();
+        let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
+        let mut o = Output {
+            out: vec![0.0; n_q * heads * s.dim_v],
+            lse: vec![0.0; n_q * heads],
+            bound: vec![0.0; n_q * heads],
+            lse_bound: vec![0.0; n_q * heads],
+            estimate: vec![0.0; n_q * heads],
+            amplitude: vec![0.0; n_q * heads],
+            stats: Stats::default(),
+        };
+        let stride = (s.dim_v * 4) as isize;
+        // SAFETY: the vectors have a place for every row and head, and live through the call.
+        let call = unsafe {
+            Attention {
+                shape: s,
+                sequences: &views,
+                rows: &rows,
+                q: q.rows(),
+                out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
+                scale: how.scale,
+                tolerance: how.tolerance,
+                mode: how.mode,
+                lse: Some(Floats::new(o.lse.as_mut_ptr())),
+                bound: Some(Floats::new(o.bound.as_mut_ptr())),
+                lse_bound: Some(Floats::new(o.lse_bound.as_mut_ptr())),
+                estimate: Some(Floats::new(o.estimate.as_mut_ptr())),
+                amplitude: Some(Floats::new(o.amplitude.as_mut_ptr())),
+            }
+        };
+        let bytes = Cpu::workspace_bytes(&self.cache.layouts()[0], views[0].len, cpu.n_threads());
+        let mut workspace = Block::new(self.cache.memory(), bytes).unwrap();
+        // SAFETY: a fresh block of the right size, used by this call alone.
+        o.stats = unsafe { cpu.attention(Ok(&call), None, workspace.as_mut_ptr()) }?;
+        Ok(o)
+    }
+}
+
+pub fn cpu(isa: Isa, n_threads: usize) -> Cpu {
+    Cpu::new(isa, n_threads).unwrap()
+}
+
+/// Softmax attention in float64 of one query over rows `[n][stride]`, starting at `offset`: output and LSE.
+pub fn attention64(q: &[f32], k: &[f32], v: &[f32], dim_v: usize, scale: f64) -> (Vec<f64>, f64) {
+    let d = q.len();
+    let s: Vec<f64> = k
+        .chunks_exact(d)
+        .map(|k| scale * k.iter().zip(q).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>())
+        .collect();
+    let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let e: Vec<f64> = s.iter().map(|s| (s - max).exp()).collect();
+    let sum: f64 = e.iter().sum();
+    let mut out = vec![0.0; dim_v];
+    for (e, v) in e.iter().zip(v.chunks_exact(dim_v)) {
+        for (o, &v) in out.iter_mut().zip(v) {
+            *o += e / sum * f64::from(v);
+        }
+    }
+    (out, max + sum.ln())
+}
+
+/// Rows of one head out of `[row][head][dim]`.
+pub fn of_head(x: &[f32], n_heads: usize, dim: usize, head: usize) -> Vec<f32> {
+    x.chunks_exact(n_heads * dim).flat_map(|row| row[head * dim..(head + 1) * dim].iter().copied()).collect()
+}
