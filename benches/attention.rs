@@ -1,1 +1,179 @@
-fn main() {}
+//! Decode attention of one layer through the C ABI: 32 query heads, 8 KV heads of 128, f16 rows, random normal (every
+//! token weighs about the same: the hard case). Sequences take turns, so that none is still in a cache. Throughput is
+//! in bytes of f16 K and V that a call covers, whatever it reads of them.
+
+use alignedkv::capi::{attention::*, batch::*, cache::*, context::*, sequence::*, status::*, types::*};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use half::f16;
+use std::ffi::{CStr, c_void};
+use std::mem::{size_of, zeroed};
+use std::ptr::{null, null_mut};
+use std::time::Duration;
+
+const HEADS: usize = 8;
+const Q_HEADS: usize = 32;
+const DIM: usize = 128;
+/// Tokens in all sequences together: 256 MiB of f16.
+const TOKENS: usize = 65536;
+
+fn ok(status: akv_status) {
+    if status != AKV_OK {
+        let mut text = [0u8; 512];
+        // SAFETY: a buffer of that size; the text ends with a NUL.
+        unsafe { akv_last_error(text.as_mut_ptr().cast(), text.len(), null_mut()) };
+        panic!("{}", CStr::from_bytes_until_nul(&text).expect("a NUL").to_string_lossy());
+    }
+}
+
+/// Normal values; rows begin anywhere in them.
+struct Random {
+    values: Vec<f16>,
+    state: u64,
+}
+
+impl Random {
+    fn new() -> Random {
+        let mut random = Random { values: Vec::new(), state: 1 };
+        // Twelve uniforms make a normal.
+        random.values = (0..1 << 18)
+            .map(|_| f16::from_f64((0..12).map(|_| random.bits() as f64 / u64::MAX as f64).sum::<f64>() - 6.0))
+            .collect();
+        random
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state
+    }
+
+    fn rows(&mut self, n: usize) -> Vec<f16> {
+        let mut rows = Vec::with_capacity(n * DIM);
+        for _ in 0..n {
+            let at = self.bits() as usize % (self.values.len() - DIM);
+            rows.extend_from_slice(&self.values[at..at + DIM]);
+        }
+        rows
+    }
+}
+
+fn rows<T>(data: &mut [T], dtype: i32) -> akv_rows {
+    akv_rows { data: data.as_mut_ptr().cast(), stride_row: 0, stride_head: 0, dtype, reserved: 0 }
+}
+
+/// `TOKENS / n` sequences of `n` tokens in a cache of their own.
+struct Engine {
+    context: *mut akv_context,
+    cache: *mut akv_cache,
+    batch: *mut akv_batch,
+    sequences: Vec<akv_sequence>,
+    next: usize,
+    q: Vec<f16>,
+    out: Vec<f32>,
+}
+
+impl Engine {
+    fn new(format: i32, n: usize, threads: i32) -> Engine {
+        let mut random = Random::new();
+        // SAFETY: descriptors of integers and pointers, for which zero is the default; all pointers outlive their calls.
+        unsafe {
+            let (mut context, mut cache, mut batch) = (null_mut(), null_mut(), null_mut());
+            let mut desc: akv_context_desc = zeroed();
+            (desc.struct_size, desc.abi_version) = (size_of::<akv_context_desc>() as u32, AKV_ABI_VERSION);
+            desc.n_threads = threads;
+            ok(akv_context_create(&desc, &mut context));
+            let mut layer: akv_layer_desc = zeroed();
+            (layer.n_q_heads, layer.n_kv_heads, layer.dim_k) = (Q_HEADS as i32, HEADS as i32, DIM as i32);
+            (layer.dtype_k, layer.dtype_v) = (AKV_F16, AKV_F16);
+            let mut desc: akv_cache_desc = zeroed();
+            (desc.struct_size, desc.n_layers, desc.layers) = (size_of::<akv_cache_desc>() as u32, 1, &layer);
+            desc.format = format;
+            ok(akv_cache_create(context, &desc, &mut cache));
+            let mut bounds: akv_batch_desc = zeroed();
+            bounds.struct_size = size_of::<akv_batch_desc>() as u32;
+            ok(akv_batch_create(cache, &bounds, &mut batch));
+            let mut engine = Engine {
+                context,
+                cache,
+                batch,
+                sequences: vec![0; TOKENS / n],
+                next: 0,
+                q: random.rows(Q_HEADS),
+                out: vec![0.0; Q_HEADS * DIM],
+            };
+            for i in 0..engine.sequences.len() {
+                ok(akv_sequence_create(cache, &mut engine.sequences[i]));
+                for _ in 0..n / 1024 {
+                    let (mut k, mut v) = (random.rows(1024 * HEADS), random.rows(1024 * HEADS));
+                    engine.begin(i, 1024, 0);
+                    ok(akv_quantize_kv(batch, 0, &rows(&mut k, AKV_F16), &rows(&mut v, AKV_F16), null_mut()));
+                    ok(akv_batch_commit(batch));
+                }
+            }
+            engine
+        }
+    }
+
+    fn begin(&mut self, sequence: usize, n_new: i32, n_q: i32) {
+        // SAFETY: as in `new`.
+        unsafe {
+            let mut step: akv_batch_desc = zeroed();
+            (step.struct_size, step.n_sequences) = (size_of::<akv_batch_desc>() as u32, 1);
+            (step.sequences, step.n_new, step.n_q) = (&self.sequences[sequence], &n_new, &n_q);
+            step.positions = null();
+            ok(akv_batch_begin(self.batch, &step, null_mut::<c_void>()));
+        }
+    }
+
+    /// One query row of the next sequence.
+    fn attend(&mut self, tolerance: f32) {
+        self.next = (self.next + 1) % self.sequences.len();
+        self.begin(self.next, 0, 1);
+        // SAFETY: as in `new`.
+        unsafe {
+            let mut desc: akv_attention_desc = zeroed();
+            desc.struct_size = size_of::<akv_attention_desc>() as u32;
+            (desc.q, desc.out) = (rows(&mut self.q, AKV_F16), rows(&mut self.out, AKV_F32));
+            desc.tolerance = tolerance;
+            ok(akv_aligned_attention(self.batch, 0, &desc));
+            ok(akv_batch_abort(self.batch));
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // SAFETY: live handles, made here.
+        unsafe {
+            ok(akv_batch_destroy(self.batch));
+            ok(akv_cache_destroy(self.cache));
+            ok(akv_context_destroy(self.context));
+        }
+    }
+}
+
+fn decode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("decode");
+    group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    for n in [4096, 32768] {
+        group.throughput(Throughput::Bytes((2 * 2 * n * HEADS * DIM) as u64));
+        for (name, format, tolerance) in [
+            ("aligned 1e-3", AKV_FORMAT_ALIGNED, 1e-3),
+            ("aligned 1e-2", AKV_FORMAT_ALIGNED, 1e-2),
+            ("raw f16", AKV_FORMAT_RAW, 0.0),
+        ] {
+            for threads in [1, 2] {
+                let mut engine = None;
+                group.bench_function(BenchmarkId::new(format!("{name}, {threads} threads"), n), |b| {
+                    let engine = engine.get_or_insert_with(|| Engine::new(format, n, threads));
+                    b.iter(|| engine.attend(tolerance));
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, decode);
+criterion_main!(benches);

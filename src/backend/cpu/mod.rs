@@ -27,6 +27,7 @@ use pool::{BreakOnPanic, Pool, SpinBarrier};
 use scan::Scan;
 use simd::Simd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use unit::{Path, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
 
@@ -190,8 +191,8 @@ fn kernels(isa: Isa) -> (Step, Scan) {
 struct Shared {
     /// Next piece of work of each phase.
     next: [AtomicUsize; 3],
-    /// A thread could not make its call.
-    failed: AtomicBool,
+    /// Why a thread could not make its call: what all of them return.
+    failed: Mutex<Option<Error>>,
     /// Scores left binary32.
     overflow: AtomicBool,
 }
@@ -237,7 +238,7 @@ impl Cpu {
     }
 
     /// Runs a call on this thread alone or, without `threads`, on the context's own. With `threads`, every one of them
-    /// calls this with the same workspace; one that could not make its call passes the error, and all fail, having
+    /// calls this with the same workspace; one that could not make its call passes the error, and all return it, having
     /// entered the barrier equally often.
     ///
     /// # Safety
@@ -258,7 +259,7 @@ impl Cpu {
         if let Some(pool) = &self.pool {
             let nth = self.n_threads();
             let barrier = SpinBarrier::new(nth);
-            let result = std::sync::Mutex::new(Err(Error::Internal("a worker did not finish".to_owned())));
+            let result = Mutex::new(Err(Error::Internal("a worker did not finish".to_owned())));
             let wait = || barrier.wait();
             let workspace = Workspace(workspace);
             let part = |ith: usize| {
@@ -267,11 +268,11 @@ impl Cpu {
                 // SAFETY: the caller's contract; each thread its own ith.
                 let stats = unsafe { self.run(Ok(call), threads, workspace.start()) };
                 if ith == 0 {
-                    *result.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = stats;
+                    *result.lock().unwrap_or_else(PoisonError::into_inner) = stats;
                 }
             };
             if pool.run(&part) {
-                return result.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+                return result.into_inner().unwrap_or_else(PoisonError::into_inner);
             }
         }
         // The context's threads are busy with another call: the bits are the same without them.
@@ -298,14 +299,22 @@ impl Cpu {
         // SAFETY: written before the barrier; from here on only its atomics are touched.
         let shared = unsafe { &*workspace.cast::<Shared>() };
         let call = call.and_then(|call| Ok((call, Unit::list(call)?)));
-        if call.is_err() {
-            shared.failed.store(true, Ordering::Relaxed);
+        let failed = || shared.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = &call {
+            failed().get_or_insert_with(|| error.clone());
         }
         wait();
-        let (call, units) = call?;
-        if shared.failed.load(Ordering::Relaxed) {
-            return Err(Error::Busy("another thread of this call failed: see its error".to_owned()));
+        let error = failed().clone();
+        if let Some(error) = error {
+            // Nothing in the workspace is dropped by itself: once all have read it, the first thread does that.
+            wait();
+            if ith == 0 {
+                *failed() = None;
+            }
+            wait();
+            return Err(error);
         }
+        let (call, units) = call?;
 
         let stats_bytes = size_of::<Stats>().next_multiple_of(64);
         let stats_at = |i: usize| workspace.wrapping_add(size_of::<Shared>() + i * stats_bytes).cast::<Stats>();

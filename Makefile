@@ -1,0 +1,95 @@
+# Builds, tests and installs libalignedkv. `make help` lists the targets.
+
+PREFIX  ?= /usr/local
+LIBDIR  ?= $(PREFIX)/lib
+DESTDIR ?=
+BUILD   ?= build
+
+export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+CARGO_TARGET_DIR ?= target
+RELEASE := $(CARGO_TARGET_DIR)/release
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+MAJOR   := $(firstword $(subst ., ,$(VERSION)))
+PYTHON   = $(shell for p in .venv/bin/python3 python3 /usr/bin/python3; do $$p -c 'import numpy' 2>/dev/null && echo $$p && break; done)
+CFLAGS  ?= -O3 -Wall -Wextra
+BENCH   ?=
+DEMO    ?=
+
+.PHONY: all demo test test-rust test-c test-sanitize test-oracle bench install header results readme lint clean help setup setup-test
+
+all: setup ## build the shared and the static library
+	cargo build --release --lib
+
+demo: all ## build the library and the demonstration, and run it
+	@mkdir -p $(BUILD)
+	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(BUILD)/tinylm $(DEMO)
+
+test: setup-test test-rust test-c test-sanitize test-oracle ## run every test
+	@echo "all tests passed"
+
+test-rust: ## unit and property tests
+	cargo test
+
+test-c: | setup-test ## C and C++ programs against the built library, some under valgrind
+	cargo build --release --lib
+	cmake -S ctests -B $(BUILD)/ctests -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
+	cmake --build $(BUILD)/ctests
+	ctest --test-dir $(BUILD)/ctests --output-on-failure
+
+test-sanitize: | setup-test ## the C tests again under AddressSanitizer and UndefinedBehaviorSanitizer
+	cargo build --release --lib
+	cmake -S ctests -B $(BUILD)/sanitize -G Ninja -DSANITIZE=ON -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
+	cmake --build $(BUILD)/sanitize
+	ctest --test-dir $(BUILD)/sanitize --output-on-failure
+
+test-oracle: | setup-test ## the library against its definition in NumPy
+	cargo build --release --lib
+	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so
+
+bench: all ## criterion benchmarks (BENCH=name picks some)
+	cargo bench -- $(BENCH)
+
+install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR
+	cargo build --release --lib
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(LIBDIR)/cmake/alignedkv
+	install -m 644 include/alignedkv.h include/alignedkv.hpp $(DESTDIR)$(PREFIX)/include
+	install -m 755 $(RELEASE)/libalignedkv.so $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(VERSION)
+	ln -sf libalignedkv.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(MAJOR)
+	ln -sf libalignedkv.so.$(MAJOR) $(DESTDIR)$(LIBDIR)/libalignedkv.so
+	install -m 644 $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)
+	sed 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR)|; s|@VERSION@|$(VERSION)|' bindings/pkgconfig/alignedkv.pc.in >$(DESTDIR)$(LIBDIR)/pkgconfig/alignedkv.pc
+	for f in Config ConfigVersion; do \
+		sed 's|@VERSION@|$(VERSION)|; s|@MAJOR@|$(MAJOR)|' bindings/cmake/alignedkv$$f.cmake.in >$(DESTDIR)$(LIBDIR)/cmake/alignedkv/alignedkv$$f.cmake || exit 1; \
+	done
+
+header: ## regenerate include/alignedkv.h from src/capi
+	cargo run -q -p alignedkv-gen
+
+results: setup-test ## measure the figures that README.md quotes
+	mkdir -p benches/results
+	$(MAKE) demo DEMO="--json benches/results/tinylm.json"
+	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
+	$(MAKE) readme
+
+readme: ## refresh what README.md quotes: the quickstart program and measured figures
+	python3 tools/readme.py
+
+lint: ## formatting, clippy, and drift of generated files
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo run -q -p alignedkv-gen -- --check
+	python3 tools/readme.py --check
+
+setup: # installs what is missing to build; nothing where all is present
+	@tools/setup.sh build
+
+setup-test:
+	@tools/setup.sh test
+
+clean: ## remove everything built
+	cargo clean
+	rm -rf $(BUILD)
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  \1: /p' Makefile

@@ -1,0 +1,70 @@
+#!/bin/sh
+# Installs what a fresh Debian or Ubuntu lacks to build (setup.sh build) or to build and test (setup.sh test). Where all
+# is present it does nothing and needs no network. Uses sudo if not root, and prints what it installs.
+set -eu
+cd "$(dirname "$0")/.."
+what=${1:-build}
+PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+RUST=1.89 # rust-version in Cargo.toml
+
+say() { echo "setup: $*"; }
+has() { command -v "$1" >/dev/null 2>&1; }
+root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+apt() {
+    has apt-get || { say "please install $* with this system's package manager"; exit 1; }
+    say "installing with apt: $*"
+    [ -n "${updated:-}" ] || root apt-get update -qq
+    updated=1
+    root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+missing=
+need() { has "$1" || missing="$missing $2"; }
+need cc build-essential
+need make build-essential
+if [ "$what" = test ]; then
+    need c++ build-essential
+    need cmake cmake
+    need ninja ninja-build
+    need pkg-config pkg-config
+    need valgrind valgrind
+    need python3 python3
+fi
+# shellcheck disable=SC2086 # a list of words
+[ -z "$missing" ] || apt $missing
+
+new_enough() {
+    has cargo || return 1
+    have=$(cargo --version 2>/dev/null | cut -d' ' -f2)
+    [ "$(printf '%s\n%s\n' "$RUST" "$have" | sort -V | head -n 1)" = "$RUST" ]
+}
+if ! new_enough; then
+    if ! has rustup; then
+        if has apt-get && apt-cache show rustup >/dev/null 2>&1 && apt rustup; then :; else
+            has curl || apt curl ca-certificates
+            say "installing Rust with https://sh.rustup.rs into ${CARGO_HOME:-$HOME/.cargo}"
+            curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y -q --no-modify-path --profile minimal -c clippy -c rustfmt
+        fi
+    fi
+    if ! new_enough; then
+        say "installing Rust's stable toolchain"
+        rustup toolchain install stable --profile minimal -c clippy -c rustfmt
+        rustup default stable
+    fi
+    new_enough || { say "cargo $RUST or later is needed"; exit 1; }
+fi
+
+numpy() {
+    for python in .venv/bin/python3 python3 /usr/bin/python3; do
+        "$python" -c 'import numpy' 2>/dev/null && return
+    done
+    return 1
+}
+if [ "$what" = test ] && ! numpy; then
+    say "installing numpy into .venv"
+    if ! { python3 -m venv .venv && .venv/bin/python3 -m pip install -q numpy; } 2>/dev/null; then
+        rm -rf .venv
+        apt python3-numpy
+    fi
+    numpy || { say "numpy is needed"; exit 1; }
+fi
