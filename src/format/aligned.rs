@@ -183,16 +183,11 @@ fn place(channel: usize, half: usize) -> (usize, u32) {
 /// Digit `plane` of every code, two to a byte.
 #[inline(always)]
 fn pack(codes: &[u16], plane: usize, row: &mut [u8]) {
-    for (b, byte) in row.iter_mut().enumerate() {
-        *byte = packed(codes, plane, b);
+    let shift = 12 - 4 * plane;
+    let (low, high) = codes.split_at(row.len());
+    for ((byte, &l), &h) in row.iter_mut().zip(low).zip(high) {
+        *byte = ((l >> shift) & 15 | ((h >> shift) & 15) << 4) as u8;
     }
-}
-
-/// Byte `b` of a plane's row.
-#[inline(always)]
-fn packed(codes: &[u16], plane: usize, b: usize) -> u8 {
-    let (shift, half) = (12 - 4 * plane, codes.len() / 2);
-    ((codes[b] >> shift) & 15 | ((codes[b + half] >> shift) & 15) << 4) as u8
 }
 
 const ZERO: u16 = OFFSET as u16;
@@ -244,7 +239,7 @@ fn encode_k(
     for row in from.max(skip)..to {
         source.k.read(row, head, x);
         for (p, v) in peak.iter_mut().zip(x.iter()) {
-            *p = p.max(v.abs());
+            *p = if v.abs() > *p { v.abs() } else { *p };
         }
     }
     for c in 0..d {
@@ -286,8 +281,11 @@ fn encode_k(
                 *code = code_of(v, factor);
             }
         }
-        for b in 0..half {
-            k0[k0_place(row, b, half)] = packed(codes, 0, b);
+        let mut first = [0u8; MAX_DIM / 2];
+        pack(codes, 0, &mut first[..half]);
+        for (b, word) in (0..half).step_by(4).zip(first.chunks_exact(4)) {
+            let at = k0_place(row, b, half);
+            k0[at..at + 4].copy_from_slice(word);
         }
         for p in 1..planes {
             let at = row * rest_row + (p - 1) * half;
@@ -344,7 +342,8 @@ fn encode_v(
         codes.fill(ZERO);
         if row >= skip {
             source.v.read(row, head, x);
-            let byte = super::scale::smallest(x.iter().fold(0.0f32, |m, v| m.max(v.abs())));
+            let byte =
+                super::scale::smallest(f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))));
             v_scales[row] = byte;
             let factor = inverse(byte);
             for (code, &v) in codes.iter_mut().zip(x.iter()) {
