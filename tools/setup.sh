@@ -10,11 +10,14 @@ RUST=1.89 # rust-version in Cargo.toml
 say() { echo "setup: $*"; }
 has() { command -v "$1" >/dev/null 2>&1; }
 root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+update() {
+    [ -n "${updated:-}" ] || root apt-get update -qq
+    updated=1
+}
 apt() {
     has apt-get || { say "please install $* with this system's package manager"; exit 1; }
     say "installing with apt: $*"
-    [ -n "${updated:-}" ] || root apt-get update -qq
-    updated=1
+    update
     root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
@@ -27,7 +30,7 @@ if [ "$what" = test ]; then
     need cmake cmake
     need ninja ninja-build
     need pkg-config pkg-config
-    need valgrind valgrind
+    need valgrind "valgrind libc6-dbg"
     need python3 python3
 fi
 # shellcheck disable=SC2086 # a list of words
@@ -40,10 +43,16 @@ new_enough() {
 }
 if ! new_enough; then
     if ! has rustup; then
-        if has apt-get && apt-cache show rustup >/dev/null 2>&1 && apt rustup; then :; else
+        if has apt-get; then update; fi
+        if has apt-get && apt-cache policy rustup | grep -q 'Candidate: [0-9]'; then # Debian 13, Ubuntu 24.04
+            apt rustup
+        else
             has curl || apt curl ca-certificates
             say "installing Rust with https://sh.rustup.rs into ${CARGO_HOME:-$HOME/.cargo}"
-            curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y -q --no-modify-path --profile minimal -c clippy -c rustfmt
+            script=$(mktemp)
+            curl --proto '=https' --tlsv1.2 -sSf -o "$script" https://sh.rustup.rs || { say "no Rust: please install cargo $RUST or later"; exit 1; }
+            sh "$script" -y -q --no-modify-path --profile minimal -c clippy -c rustfmt
+            rm "$script"
         fi
     fi
     if ! new_enough; then

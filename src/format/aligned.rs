@@ -104,6 +104,18 @@ impl<'a> Tile<'a> {
         }
     }
 
+    /// Planes of K that are stored.
+    #[inline(always)]
+    pub fn planes_k(&self) -> usize {
+        1 + self.k_rest.len() / (TILE * self.dim_k / 2)
+    }
+
+    /// Planes of V that are stored.
+    #[inline(always)]
+    pub fn planes_v(&self) -> usize {
+        self.v.len() / (TILE * self.dim_v / 2)
+    }
+
     /// Planes 1 and up of a token's K, one after another.
     #[inline(always)]
     pub fn k_row(&self, row: usize) -> &'a [u8] {

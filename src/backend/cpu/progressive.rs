@@ -130,16 +130,33 @@ fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
 struct Reads {
     k: [u8; TILE],
     v: [u8; TILE],
-    /// Some token reads more than plane 0 of K.
-    any: bool,
+    /// Tokens that read more than one plane of K, as bits.
+    more_k: u128,
+    /// Tokens that read any of V.
+    some_v: u128,
 }
 
-const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], any: false };
+impl Reads {
+    /// Plane 0 of K, as the scan has it.
+    const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], more_k: 0, some_v: 0 };
+}
+
+/// The bits that are set, from the lowest.
+struct Bits(u128);
+
+impl Iterator for Bits {
+    type Item = usize;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        let i = self.0.trailing_zeros() as usize;
+        self.0 &= self.0.wrapping_sub(1);
+        (i < TILE).then_some(i)
+    }
+}
 
 /// Weight of the last of `1 + digits` digits.
-fn weight(digits: usize) -> f32 {
-    1.0 / (1u32 << (4 * digits)) as f32
-}
+const WEIGHT: [f32; PLANES] = [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0];
 
 /// Second phase of a split: who is read how finely, and what comes of it.
 #[inline(always)]
@@ -153,13 +170,15 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     for (h, s) in shares[..g].iter_mut().enumerate() {
         *s = Some(share(w, unit, h));
     }
-    let mut reads = [SCANNED; SPLIT];
+    let mut reads = [Reads::SCANNED; SPLIT];
     for tile in first..last {
         let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
         reads[tile - first] = align::<S>(w, &t, tile, &shares[..g]);
-        if reads[tile - first].any {
-            refine_keys::<S>(w, &t, tile, &reads[tile - first]);
-        }
+        prefetch(&t, &reads[tile - first]);
+    }
+    for tile in first..last {
+        let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
+        refine_keys::<S>(w, &t, tile, &reads[tile - first]);
     }
 
     // Refined scores may be far from the scan's: weights are relative to what the largest is now.
@@ -197,9 +216,9 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
     let (scores, errors) = w.scores(tile + 1);
     let units = v_units::<S>(t);
-    let mut reads = SCANNED;
+    let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
-    let (mut planes_k, mut planes_v) = ([1.0; TILE], [0.0; TILE]);
+    let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
     for (h, share) in shares.iter().enumerate() {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&errors[h]);
@@ -213,7 +232,7 @@ fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Shar
         if math::fold_max(most) <= limits.least() {
             continue;
         }
-        reads.any = true;
+        any = true;
         for (b, (e, u)) in math::blocks(&e).iter().zip(math::blocks(&units)).enumerate() {
             let (e, u) = (S::load(e), S::load(u));
             let (x_k, x_v) = (e.mul(u.add(offset)), e.mul(u));
@@ -222,22 +241,51 @@ fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Shar
             exceeded(x_v, &limits.v).max(S::load(v)).store(v);
         }
     }
-    if !reads.any {
+    if !any {
         return reads;
     }
-    let (most_k, most_v) = (w.call.shape.planes_k as u8, w.call.shape.planes_v as u8);
-    for i in 0..TILE {
-        reads.k[i] = (planes_k[i] as u8).min(most_k);
-        reads.v[i] = (planes_v[i] as u8).min(most_v);
+    let stored = |planes: usize| S::splat(planes as f32);
+    let (most_k, most_v) = (stored(w.call.shape.planes_k), stored(w.call.shape.planes_v));
+    for (b, (k, v)) in math::blocks(&planes_k).iter().zip(math::blocks(&planes_v)).enumerate() {
+        let (k, v) = (S::load(k).min(most_k), S::load(v).min(most_v));
+        reads.k.as_chunks_mut().0[b] = k.to_bytes();
+        reads.v.as_chunks_mut().0[b] = v.to_bytes();
+        reads.more_k |= u128::from(k.above(1.0)) << (16 * b);
+        reads.some_v |= u128::from(v.above(0.0)) << (16 * b);
     }
     reads
+}
+
+/// Asks for the rows that will be read: they lie anywhere, and memory answers late.
+#[inline(always)]
+fn prefetch(t: &Tile, reads: &Reads) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let ask = |row: &[u8]| {
+            for line in row.chunks(64) {
+                // SAFETY: a prefetch is a hint: it reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+            }
+        };
+        for i in Bits(reads.more_k) {
+            let row = t.k_row(i);
+            ask(&row[..row.len() / (t.planes_k() - 1) * (usize::from(reads.k[i]) - 1)]);
+        }
+        for i in Bits(reads.some_v) {
+            let row = t.v_row(i);
+            ask(&row[..row.len() / t.planes_v() * usize::from(reads.v[i])]);
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (t, reads);
 }
 
 /// Adds further digits of K to the scores. (Tokens that are not seen are never listed: their weight is 0.)
 #[inline(always)]
 fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
-    if reads.k.iter().all(|&k| k <= 1) {
+    if reads.more_k == 0 {
         return;
     }
     let (scores, _) = w.scores(tile + 1);
@@ -247,8 +295,9 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     }
     let mut values = [0.0f32; MAX_DIM];
     let values = &mut values[..d];
-    for (i, n) in reads.k.iter().map(|&k| usize::from(k)).enumerate().filter(|&(_, k)| k > 1) {
-        math::unpack::<S>(t.k_row(i), d / 2, n - 1, weight(n - 1), CENTRE[n] - CENTRE[1], values);
+    for i in Bits(reads.more_k) {
+        let n = usize::from(reads.k[i]);
+        math::unpack::<S>(t.k_row(i), d / 2, n - 1, WEIGHT[n - 1], CENTRE[n] - CENTRE[1], values);
         for h in 0..g {
             scores[h][i] += math::dot::<S>(&w.scratch.folded[h].q[..d], values);
         }
@@ -272,13 +321,14 @@ fn sum<S: Simd>(
     for h in 0..g {
         math::weights::<S>(&scores[h], sums[h].max, &mut w.scratch.e[h]);
     }
-    if reads.any {
+    if reads.some_v != 0 {
         let tile_out = &mut w.scratch.tile_out[..g * dv];
         tile_out.fill(0.0);
         let mut values = [0.0f32; MAX_DIM];
         let values = &mut values[..dv];
-        for (i, n) in reads.v.iter().map(|&v| usize::from(v)).enumerate().filter(|&(_, v)| v > 0) {
-            math::unpack::<S>(t.v_row(i), dv / 2, n, weight(n - 1), CENTRE[n], values);
+        for i in Bits(reads.some_v) {
+            let n = usize::from(reads.v[i]);
+            math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
             for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
                 math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
             }
@@ -290,10 +340,10 @@ fn sum<S: Simd>(
         let (e, error) = (&mut w.scratch.e[h], &errors[h]);
         let score_error = |planes: usize| ScoreError { bound: error.bound(planes), rms: error.rms(planes) };
         let mut rest = seen.len();
-        if reads.any {
+        if reads.more_k | reads.some_v != 0 {
             // [planes of K][planes of V]: number, sums of e, e * vs, (e * vs)^2 of tokens that read more than plane 0.
             let mut classes = [[[0.0f64; 4]; PLANES + 1]; PLANES + 1];
-            for i in seen.clone().filter(|&i| reads.k[i] > 1 || reads.v[i] > 0) {
+            for i in Bits(reads.more_k | reads.some_v) {
                 let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
                 let class = &mut classes[usize::from(reads.k[i])][usize::from(reads.v[i])];
                 *class = [class[0] + 1.0, class[1] + x, class[2] + y, class[3] + y * y];
