@@ -17,7 +17,7 @@ static void check(akv_status status, const char *call) {
     exit(1);
 }
 
-/* Random f16 rows, magnitudes from 1/8 to 2. Attention over them is flat: the hard case, a real model reads fewer bits. */
+/* Random f16 rows, magnitudes from 1/8 to 2. Attention over them is flat, the hard case: models read fewer bits. */
 static akv_rows random_rows(size_t n) {
     uint16_t *x = malloc(n * sizeof *x);
     if (!x) exit(1);

@@ -154,7 +154,7 @@ void write_svg(const char *path, const result *rows, int n) {
     if (step * 20 < high - low) step *= 5;
     else if (step * 8 < high - low) step *= 2;
     low = step * floor(low / step - 0.2);
-    high = step * ceil(high / step + 0.2);
+    high = step * ceil(high / step + 0.8); /* room for labels */
 
     FILE *f = create(path);
     fprintf(f,
@@ -191,9 +191,11 @@ void write_svg(const char *path, const result *rows, int n) {
         const char *colour = r->scheme[0] == 'a' ? (r->planes == 2 ? "#d55e00" : "#0072b2") : "#666";
         fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" stroke-width=\"1.5\"/>", x, top, 2 * y - top, colour);
         fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>", x, y, colour);
-        /* Labels stand upright above the bars, so that neighbours do not collide. */
-        fprintf(f, "<text transform=\"translate(%.1f %.1f) rotate(-55)\" font-size=\"11\" fill=\"%s\">%s</text>\n",
-                x + 4, top - 6, colour, name);
+        /* Labels lean away from their neighbours'; that of 2 planes starts where its twin's with 4 ends. */
+        fprintf(f,
+                "<text transform=\"translate(%.1f %.1f) rotate(-55)\" x=\"%d\" font-size=\"11\" fill=\"%s\">"
+                "%s</text>\n",
+                x + 4, top - 6, r->planes == 2 ? 80 : 0, colour, name);
     }
     fprintf(f, "</svg>\n");
     finish(f, path);
