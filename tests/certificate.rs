@@ -4,73 +4,8 @@ mod common;
 
 use alignedkv::backend::Mode;
 use alignedkv::backend::cpu::{Cpu, Isa};
-use alignedkv::format::{Dtype, Format, scale};
+use alignedkv::format::{Dtype, Format};
 use common::*;
-
-const KINDS: usize = 12;
-
-struct Case {
-    k: Vec<f32>,
-    v: Vec<f32>,
-    q: Vec<f32>,
-}
-
-/// Values whose further digits are all `low`, under a scale that the first row sets.
-fn digits(rng: &mut Rng, n: usize, d: usize, low: f32) -> Vec<f32> {
-    let unit = scale(120 + rng.below(16) as u8);
-    let tail = low * (1.0 / 16.0 + 1.0 / 256.0 + 1.0 / 4096.0);
-    (0..n * d)
-        .map(|i| {
-            let first = if i < d { 7.0 } else { rng.below(14) as f32 - 7.0 };
-            (first + if i < d { 0.4 } else { tail }) * unit
-        })
-        .collect()
-}
-
-fn case(rng: &mut Rng, kind: usize, n: usize, d: usize, dv: usize, g: usize) -> Case {
-    let (mut k, mut v, mut q) = (rng.normals(n * d), rng.normals(n * dv), rng.normals(g * d));
-    match kind {
-        1 => {
-            for _ in 0..1 + n / 8 {
-                k[rng.below(n * d)] *= 1e3;
-                v[rng.below(n * dv)] *= 1e3;
-            }
-        }
-        2 => {
-            for i in 1..n {
-                k.copy_within(0..d, i * d);
-            }
-        }
-        3 => q.fill(0.0),
-        4 => {
-            let huge = 10f32.powi(1 + rng.below(6) as i32);
-            q.iter_mut().for_each(|x| *x *= huge);
-        }
-        5 => v.iter_mut().enumerate().for_each(|(i, x)| *x *= 10f32.powi(-((i / dv) as i32 % 12))),
-        6 => k = digits(rng, n, d, -8.0),
-        7 => k = digits(rng, n, d, 7.0),
-        8 => {
-            // Errors of all channels push the same way.
-            let low = if rng.below(2) == 0 { -8.0 } else { 7.0 };
-            k = digits(rng, n, d, low);
-            q.iter_mut().for_each(|x| *x = x.abs());
-            v = digits(rng, n, dv, -8.0);
-        }
-        9 => {
-            let at = rng.below(n);
-            for c in 0..d {
-                k[at * d + c] = 3.0 * q[c];
-            }
-        }
-        10 => k.iter_mut().enumerate().for_each(|(i, x)| *x *= (i / d + 1) as f32),
-        11 => {
-            q.iter_mut().for_each(|x| *x *= 1e-20);
-            k.iter_mut().for_each(|x| *x *= 1e-6);
-        }
-        _ => {}
-    }
-    Case { k, v, q }
-}
 
 #[test]
 fn never_exceeded() {
@@ -139,4 +74,45 @@ fn never_exceeded() {
         "{checked} cases; largest error / bound {tightest:.3}; rms error / estimate: median {median:.2}, p99 {p99:.2}"
     );
     assert!((0.3..1.5).contains(&median), "estimates are off: median {median}");
+}
+
+/// Tiles that are reopened when their rows are no longer kept, and whose scales later rows outgrow, again and again.
+#[test]
+fn reopened_tiles_carry_their_error() {
+    let cpu = Cpu::new(Isa::best(), 1).unwrap();
+    let mut rng = Rng::new(5);
+    let (d, dv, g) = (16, 16, 2);
+    let mut tightest = 0.0f64;
+    for case in 0..400 {
+        let run = Single::new(Format::Aligned, shape(g, 1, d, dv, Dtype::F32, 2 + rng.below(3)), 2 * rng.below(3));
+        let (mut k, mut v): (Vec<f32>, Vec<f32>) = (Vec::new(), Vec::new());
+        for round in 0..1 + rng.below(4) {
+            let keep = rng.below(k.len() / d + 1);
+            run.cache.truncate(run.sequence, keep).unwrap();
+            k.truncate(keep * d);
+            v.truncate(keep * dv);
+            let more = if round == 0 { 192 + rng.below(150) } else { 1 + rng.below(250) };
+            let growth = 10f32.powf(2.0 * rng.uniform() as f32 - 0.5);
+            let (new_k, new_v): (Vec<f32>, Vec<f32>) =
+                (rng.normals(more * d).iter().map(|x| x * growth).collect(), rng.normals(more * dv));
+            run.append(&new_k, &new_v);
+            k.extend(new_k);
+            v.extend(new_v);
+        }
+        let n = k.len() / d;
+        let q: Vec<f32> = rng.normals(g * d).iter().map(|x| 0.3 * x).collect();
+        for mode in [Mode::Expected, Mode::Guaranteed, Mode::Exact] {
+            let how = How { mode, tolerance: 10f32.powf(-4.0 * rng.uniform() as f32), scale: 0.25, dense: false };
+            let got = run.attend(&cpu, &q, &[(0, n)], how).unwrap();
+            for h in 0..g {
+                let (want, lse) = attention64(&q[h * d..(h + 1) * d], &k, &v, dv, 0.25);
+                let out = &got.out[h * dv..(h + 1) * dv];
+                let error = out.iter().zip(&want).fold(0.0f64, |m, (&a, b)| m.max((f64::from(a) - b).abs()));
+                assert!(error <= f64::from(got.bound[h]), "case {case} {mode:?}: {error:e}, bound {:e}", got.bound[h]);
+                assert!((f64::from(got.lse[h]) - lse).abs() <= f64::from(got.lse_bound[h]), "case {case} {mode:?}");
+                tightest = tightest.max(error / f64::from(got.bound[h]));
+            }
+        }
+    }
+    println!("largest error / bound {tightest:.3}");
 }

@@ -41,7 +41,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let view = &call.sequences[call.rows[unit.row].sequence];
     let (first, last) = unit.tiles(split);
     w.load_q(unit);
-    let partials = w.partial(split);
+    let partials = w.partials_mut(split);
     partials.fill(Partial { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 });
 
     let exact = has_exact(unit, view, split);
@@ -114,7 +114,7 @@ fn exceeded<S: Simd>(x: S, limits: &[f32]) -> S {
 /// One query head's view of the whole context, from all splits' scans, and what its share of the error is.
 #[inline(always)]
 fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
-    let partials = || (0..unit.n_splits()).map(|split| &w.partial(split)[h]);
+    let partials = || (0..unit.n_splits()).map(|split| &w.partials(split)[h]);
     let max = partials().fold(f32::NEG_INFINITY, |m, p| m.max(p.max));
     let (mut sum, mut weighted) = (0.0, 0.0);
     for p in partials().filter(|p| p.max > f32::NEG_INFINITY) {
@@ -206,7 +206,7 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         if from < to {
             let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
             sum::<S>(w, &t, tile, from..to, &reads[tile - first], sums, outs);
-            count(w, view, to - from, from..to, &reads[tile - first]);
+            count(w, view, from..to, &reads[tile - first]);
         }
     }
 }
@@ -361,16 +361,16 @@ fn sum<S: Simd>(
             let [total, weighted, squared] = math::sums::<S>(e, &units);
             sums[h].add(score_error(1), LEFT[0], total, weighted, squared);
         }
-        sums[h].note_peak(peak);
+        sums[h].note(seen.len(), peak);
     }
 }
 
-/// What reading a tile cost: `n` tokens are seen.
-fn count(w: &mut Worker, view: &SequenceView, n: usize, seen: Range<usize>, reads: &Reads) {
+/// What reading a tile cost.
+fn count(w: &mut Worker, view: &SequenceView, seen: Range<usize>, reads: &Reads) {
     let (half_k, half_v) = (w.call.shape.dim_k as u64 / 2, w.call.shape.dim_v as u64 / 2);
     let stats = &mut w.stats;
-    stats.tokens += n as u64;
-    stats.count_scales(view, n);
+    stats.tokens += seen.len() as u64;
+    stats.count_scales(view, seen.len());
     for i in seen {
         stats.planes_k[usize::from(reads.k[i])] += 1;
         stats.planes_v[usize::from(reads.v[i])] += 1;

@@ -124,12 +124,20 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// What the scan says of a split.
+    /// What the scan says of a split, to be written by the scan alone.
     #[inline(always)]
-    pub fn partial(&self, split: usize) -> &'a mut [Partial] {
+    pub fn partials_mut(&self, split: usize) -> &'a mut [Partial] {
         let g = self.call.shape.group();
-        // SAFETY: as in `state`; other splits' are read after a barrier only.
+        // SAFETY: as in `state`.
         unsafe { std::slice::from_raw_parts_mut(self.unit.partials.add(split * g), g) }
+    }
+
+    /// The same, of any split, once the whole unit is scanned.
+    #[inline(always)]
+    pub fn partials(&self, split: usize) -> &'a [Partial] {
+        let g = self.call.shape.group();
+        // SAFETY: nobody writes after the barrier that ends the scan.
+        unsafe { std::slice::from_raw_parts(self.unit.partials.add(split * g), g) }
     }
 
     /// Scores and uncertainties of a tile; index 0 is that of the exact rows, page t has index t + 1.
