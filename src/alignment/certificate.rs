@@ -14,11 +14,11 @@ use crate::format::PEAK;
 /// Score errors beyond this are not summed: the hull says more.
 const LOOSE: f32 = 60.0;
 
-/// Float rounding, relative to the amplitude, in units of 2^-24. The weighted sum of values: 2 products, 127 additions in
+/// Float rounding, relative to the amplitude, in units of 2^-24. The weighted sum of values: 2 products, 128 additions in
 /// a tile, 9 in a split and as many rescalings. Weights: e^(s - max) is off by at most 92 (87 of the difference, 5 of
 /// `exp`) through the token itself, and by 27 on average (what is further than log n away weighs nothing) and 12 of its
 /// own sum through the normaliser. The rest is binary64.
-const ROUNDING: f64 = 288.0 / (1 << 24) as f64;
+const ROUNDING: f64 = 289.0 / (1 << 24) as f64;
 
 /// Weights below e^-87 are 0 in binary32.
 const FLUSHED: f64 = 2e-38;
@@ -77,21 +77,27 @@ impl Sums {
         Sums { max, ..Sums::EMPTY }
     }
 
-    /// Adds tokens whose scores are known as well as `error` says and whose values are left off by at most
-    /// `left * scale` (rms `left_rms * scale`): `e` = sum of e, `e_vs` = sum of e times V scale, `e_vs_2` = sum of the
-    /// squares of that.
+    /// Adds tokens whose scores are known as well as `error` says: sums of e, of e times V scale, and of the squares of
+    /// that.
     #[inline(always)]
-    pub fn add(&mut self, error: ScoreError, left: f32, e: f64, e_vs: f64, e_vs_2: f64) {
+    pub fn add_scores(&mut self, error: ScoreError, [e, e_vs, e_vs_2]: [f64; 3]) {
         let peak = f64::from(PEAK);
         self.sum += e;
         self.weighted += e_vs * peak;
-        let grow = f64::from(error.bound.min(LOOSE)).exp_m1();
+        let grow = exp_m1(f64::from(error.bound.min(LOOSE)));
         self.spread += grow * e;
         self.spread_weighted += grow * e_vs * peak;
-        self.value += f64::from(left) * e_vs;
-        let (k, v) = (f64::from(error.rms) * peak / 2.0, f64::from(left) * 0.577_350_3);
-        self.square += e_vs_2 * (k * k + v * v);
+        let rms = f64::from(error.rms) * peak / 2.0;
+        self.square += e_vs_2 * rms * rms;
         self.bound = self.bound.max(error.bound);
+    }
+
+    /// Adds to the same tokens that their values are off by at most `left * V scale + offset`.
+    #[inline(always)]
+    pub fn add_values(&mut self, left: f32, offset: f32, [e, e_vs, e_vs_2]: [f64; 3]) {
+        self.value += f64::from(left) * e_vs + f64::from(offset) * e;
+        let rms = f64::from(left) * 0.577_350_3;
+        self.square += e_vs_2 * rms * rms;
     }
 
     /// Notes the number of tokens and the largest peak among them, whatever their weights.
@@ -136,7 +142,9 @@ impl Sums {
         } else {
             // What binary32 has flushed, weights or products, is at most another token of which nothing is known.
             let (mut all, lost) = (*self, self.n * FLUSHED);
-            all.add(ScoreError { bound: self.bound, rms: 0.0 }, PEAK, lost, lost * (1.0 + peak) / f64::from(PEAK), 0.0);
+            let lost = [lost, lost * (1.0 + peak) / f64::from(PEAK), 0.0];
+            all.add_scores(ScoreError { bound: self.bound, rms: 0.0 }, lost);
+            all.add_values(PEAK, self.peak, lost);
             let (u, amplitude) = (all.spread / all.sum, all.weighted / all.sum);
             let scores = (1.0 + u) * all.spread_weighted / all.sum + u * amplitude;
             // Infinity times 0, where `raw` values leave binary32: the hull it is.
@@ -150,6 +158,21 @@ impl Sums {
             amplitude: (self.weighted / self.sum) as f32,
         }
     }
+}
+
+/// e^x - 1, not below it (to 1e-15): most errors of scores are small, and most of the time is not spent here.
+#[inline(always)]
+fn exp_m1(x: f64) -> f64 {
+    if x > 0.25 {
+        return x.exp_m1();
+    }
+    // Taylor; the last coefficient takes in the rest of the series.
+    let mut y = 1.02 / 3_628_800.0;
+    for c in [1.0 / 362_880.0, 1.0 / 40_320.0, 1.0 / 5_040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0]
+    {
+        y = y * x + c;
+    }
+    y * x
 }
 
 /// Rounds a bound upwards: by more than its sums and its own products, of weights that are rounded, can be too small.

@@ -193,8 +193,9 @@ impl Decoded {
         raise(sums, math::max::<S>(s), out);
         let mut e = [0.0f32; TILE];
         math::weights::<S>(s, sums.max, &mut e);
-        let [total, weighted, squared] = math::sums::<S>(&e, &self.v_unit);
-        sums.add(error, self.left_v, total, weighted, squared);
+        let tokens = math::sums::<S>(&e, &self.v_unit);
+        sums.add_scores(error, tokens);
+        sums.add_values(self.left_v, 0.0, tokens);
         sums.note(to - from, self.v_unit[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK);
         tile_out.fill(0.0);
         for i in from..to {

@@ -216,15 +216,17 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
     let (scores, errors) = w.scores(tile + 1);
     let units = v_units::<S>(t);
+    let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
     let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
     for (h, share) in shares.iter().enumerate() {
         let Some((max, share)) = share else { continue };
-        let limits = share.thresholds(&errors[h]);
+        let limits = share.thresholds(&errors[h], mean);
         let mut e = [0.0; TILE];
         math::weights::<S>(&scores[h], *max, &mut e);
-        let offset = S::splat(limits.offset);
+        let (offset_k, offset_v) = (S::splat(limits.offset_k), S::splat(limits.offset_v));
+        let offset = offset_k.max(offset_v);
         let mut most = S::splat(0.0);
         for (e, u) in math::blocks(&e).iter().zip(math::blocks(&units)) {
             most = S::load(e).mul(S::load(u).add(offset)).max(most);
@@ -235,10 +237,10 @@ fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Shar
         any = true;
         for (b, (e, u)) in math::blocks(&e).iter().zip(math::blocks(&units)).enumerate() {
             let (e, u) = (S::load(e), S::load(u));
-            let (x_k, x_v) = (e.mul(u.add(offset)), e.mul(u));
+            let (x_k, x_0, x_v) = (e.mul(u.add(offset_k)), e.mul(u.add(offset_v)), e.mul(u));
             let (k, v) = (&mut math::blocks_mut(&mut planes_k)[b], &mut math::blocks_mut(&mut planes_v)[b]);
             exceeded(x_k, &limits.k).add(S::splat(1.0)).max(S::load(k)).store(k);
-            exceeded(x_v, &limits.v).max(S::load(v)).store(v);
+            exceeded(x_v, &limits.v[1..]).add(exceeded(x_0, &limits.v[..1])).max(S::load(v)).store(v);
         }
     }
     if !any {
@@ -304,7 +306,7 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     }
 }
 
-/// Adds a tile to sums and outputs: V of tokens that read any; the others only count.
+/// Adds a tile to sums and outputs: V of tokens that read any, the tile's mean for the others.
 #[inline(always)]
 fn sum<S: Simd>(
     w: &mut Worker,
@@ -318,50 +320,60 @@ fn sum<S: Simd>(
     let (g, dv) = (w.call.shape.group(), w.call.shape.dim_v);
     let (scores, errors) = w.scores(tile + 1);
     let units = v_units::<S>(t);
-    for h in 0..g {
-        math::weights::<S>(&scores[h], sums[h].max, &mut w.scratch.e[h]);
-    }
-    if reads.some_v != 0 {
-        let tile_out = &mut w.scratch.tile_out[..g * dv];
-        tile_out.fill(0.0);
-        let mut values = [0.0f32; MAX_DIM];
-        let values = &mut values[..dv];
-        for i in Bits(reads.some_v) {
-            let n = usize::from(reads.v[i]);
-            math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
-            for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
-                math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
-            }
-        }
-        math::axpy::<S>(1.0, tile_out, outs);
-    }
+    let mut mean = [0.0f32; MAX_DIM];
+    let mean_peak = t.mean(&mut mean[..dv]);
     let peak = units[seen.clone()].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK;
+    let tile_out = &mut w.scratch.tile_out[..g * dv];
+    tile_out.fill(0.0);
     for h in 0..g {
-        let (e, error) = (&mut w.scratch.e[h], &errors[h]);
-        let score_error = |planes: usize| ScoreError { bound: error.bound(planes), rms: error.rms(planes) };
-        let mut rest = seen.len();
-        if reads.more_k | reads.some_v != 0 {
-            // [planes of K][planes of V]: number, sums of e, e * vs, (e * vs)^2 of tokens that read more than plane 0.
-            let mut classes = [[[0.0f64; 4]; PLANES + 1]; PLANES + 1];
-            for i in Bits(reads.more_k | reads.some_v) {
-                let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
-                let class = &mut classes[usize::from(reads.k[i])][usize::from(reads.v[i])];
-                *class = [class[0] + 1.0, class[1] + x, class[2] + y, class[3] + y * y];
-                e[i] = 0.0;
+        let (e, error, sums) = (&mut w.scratch.e[h], &errors[h], &mut sums[h]);
+        math::weights::<S>(&scores[h], sums.max, e);
+        // By planes of K and by planes of V: sums of e, e * vs, (e * vs)^2 of the tokens that read more than plane 0.
+        let (mut by_k, mut by_v) = ([[0.0f64; 3]; PLANES + 1], [[0.0f64; 3]; PLANES + 1]);
+        let mut n = [0usize; PLANES + 1];
+        let mut rest = *e;
+        for i in Bits(reads.more_k | reads.some_v) {
+            let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
+            let (k, v) = (usize::from(reads.k[i]), usize::from(reads.v[i]));
+            n[k] += 1;
+            for class in [&mut by_k[k], &mut by_v[v]] {
+                *class = [class[0] + x, class[1] + y, class[2] + y * y];
             }
-            for (k, classes) in classes.iter().enumerate() {
-                for (v, class) in classes.iter().enumerate().filter(|(_, c)| c[0] > 0.0) {
-                    sums[h].add(score_error(k), LEFT[v], class[1], class[2], class[3]);
-                    rest -= class[0] as usize;
-                }
-            }
+            rest[i] = 0.0;
+        }
+        let scanned = math::sums::<S>(&rest, &units);
+        n[1] += seen.len() - n.iter().sum::<usize>();
+        for i in 0..3 {
+            by_k[1][i] += scanned[i];
+            by_v[0][i] += scanned[i];
         }
         // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
-        if rest > 0 {
-            let [total, weighted, squared] = math::sums::<S>(e, &units);
-            sums[h].add(score_error(1), LEFT[0], total, weighted, squared);
+        for k in (1..=PLANES).filter(|&k| n[k] > 0) {
+            sums.add_scores(ScoreError { bound: error.bound(k), rms: error.rms(k) }, by_k[k]);
         }
-        sums[h].note(seen.len(), peak);
+        for (v, &class) in by_v.iter().enumerate().filter(|(_, class)| class[0] > 0.0) {
+            sums.add_values(LEFT[v], if v == 0 { mean_peak } else { 0.0 }, class);
+        }
+        sums.note(seen.len(), peak);
+        if mean_peak > 0.0 {
+            math::axpy::<S>(by_v[0][0] as f32, &mean[..dv], &mut tile_out[h * dv..(h + 1) * dv]);
+        }
+    }
+    let mut values = [0.0f32; MAX_DIM];
+    let values = &mut values[..dv];
+    for i in Bits(reads.some_v) {
+        let n = usize::from(reads.v[i]);
+        math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
+        for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
+            math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
+        }
+    }
+    if mean_peak > 0.0 || reads.some_v != 0 {
+        math::axpy::<S>(1.0, tile_out, outs);
+    }
+    if mean_peak > 0.0 {
+        w.stats.bytes_v += dv as u64;
+        w.stats.bytes_scales += dv as u64;
     }
 }
 

@@ -6,6 +6,7 @@ use crate::alignment::{Sums, TileError};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
+use crate::format::aligned::Meta;
 use crate::format::{Format, TILE};
 use crate::{Error, Result};
 
@@ -178,8 +179,8 @@ impl Stats {
 
     /// Scale bytes of a tile of which `n` tokens are seen.
     pub fn count_scales(&mut self, view: &SequenceView, n: usize) {
-        // The 8 bytes of the tile's meta data go with K's scales.
-        let (k, v) = (view.layout.shape.dim_k as u64 + 8, n as u64);
+        // The tile's meta data go with K's scales.
+        let (k, v) = ((view.layout.shape.dim_k + Meta::BYTES) as u64, n as u64);
         self.bytes_k += k;
         self.bytes_v += v;
         self.bytes_scales += k + v;
