@@ -22,7 +22,7 @@ pub use merge::{Merged, State, merge};
 use super::{Attention, Stats, Threads};
 use crate::alignment::Sums;
 use crate::error::caught;
-use crate::format::{Dtype, Layout, MAX_DIM};
+use crate::format::{Dtype, Layout, MAX_DIM, MAX_GROUP};
 use crate::{Error, Result};
 use pool::{Pool, SpinBarrier};
 use scan::Scan;
@@ -347,6 +347,7 @@ impl Cpu {
             },
             unit: unit_scratch(ith),
             stats: Stats::default(),
+            shares: ((usize::MAX, 0), [None; MAX_GROUP]),
             overflow: false,
         };
         let take = |phase: Phase| shared.next[phase as usize].fetch_add(1, Ordering::Relaxed);

@@ -2,12 +2,12 @@
 
 use super::scan::Scan;
 use super::workspace::{Partial, SPLIT, ThreadScratch, UnitScratch, dense_rows};
-use crate::alignment::{Sums, TileError};
+use crate::alignment::{Share, Sums, TileError};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
 use crate::format::aligned::Meta;
-use crate::format::{Format, TILE};
+use crate::format::{Format, MAX_GROUP, TILE};
 use crate::{Error, Result};
 
 /// How a unit is computed.
@@ -86,6 +86,9 @@ pub struct Worker<'a> {
     pub scratch: ThreadScratch<'a>,
     pub unit: UnitScratch,
     pub stats: Stats,
+    /// What the heads of a unit may leave out, from the scans of all its splits: (row, KV head), and per head the scan's
+    /// maximum and the share.
+    pub shares: ((usize, usize), [Option<(f32, Share)>; MAX_GROUP]),
     /// Set if scores left binary32.
     pub overflow: bool,
 }
