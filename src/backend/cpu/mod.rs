@@ -22,14 +22,14 @@ pub use merge::{Merged, State, merge};
 use super::{Attention, Stats, Threads};
 use crate::alignment::Sums;
 use crate::error::caught;
-use crate::format::{Dtype, Layout, MAX_DIM, MAX_GROUP};
+use crate::format::{Dtype, Layout, MAX_DIM};
 use crate::{Error, Result};
 use pool::{Pool, SpinBarrier};
 use scan::Scan;
 use simd::Simd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use unit::{Path, Unit, Worker};
+use unit::{Path, Shares, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
 
 /// Instruction sets, worst to best.
@@ -347,7 +347,7 @@ impl Cpu {
             },
             unit: unit_scratch(ith),
             stats: Stats::default(),
-            shares: ((usize::MAX, 0), [None; MAX_GROUP]),
+            shares: Shares::NONE,
             overflow: false,
         };
         let take = |phase: Phase| shared.next[phase as usize].fetch_add(1, Ordering::Relaxed);

@@ -166,11 +166,11 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (first, last) = unit.tiles(split);
     w.load_q(unit);
 
-    let of = (unit.row, unit.kv_head);
-    if w.shares.0 != of {
-        w.shares.0 = of;
+    let of = Some((unit.row, unit.kv_head));
+    if w.shares.of != of {
+        w.shares.of = of;
         for h in 0..g {
-            w.shares.1[h] = Some(share(w, unit, h));
+            w.shares.heads[h] = Some(share(w, unit, h));
         }
     }
     let mut reads = [Reads::SCANNED; SPLIT];
@@ -223,7 +223,7 @@ fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize) -> Reads {
     let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
-    for (h, share) in w.shares.1[..w.call.shape.group()].iter().enumerate() {
+    for (h, share) in w.shares.heads[..w.call.shape.group()].iter().enumerate() {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&errors[h], mean);
         let mut e = [0.0; TILE];

@@ -79,6 +79,19 @@ impl Unit {
     }
 }
 
+/// What the heads of a unit may leave out, from the scans of all its splits.
+#[derive(Debug, Clone, Copy)]
+pub struct Shares {
+    /// Row and KV head of the unit.
+    pub of: Option<(usize, usize)>,
+    /// Per head, the scan's maximum and the share.
+    pub heads: [Option<(f32, Share)>; MAX_GROUP],
+}
+
+impl Shares {
+    pub const NONE: Shares = Shares { of: None, heads: [None; MAX_GROUP] };
+}
+
 /// A thread at work on a unit.
 pub struct Worker<'a> {
     pub call: &'a Attention<'a>,
@@ -86,9 +99,7 @@ pub struct Worker<'a> {
     pub scratch: ThreadScratch<'a>,
     pub unit: UnitScratch,
     pub stats: Stats,
-    /// What the heads of a unit may leave out, from the scans of all its splits: (row, KV head), and per head the scan's
-    /// maximum and the share.
-    pub shares: ((usize, usize), [Option<(f32, Share)>; MAX_GROUP]),
+    pub shares: Shares,
     /// Set if scores left binary32.
     pub overflow: bool,
 }
