@@ -20,10 +20,10 @@ DEMO    ?=
 all: setup ## build the shared and the static library
 	cargo build --release --lib
 
-demo: all ## build the library and the demonstration, and run it
-	@mkdir -p $(BUILD)
+demo: all ## build the library and the demonstration, run it, write its table to benches/results
+	@mkdir -p $(BUILD) benches/results
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
-	$(BUILD)/tinylm $(DEMO)
+	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
 test: setup-test test-rust test-c test-sanitize test-oracle ## run every test
 	@echo "all tests passed"
@@ -67,8 +67,7 @@ header: ## regenerate include/alignedkv.h from src/capi
 	cargo run -q -p alignedkv-gen
 
 results: setup-test ## measure the figures that README.md quotes
-	mkdir -p benches/results
-	$(MAKE) demo DEMO="--json benches/results/tinylm.json"
+	$(MAKE) demo
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
 	$(MAKE) readme
 

@@ -63,8 +63,8 @@ typedef struct {
 /* Attention measured against float64 over the rows that the cache was given. */
 typedef struct {
     float *k, *v; /* [LAYERS][LANES][KV_HEADS][CONTEXT][DIM], as rounded for the cache */
-    double ratio[SAMPLES];
-    int n_ratios;
+    double over_estimate[SAMPLES], over_tolerance[SAMPLES]; /* rms errors of rows, over estimate and tolerance * A */
+    int n_over_estimate, n_over_tolerance;
     uint64_t certificates;
     double worst; /* largest error over certificate */
 } audit;
@@ -151,7 +151,7 @@ static void open_kv(kv_cache *kv, akv_context *context, const scheme *scheme, in
 }
 
 static void measure(kv_cache *kv, int layer, const float *q, const float *out, const float *bound,
-                    const float *estimate);
+                    const float *estimate, const float *amplitude);
 static void remember(kv_cache *kv, int layer, const float *k, const float *v);
 
 /* Attention of one layer (attend_fn): hands the new rows to the cache, then attends. */
@@ -199,7 +199,7 @@ static void attend(void *user, int layer, const float *q, const float *k, const 
     }
     if (kv->audit) {
         remember(kv, layer, k, v);
-        measure(kv, layer, q, out, bound, estimate);
+        measure(kv, layer, q, out, bound, estimate, amplitude);
     }
 }
 
@@ -306,7 +306,7 @@ static void attention_f64(const float *q, const float *k, const float *v, int n,
 
 /* Every 97th step: all sequences and heads of one layer, each time the next. */
 static void measure(kv_cache *kv, int layer, const float *q, const float *out, const float *bound,
-                    const float *estimate) {
+                    const float *estimate, const float *amplitude) {
     audit *a = kv->audit;
     const int step = kv->position + 1;
     if (step % SAMPLE != 0 || step / SAMPLE % LAYERS != layer) return;
@@ -319,7 +319,9 @@ static void measure(kv_cache *kv, int layer, const float *q, const float *out, c
             square += error * error;
             largest = fmax(largest, error);
         }
-        if (isfinite(estimate[row]) && estimate[row] > 0) a->ratio[a->n_ratios++] = sqrt(square / DIM) / estimate[row];
+        const double rms = sqrt(square / DIM), allowed = kv->scheme->tolerance * amplitude[row];
+        if (isfinite(estimate[row]) && estimate[row] > 0) a->over_estimate[a->n_over_estimate++] = rms / estimate[row];
+        if (isfinite(allowed) && allowed > 0) a->over_tolerance[a->n_over_tolerance++] = rms / allowed;
         if (isfinite(bound[row])) {
             a->certificates++;
             /* A bound of 0 that is missed is an infinite ratio. */
@@ -333,8 +335,9 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Of sorted values. */
-static double quantile(const double *values, int n, double share) {
+/* Sorts the values. */
+static double quantile(double *values, int n, double share) {
+    qsort(values, (size_t)n, sizeof values[0], ascending);
     return n ? values[(int)(share * (n - 1) + 0.5)] : NAN;
 }
 
@@ -376,7 +379,7 @@ static result run_scheme(akv_context *context, model *m, int index, const char *
     const int steps = positions - 1; /* the last byte of a window is only predicted */
     losses sums = {0};
     kv_cache kv;
-    a->n_ratios = 0;
+    a->n_over_estimate = a->n_over_tolerance = 0;
     a->certificates = 0;
     a->worst = 0;
     open_kv(&kv, context, scheme, LANES, a);
@@ -398,7 +401,6 @@ static result run_scheme(akv_context *context, model *m, int index, const char *
     close_kv(&kv);
 
     if (index == 0) *exact = sums;
-    qsort(a->ratio, (size_t)a->n_ratios, sizeof a->ratio[0], ascending);
     const uint64_t elements = kv.all.tokens * DIM, late = kv.late.tokens * DIM;
     static const char *const isa_names[] = {"none", "scalar", "avx2", "avx512"};
     result r = {
@@ -416,8 +418,10 @@ static result run_scheme(akv_context *context, model *m, int index, const char *
         .byte_share = (double)(kv.all.bytes_k + kv.all.bytes_v) / (4.0 * (double)elements),
         .max_certificate = kv.max_bound > 0 ? kv.max_bound : NAN,
         .max_certificate_over_amplitude = kv.max_relative_bound > 0 ? kv.max_relative_bound : NAN,
-        .rms_over_estimate_median = quantile(a->ratio, a->n_ratios, 0.5),
-        .rms_over_estimate_p99 = quantile(a->ratio, a->n_ratios, 0.99),
+        .rms_over_estimate_median = quantile(a->over_estimate, a->n_over_estimate, 0.5),
+        .rms_over_estimate_p99 = quantile(a->over_estimate, a->n_over_estimate, 0.99),
+        .rms_over_tolerance_median = quantile(a->over_tolerance, a->n_over_tolerance, 0.5),
+        .rms_over_tolerance_p99 = quantile(a->over_tolerance, a->n_over_tolerance, 0.99),
         .certificates_checked = a->certificates,
         .worst_error_over_certificate = a->certificates ? a->worst : NAN,
         .tokens_per_s = LANES * steps / seconds,

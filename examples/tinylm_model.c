@@ -15,7 +15,9 @@
 
 /* A feature of all sequences of a step, one per lane: activations are arrays of these, so that a weight is read once
  * for all sequences and multiplies a vector. */
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef struct {
+    float lane[LANES];
+} lanes;
 
 /* Threads that run one job at a time together. */
 typedef struct pool pool;
@@ -46,7 +48,7 @@ typedef struct {
 } layer_weights;
 
 struct model {
-    lanes x[HIDDEN], y[HIDDEN]; /* residual stream; normed, or attention's output */
+    _Alignas(sizeof(lanes)) lanes x[HIDDEN], y[HIDDEN]; /* residual stream; normed, or attention's output */
     lanes q[HEADS * DIM], k[KV_HEADS * DIM], v[KV_HEADS * DIM];
     lanes gate[FFN], up[FFN], logits[VOCAB];
     float q_rows[LANES * HEADS * DIM], k_rows[LANES * KV_HEADS * DIM], v_rows[LANES * KV_HEADS * DIM];
@@ -73,7 +75,7 @@ void *allocate(size_t bytes) {
 /* ---- threads ---- */
 
 /* A step has some twenty short jobs, and sleeping costs more than most of them: look a while before. */
-enum { LOOKS = 4000 };
+enum { LOOKS = 2000 };
 
 static void pause_cpu(void) {
 #if defined(__x86_64__)
@@ -192,10 +194,14 @@ static void linear(const float *w, int n_out, int n_in, const lanes *x, lanes *y
 }
 
 static void rms_norm(const lanes *x, const float *gain, lanes *y) {
-    lanes scale = {0};
-    for (int i = 0; i < HIDDEN; i++) scale += x[i] * x[i];
+    float scale[LANES] = {0};
+    for (int i = 0; i < HIDDEN; i++) {
+        for (int r = 0; r < LANES; r++) scale[r] += x[i].lane[r] * x[i].lane[r];
+    }
     for (int r = 0; r < LANES; r++) scale[r] = 1.0f / sqrtf(scale[r] / HIDDEN + 1e-5f);
-    for (int i = 0; i < HIDDEN; i++) y[i] = x[i] * scale * gain[i];
+    for (int i = 0; i < HIDDEN; i++) {
+        for (int r = 0; r < LANES; r++) y[i].lane[r] = x[i].lane[r] * scale[r] * gain[i];
+    }
 }
 
 static void job_qkv(model *m, int ith, int nth) {
@@ -213,7 +219,7 @@ static void job_gate(model *m, int ith, int nth) {
     linear(m->layer->w_up, FFN, HIDDEN, m->y, m->up, false, ith, nth);
     const int first = FFN / 8 * ith / nth * 8, last = FFN / 8 * (ith + 1) / nth * 8;
     for (int i = first; i < last; i++) {
-        for (int r = 0; r < LANES; r++) m->gate[i][r] *= m->up[i][r] / (1.0f + expf(-m->gate[i][r]));
+        for (int r = 0; r < LANES; r++) m->gate[i].lane[r] *= m->up[i].lane[r] / (1.0f + expf(-m->gate[i].lane[r]));
     }
 }
 
@@ -225,10 +231,10 @@ static void job_logits(model *m, int ith, int nth) {
     linear(m->embed, VOCAB, HIDDEN, m->y, m->logits, false, ith, nth);
 }
 
-/* rows[r][i] = x[i][r] for the n sequences of the step. */
+/* rows[r][i] = x[i].lane[r] for the n sequences of the step. */
 static void rows_from_lanes(const lanes *x, int n, int width, float *rows) {
     for (int r = 0; r < n; r++) {
-        for (int i = 0; i < width; i++) rows[r * width + i] = x[i][r];
+        for (int i = 0; i < width; i++) rows[r * width + i] = x[i].lane[r];
     }
 }
 
@@ -247,7 +253,7 @@ static void rope(const model *m, int position, float *rows, int n_heads) {
 
 void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn *attend, void *user, float *logits) {
     for (int i = 0; i < HIDDEN; i++) {
-        for (int r = 0; r < LANES; r++) m->x[i][r] = r < n ? m->embed[tokens[r] * HIDDEN + i] : 0.0f;
+        for (int r = 0; r < LANES; r++) m->x[i].lane[r] = r < n ? m->embed[tokens[r] * HIDDEN + i] : 0.0f;
     }
     for (int l = 0; l < LAYERS; l++) {
         m->layer = &m->layers[l];
@@ -262,7 +268,7 @@ void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn 
         attend(user, l, m->q_rows, m->k_rows, m->v_rows, m->out_rows);
 
         for (int i = 0; i < HEADS * DIM; i++) {
-            for (int r = 0; r < LANES; r++) m->y[i][r] = r < n ? m->out_rows[r * HEADS * DIM + i] : 0.0f;
+            for (int r = 0; r < LANES; r++) m->y[i].lane[r] = r < n ? m->out_rows[r * HEADS * DIM + i] : 0.0f;
         }
         run(m, job_out);
         rms_norm(m->x, m->layer->ffn_norm, m->y);

@@ -19,7 +19,8 @@ typedef struct {
     double bits_k_from_1024, bits_v_from_1024, bits_from_1024;
     double byte_share; /* of fp16 */
     double max_certificate, max_certificate_over_amplitude;
-    double rms_over_estimate_median, rms_over_estimate_p99;
+    double rms_over_estimate_median, rms_over_estimate_p99;   /* of rows that were measured */
+    double rms_over_tolerance_median, rms_over_tolerance_p99; /* tolerance times amplitude */
     uint64_t certificates_checked;
     double worst_error_over_certificate;
     double tokens_per_s;

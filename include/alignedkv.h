@@ -470,7 +470,7 @@ typedef struct akv_state {
     // -inf where nothing was seen.
     float *lse;
     // The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity (and
-    // `bound` needs the inputs' `lse_bound` too).
+    // `bound` is coarse without the inputs' `lse_bound`).
     float *bound;
     float *lse_bound;
     float *estimate;

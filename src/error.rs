@@ -44,3 +44,12 @@ pub enum Error {
 
 /// Result of the library's own calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What `f` returns; a panic becomes an error.
+pub(crate) fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let text =
+            panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(Error::Internal(text.unwrap_or_else(|| "panic".to_owned())))
+    })
+}

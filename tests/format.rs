@@ -66,14 +66,50 @@ fn a_prefix_is_within_what_it_leaves_out() {
                             assert!((f64::from(out[c]) - x).abs() <= limit * (1.0 + 1e-6), "K {row} {c} {p}");
                         }
                     }
+                    let mean = if p == 0 { tile.mean(&mut out[..dv]) } else { 0.0 };
                     tile.decode_v(row, p, &mut out[..dv]);
                     for c in 0..dv {
                         let x = f64::from(v[(row * heads + h) * dv + c]);
-                        let limit = f64::from(LEFT[p]) * f64::from(scale(tile.v_scales[row]));
+                        let limit = f64::from(LEFT[p]) * f64::from(scale(tile.v_scales[row])) + f64::from(mean);
                         assert!((f64::from(out[c]) - x).abs() <= limit * (1.0 + 1e-6), "V {row} {c} {p}");
                     }
                 }
             }
+        }
+    }
+}
+
+/// The mean of a closed tile is that of its tokens, but for rounding: half a sixteenth of its scale, and what V's own
+/// planes leave out. An open tile has none.
+#[test]
+fn the_mean_is_the_mean() {
+    let mut rng = Rng::new(4);
+    for round in 0..40 {
+        let (d, planes, dtype) = (16 + 8 * rng.below(31), 2 + rng.below(3), [Dtype::F32, Dtype::F16][round % 2]);
+        let s = shape(1, 1, d, d, dtype, planes);
+        let layout = Layout::new(Format::Aligned, s);
+        let n = [TILE - 1, TILE][rng.below(2)];
+        let skip = rng.below(5);
+        let mut v = rows(&mut rng, n, d, dtype);
+        v.iter_mut().enumerate().for_each(|(i, x)| *x += 3.0 * ((i % d) as f32).sin());
+        common::round(&mut v, dtype);
+        let packed = Packed::new(&v, 1, d, dtype);
+        let source = Source { k: packed.rows(), v: packed.rows(), base: None, base_rows: 0 };
+        let page = page(&layout, &source, skip, &[0, n / 2, n]);
+        let tile = Tile::new(&s, layout.part(bytes(&page), 0));
+        let mut mean = vec![0.0; d];
+        let most = tile.mean(&mut mean);
+        if n < TILE {
+            assert_eq!(most, 0.0);
+            continue;
+        }
+        let left: f64 = (skip..n).map(|i| f64::from(LEFT[planes]) * f64::from(scale(tile.v_scales[i]))).sum();
+        let count = (n - skip) as f64;
+        for c in 0..d {
+            let want = (skip..n).map(|i| f64::from(v[i * d + c])).sum::<f64>() / count;
+            let limit = f64::from(scale(tile.meta.v_mean)) / 32.0 * 1.0001 + left / count;
+            assert!((f64::from(mean[c]) - want).abs() <= limit, "channel {c}: {} {want}", mean[c]);
+            assert!(mean[c].abs() <= most);
         }
     }
 }

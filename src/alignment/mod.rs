@@ -71,14 +71,15 @@ impl Share {
         Share { mode, scaled: (f64::from(tolerance) * weighted / parts) as f32, amplitude: amplitude as f32 }
     }
 
-    /// Thresholds of a tile.
+    /// Thresholds of a tile; `mean` = largest magnitude of its V mean.
     #[inline(always)]
-    pub fn thresholds(&self, error: &TileError) -> Thresholds {
+    pub fn thresholds(&self, error: &TileError, mean: f32) -> Thresholds {
         let guaranteed = self.mode == Mode::Guaranteed;
         // The scan's own weight may be too small by as much as its score is uncertain.
         let slack = if guaranteed { error.bound(1).min(SLACK_MAX) } else { (2.0 * error.rms(1)).min(5.0) };
         let share = self.scaled * (-slack).exp();
-        let mut t = Thresholds { k: [f32::INFINITY; PLANES - 1], v: [f32::INFINITY; PLANES], offset: 0.0 };
+        let mut t =
+            Thresholds { k: [f32::INFINITY; PLANES - 1], v: [f32::INFINITY; PLANES], offset_k: 0.0, offset_v: 0.0 };
         // Score errors move the output by at most p * ds * (peak + A): once through the token's own weight, once
         // through the normaliser. As independent errors: by p * es * |v| / 2.
         let unit = if guaranteed { error.worst } else { error.rough * (PEAK / 2.0) };
@@ -90,13 +91,16 @@ impl Share {
             t.v[p] = share / if guaranteed { LEFT[p] } else { rms_left(p) };
         }
         if guaranteed {
-            t.offset = self.amplitude / PEAK;
+            t.offset_k = self.amplitude / PEAK;
+            // A token that stands for the mean may lie on the other side of 0.
+            t.offset_v = mean / PEAK;
         }
         t
     }
 }
 
-/// A token with weight `e` and V scale `vs` reads `1 + #(e * (vs + offset) > k)` planes of K and `#(e * vs > v)` of V.
+/// A token with weight `e` and V scale `vs` reads `1 + #(e * (vs + offset_k) > k)` planes of K, and of V 0 if
+/// `e * (vs + offset_v) <= v[0]`, else `#(e * vs > v)` and at least 1.
 #[derive(Debug, Clone, Copy)]
 pub struct Thresholds {
     /// Ascending, for K.
@@ -104,11 +108,13 @@ pub struct Thresholds {
     /// Ascending, for V.
     pub v: [f32; PLANES],
     /// See above.
-    pub offset: f32,
+    pub offset_k: f32,
+    /// See above.
+    pub offset_v: f32,
 }
 
 impl Thresholds {
-    /// No token below this (in `e * (vs + offset)`) reads more than one plane of K and none of V.
+    /// No token with `e * (vs + offset)`, of the larger offset, up to this reads more than one plane of K and none of V.
     #[inline(always)]
     pub fn least(&self) -> f32 {
         self.k[0].min(self.v[0])

@@ -22,12 +22,7 @@ use types::*;
 
 /// Runs the body of a C function: an error or a panic becomes a status and this thread's last error.
 fn guard(body: impl FnOnce() -> Result<()>) -> akv_status {
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let text =
-            panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(Error::Internal(text.unwrap_or_else(|| "panic".to_owned())))
-    });
-    match result {
+    match crate::error::caught(body) {
         Ok(()) => AKV_OK,
         Err(error) => status::fail(&error),
     }

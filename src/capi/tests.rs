@@ -431,18 +431,12 @@ fn a_step_at_work_is_busy() {
 }
 
 #[test]
-fn what_leaves_the_range_of_floats_is_an_error() {
+fn outputs_beyond_their_dtype_are_an_error() {
     for n_q in [1, 20] {
         let e = Engine::new(AKV_FORMAT_ALIGNED, &context_desc(), 0);
-        let rows_of = |x: f32| vec![x; 200 * KV_HEADS * DIM];
         ok(e.begin(200, n_q));
-        ok(e.append(&rows_of(1e9), &rows_of(1e5)));
-        for sign in [1.0, -1.0] {
-            let mut out = vec![0.0; n_q as usize * HEADS * DIM];
-            let q = vec![sign * 1e30; out.len()];
-            fails(e.attend(&attention(&q, &mut out)), AKV_E_RANGE, "overflow");
-        }
-        let q = vec![0.0; n_q as usize * HEADS * DIM];
+        ok(e.append(&[0.0; 200 * KV_HEADS * DIM], &[1e5; 200 * KV_HEADS * DIM]));
+        let q = vec![1.0; n_q as usize * HEADS * DIM];
         let (mut half, mut float) = (vec![0u16; q.len()], vec![0.0; q.len()]);
         let out = akv_rows { data: half.as_mut_ptr().cast(), dtype: AKV_F16, ..zeroed() };
         fails(e.attend(&akv_attention_desc { out, ..attention(&q, &mut []) }), AKV_E_RANGE, "overflow");

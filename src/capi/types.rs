@@ -491,7 +491,7 @@ pub struct akv_state {
     /// -inf where nothing was seen.
     pub lse: *mut f32,
     /// The next four may be NULL: an output that is NULL is not written, one that is NULL in any input is infinity (and
-    /// `bound` needs the inputs' `lse_bound` too).
+    /// `bound` is coarse without the inputs' `lse_bound`).
     pub bound: *mut f32,
     pub lse_bound: *mut f32,
     pub estimate: *mut f32,

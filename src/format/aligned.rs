@@ -10,7 +10,8 @@
 //! | V planes | `[TILE][planes_v][dim_v / 2]` | p planes of a token are the first p rows |
 //! | K scale bytes | `[dim_k]` | |
 //! | V scale bytes | `[TILE]` | |
-//! | meta | 8 bytes | see [`Meta`] |
+//! | V mean | `[dim_v]` int8 | of a closed tile; in sixteenths of a scale of its own; all 0 while it is open |
+//! | meta | 12 bytes | see [`Meta`] |
 
 use super::layout::align;
 use super::{LEFT, MAX_DIM, OFFSET, PLANES, Shape, Source, TILE, decode, encode as code_of, inverse, scale};
@@ -20,6 +21,7 @@ pub(super) struct Offsets {
     v: usize,
     k_scales: usize,
     v_scales: usize,
+    v_mean: usize,
     meta: usize,
     pub bytes: usize,
 }
@@ -30,12 +32,13 @@ impl Offsets {
         let v = k_rest + align(TILE * (s.planes_k - 1) * s.dim_k / 2);
         let k_scales = v + align(TILE * s.planes_v * s.dim_v / 2);
         let v_scales = k_scales + align(s.dim_k);
-        let meta = v_scales + align(TILE);
-        Offsets { k_rest, v, k_scales, v_scales, meta, bytes: meta + align(Meta::BYTES) }
+        let v_mean = v_scales + align(TILE);
+        let meta = v_mean + align(s.dim_v);
+        Offsets { k_rest, v, k_scales, v_scales, v_mean, meta, bytes: meta + align(Meta::BYTES) }
     }
 }
 
-/// What attention knows about the K rows of a tile beyond its scales.
+/// What attention knows about a tile beyond its codes and scales.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Meta {
     /// No token's plane-0 digits have a larger sum of magnitudes.
@@ -44,14 +47,17 @@ pub struct Meta {
     pub digit_square_sum: u16,
     /// Error beyond [`LEFT`], in units of the scale, that re-encoding reopened rows has left.
     pub slack: f32,
+    /// Scale byte of the V mean.
+    pub v_mean: u8,
 }
 
 impl Meta {
-    const BYTES: usize = 8;
+    /// Bytes of it in a page.
+    pub const BYTES: usize = 12;
 
     /// Of an open tile: what holds for any digits, so that it does not depend on how the rows came in.
     fn open(dim: usize, slack: f32) -> Meta {
-        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack }
+        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack, v_mean: 0 }
     }
 
     fn read(bytes: &[u8]) -> Meta {
@@ -59,6 +65,7 @@ impl Meta {
             digit_sum: u16::from_le_bytes([bytes[0], bytes[1]]),
             digit_square_sum: u16::from_le_bytes([bytes[2], bytes[3]]),
             slack: f32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+            v_mean: bytes[8],
         }
     }
 
@@ -66,6 +73,7 @@ impl Meta {
         bytes[0..2].copy_from_slice(&self.digit_sum.to_le_bytes());
         bytes[2..4].copy_from_slice(&self.digit_square_sum.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.slack.to_le_bytes());
+        bytes[8..12].copy_from_slice(&[self.v_mean, 0, 0, 0]);
     }
 }
 
@@ -82,6 +90,8 @@ pub struct Tile<'a> {
     pub k_scales: &'a [u8],
     /// Scale bytes of V, one per token.
     pub v_scales: &'a [u8],
+    /// Mean of V over the tokens, as stored: see [`Tile::mean`].
+    pub v_mean: &'a [u8],
     /// See [`Meta`].
     pub meta: Meta,
     dim_k: usize,
@@ -98,10 +108,23 @@ impl<'a> Tile<'a> {
             v: &part[o.v..o.v + TILE * s.planes_v * s.dim_v / 2],
             k_scales: &part[o.k_scales..o.k_scales + s.dim_k],
             v_scales: &part[o.v_scales..o.v_scales + TILE],
+            v_mean: &part[o.v_mean..o.v_mean + s.dim_v],
             meta: Meta::read(&part[o.meta..]),
             dim_k: s.dim_k,
             dim_v: s.dim_v,
         }
+    }
+
+    /// Planes of K that are stored.
+    #[inline(always)]
+    pub fn planes_k(&self) -> usize {
+        1 + self.k_rest.len() / (TILE * self.dim_k / 2)
+    }
+
+    /// Planes of V that are stored.
+    #[inline(always)]
+    pub fn planes_v(&self) -> usize {
+        self.v.len() / (TILE * self.dim_v / 2)
     }
 
     /// Planes 1 and up of a token's K, one after another.
@@ -137,18 +160,44 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// V of a token at the precision of `planes` planes.
+    /// V of a token at the precision of `planes` planes; with none, the mean of the tile.
     pub fn decode_v(&self, row: usize, planes: usize, out: &mut [f32]) {
-        let half = self.dim_v / 2;
-        let (bytes, unit) = (self.v_row(row), scale(self.v_scales[row]));
-        for (c, x) in out.iter_mut().enumerate() {
-            let (b, shift) = place(c, half);
-            let mut stored = 0;
-            for p in 0..planes {
-                stored |= u16::from((bytes[p * half + b] >> shift) & 15) << (12 - 4 * p);
-            }
-            *x = decode(stored, planes) * unit;
+        if planes == 0 {
+            self.mean(out);
+        } else {
+            decode_v(self.v_row(row), self.v_scales[row], planes, out);
         }
+    }
+
+    /// Mean of V over the tokens of a closed tile, 0 in an open one: what tokens stand for of which no plane is read.
+    /// They differ from it by less than from 0, and not all to the same side. Returns the largest magnitude.
+    #[inline(always)]
+    pub fn mean(&self, out: &mut [f32]) -> f32 {
+        let unit = scale(self.meta.v_mean) * (1.0 / 16.0);
+        let mut most = 0;
+        for (x, &byte) in out.iter_mut().zip(self.v_mean) {
+            *x = f32::from(byte as i8) * unit;
+            most = most.max((byte as i8).unsigned_abs());
+        }
+        f32::from(most) * unit
+    }
+}
+
+/// A token's V row at the precision of `planes` (at least 1) planes.
+fn decode_v(row: &[u8], scale_byte: u8, planes: usize, out: &mut [f32]) {
+    let half = out.len() / 2;
+    let mut stored = [0u16; MAX_DIM];
+    let (low, high) = stored[..2 * half].split_at_mut(half);
+    for (p, plane) in row.chunks_exact(half).take(planes).enumerate() {
+        let shift = 12 - 4 * p;
+        for ((l, h), &byte) in low.iter_mut().zip(high.iter_mut()).zip(plane) {
+            *l |= u16::from(byte & 15) << shift;
+            *h |= u16::from(byte >> 4) << shift;
+        }
+    }
+    let unit = scale(scale_byte);
+    for (x, &stored) in out.iter_mut().zip(&stored) {
+        *x = decode(stored, planes) * unit;
     }
 }
 
@@ -171,16 +220,11 @@ fn place(channel: usize, half: usize) -> (usize, u32) {
 /// Digit `plane` of every code, two to a byte.
 #[inline(always)]
 fn pack(codes: &[u16], plane: usize, row: &mut [u8]) {
-    for (b, byte) in row.iter_mut().enumerate() {
-        *byte = packed(codes, plane, b);
+    let shift = 12 - 4 * plane;
+    let (low, high) = codes.split_at(row.len());
+    for ((byte, &l), &h) in row.iter_mut().zip(low).zip(high) {
+        *byte = ((l >> shift) & 15 | ((h >> shift) & 15) << 4) as u8;
     }
-}
-
-/// Byte `b` of a plane's row.
-#[inline(always)]
-fn packed(codes: &[u16], plane: usize, b: usize) -> u8 {
-    let (shift, half) = (12 - 4 * plane, codes.len() / 2);
-    ((codes[b] >> shift) & 15 | ((codes[b + half] >> shift) & 15) << 4) as u8
 }
 
 const ZERO: u16 = OFFSET as u16;
@@ -201,9 +245,17 @@ pub(super) fn encode(
     let (k_planes, v_planes) = planes.split_at_mut(o.v);
     let (k0, k_rest) = k_planes.split_at_mut(o.k_rest);
     let (k_scales, rest) = scales.split_at_mut(o.v_scales - o.k_scales);
-    let (v_scales, meta) = rest.split_at_mut(o.meta - o.v_scales);
+    let (v_scales, rest) = rest.split_at_mut(o.v_mean - o.v_scales);
+    let (v_mean, meta) = rest.split_at_mut(o.meta - o.v_mean);
     encode_k(s, base, source, head, skip, from, to, [k0, k_rest, &mut k_scales[..s.dim_k], meta]);
     encode_v(s, source, head, skip, from, to, v_planes, v_scales);
+    // The mean is that of the values as stored, so that it does not depend on where the rows came from.
+    let v_mean = &mut v_mean[..s.dim_v];
+    v_mean.fill(0);
+    if to == TILE && skip < TILE {
+        let byte = encode_mean(s, skip, v_planes, v_scales, v_mean);
+        Meta { v_mean: byte, ..Meta::read(meta) }.write(meta);
+    }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -232,7 +284,7 @@ fn encode_k(
     for row in from.max(skip)..to {
         source.k.read(row, head, x);
         for (p, v) in peak.iter_mut().zip(x.iter()) {
-            *p = p.max(v.abs());
+            *p = if v.abs() > *p { v.abs() } else { *p };
         }
     }
     for c in 0..d {
@@ -274,8 +326,11 @@ fn encode_k(
                 *code = code_of(v, factor);
             }
         }
-        for b in 0..half {
-            k0[k0_place(row, b, half)] = packed(codes, 0, b);
+        let mut first = [0u8; MAX_DIM / 2];
+        pack(codes, 0, &mut first[..half]);
+        for (b, word) in (0..half).step_by(4).zip(first.chunks_exact(4)) {
+            let at = k0_place(row, b, half);
+            k0[at..at + 4].copy_from_slice(word);
         }
         for p in 1..planes {
             let at = row * rest_row + (p - 1) * half;
@@ -292,7 +347,7 @@ fn encode_k(
         })
     });
     let whole = if to == TILE { digit_sums(k0, half, skip) } else { (8 * d as u32, 64 * d as u32) };
-    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack }.write(meta);
+    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack, v_mean: 0 }.write(meta);
 }
 
 /// Largest sum of magnitudes and of squares of a token's plane-0 digits.
@@ -332,7 +387,8 @@ fn encode_v(
         codes.fill(ZERO);
         if row >= skip {
             source.v.read(row, head, x);
-            let byte = super::scale::smallest(x.iter().fold(0.0f32, |m, v| m.max(v.abs())));
+            let byte =
+                super::scale::smallest(f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))));
             v_scales[row] = byte;
             let factor = inverse(byte);
             for (code, &v) in codes.iter_mut().zip(x.iter()) {
@@ -346,10 +402,33 @@ fn encode_v(
     }
 }
 
+/// Stores the mean of the V rows of a whole tile: binary32 sums in the order of the tokens. Returns its scale byte.
+fn encode_mean(s: &Shape, skip: usize, v_planes: &[u8], v_scales: &[u8], v_mean: &mut [u8]) -> u8 {
+    let (d, row_bytes) = (s.dim_v, s.planes_v * s.dim_v / 2);
+    let (mut sums, mut x) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
+    let (sums, x) = (&mut sums[..d], &mut x[..d]);
+    for row in skip..TILE {
+        decode_v(&v_planes[row * row_bytes..(row + 1) * row_bytes], v_scales[row], s.planes_v, x);
+        for (sum, x) in sums.iter_mut().zip(x.iter()) {
+            *sum += x;
+        }
+    }
+    let n = (TILE - skip) as f32;
+    let byte = super::scale::smallest(sums.iter().fold(0.0f32, |m, sum| m.max((sum / n).abs())));
+    // Sixteenths of the scale: two digits.
+    let factor = inverse(byte) * (1.0 / 256.0);
+    for (code, sum) in v_mean.iter_mut().zip(sums.iter()) {
+        *code = (sum / n * factor).round_ties_even() as i8 as u8;
+    }
+    byte
+}
+
+/// Forgets what only a whole tile has.
 pub(super) fn reopen(s: &Shape, part: &mut [u8]) {
-    let bytes = &mut part[Offsets::new(s).meta..];
-    let slack = Meta::read(bytes).slack;
-    Meta::open(s.dim_k, slack).write(bytes);
+    let (v_mean, meta) = part[Offsets::new(s).v_mean..].split_at_mut(align(s.dim_v));
+    v_mean.fill(0);
+    let slack = Meta::read(meta).slack;
+    Meta::open(s.dim_k, slack).write(meta);
 }
 
 const _: () = assert!(PLANES == 4 && 64 * 256 <= u16::MAX as usize);

@@ -110,7 +110,8 @@ impl Layout {
             for row in 0..n {
                 for head in 0..self.shape.n_kv_heads {
                     rows.read(row, head, x);
-                    let peak = x.iter().fold(0.0f32, |m, &v| if v.abs() > m || v.is_nan() { v.abs() } else { m });
+                    // As integers, magnitudes order as they should, with infinity and NaN above all numbers.
+                    let peak = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
                     if !peak.is_finite() {
                         return Err(Error::NonFinite(format!("{name}: NaN or infinity in row {row}, head {head}")));
                     }

@@ -50,13 +50,13 @@ pub const LEFT: [f32; PLANES + 1] = [
     0.51 / 4096.0,
 ];
 
-/// Code of `x`, given [`inverse`] of its scale byte. Adding and taking away 1.5 * 2^23 rounds to the nearest integer,
-/// ties to even, as `rint` does, and vectorises everywhere; |x * inverse| stays far below 2^22.
+/// Code of `x`, given [`inverse`] of its scale byte. Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, as
+/// `rint` does, and leaves it in the low bits: vector code everywhere.
 #[inline(always)]
 pub fn encode(x: f32, inverse: f32) -> u16 {
     const MAGIC: f32 = 12_582_912.0;
-    let code = ((x * inverse + MAGIC) - MAGIC).clamp(CODE_MIN as f32, CODE_MAX as f32) as i32;
-    (code + OFFSET) as u16
+    let rounded = (x * inverse).clamp(CODE_MIN as f32, CODE_MAX as f32) + MAGIC;
+    rounded.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(OFFSET as u32) as u16
 }
 
 /// Value of the first `planes` planes of a stored code, centred on what they leave out, in units of the scale: exact

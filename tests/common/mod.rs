@@ -4,7 +4,7 @@
 use alignedkv::backend::cpu::{Cpu, Isa};
 use alignedkv::backend::{Attention, Floats, Mode, QueryRow, Stats};
 use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, StepSequence};
-use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape};
+use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -229,4 +229,84 @@ pub fn attention64(q: &[f32], k: &[f32], v: &[f32], dim_v: usize, scale: f64) ->
 /// Rows of one head out of `[row][head][dim]`.
 pub fn of_head(x: &[f32], n_heads: usize, dim: usize, head: usize) -> Vec<f32> {
     x.chunks_exact(n_heads * dim).flat_map(|row| row[head * dim..(head + 1) * dim].iter().copied()).collect()
+}
+
+/// Kinds of [`case`].
+pub const KINDS: usize = 14;
+
+/// Rows of one KV head, and queries.
+pub struct Case {
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+    pub q: Vec<f32>,
+}
+
+/// Values whose further digits are all `low`, under a scale that the first row sets.
+fn digits(rng: &mut Rng, n: usize, d: usize, low: f32) -> Vec<f32> {
+    let unit = scale(120 + rng.below(16) as u8);
+    let tail = low * (1.0 / 16.0 + 1.0 / 256.0 + 1.0 / 4096.0);
+    (0..n * d)
+        .map(|i| {
+            let first = if i < d { 7.0 } else { rng.below(14) as f32 - 7.0 };
+            (first + if i < d { 0.4 } else { tail }) * unit
+        })
+        .collect()
+}
+
+/// Random (kind 0) and adversarial rows.
+pub fn case(rng: &mut Rng, kind: usize, n: usize, d: usize, dv: usize, g: usize) -> Case {
+    let (mut k, mut v, mut q) = (rng.normals(n * d), rng.normals(n * dv), rng.normals(g * d));
+    match kind {
+        1 => {
+            for _ in 0..1 + n / 8 {
+                k[rng.below(n * d)] *= 1e3;
+                v[rng.below(n * dv)] *= 1e3;
+            }
+        }
+        2 => {
+            for i in 1..n {
+                k.copy_within(0..d, i * d);
+            }
+        }
+        3 => q.fill(0.0),
+        4 => {
+            let huge = 10f32.powi(1 + rng.below(6) as i32);
+            q.iter_mut().for_each(|x| *x *= huge);
+        }
+        5 => v.iter_mut().enumerate().for_each(|(i, x)| *x *= 10f32.powi(-((i / dv) as i32 % 12))),
+        6 => k = digits(rng, n, d, -8.0),
+        7 => k = digits(rng, n, d, 7.0),
+        8 => {
+            // Errors of all channels push the same way.
+            let low = if rng.below(2) == 0 { -8.0 } else { 7.0 };
+            k = digits(rng, n, d, low);
+            q.iter_mut().for_each(|x| *x = x.abs());
+            v = digits(rng, n, dv, -8.0);
+        }
+        9 => {
+            let at = rng.below(n);
+            for c in 0..d {
+                k[at * d + c] = 3.0 * q[c];
+            }
+        }
+        10 => k.iter_mut().enumerate().for_each(|(i, x)| *x *= (i / d + 1) as f32),
+        11 => {
+            q.iter_mut().for_each(|x| *x *= 1e-20);
+            k.iter_mut().for_each(|x| *x *= 1e-6);
+        }
+        12 => {
+            // A sink of no value; weights that binary32 flushes to 0, under scores that are hardly known, have it all.
+            let coarse = 10f32.powf(1.5 * rng.uniform() as f32);
+            let far = 60.0 + 200.0 * rng.uniform() as f32;
+            k.iter_mut().for_each(|x| *x *= coarse);
+            let square: f32 = q[..d].iter().map(|x| x * x).sum();
+            for c in 0..d {
+                k[c] = far * q[c] / square;
+            }
+            v.iter_mut().enumerate().for_each(|(i, x)| *x *= if i < dv { 0.0 } else { 1e4 });
+        }
+        13 => v.iter_mut().for_each(|x| *x = if rng.below(2) == 0 { 0.0 } else { *x * 1e-30 }),
+        _ => {}
+    }
+    Case { k, v, q }
 }

@@ -169,8 +169,10 @@ impl Decoded {
             square = square.add(f.mul(f));
         }
         let (worst, square) = (math::fold_sum(worst), math::fold_sum(square));
+        // Scores are at most this: if it overflows, so must the bound.
+        let reach = worst * (1.0 + 1e-5) * PEAK;
         ScoreError {
-            bound: worst * (1.0 + 1e-5) * (self.left_k + score_rounding(d)),
+            bound: reach * ((self.left_k + score_rounding(d)) / PEAK),
             rms: square.sqrt() * self.left_k * 0.577_350_3,
         }
     }
@@ -191,9 +193,10 @@ impl Decoded {
         raise(sums, math::max::<S>(s), out);
         let mut e = [0.0f32; TILE];
         math::weights::<S>(s, sums.max, &mut e);
-        let [total, weighted, squared] = math::sums::<S>(&e, &self.v_unit);
-        sums.add(error, self.left_v, total, weighted, squared);
-        sums.note_peak(self.v_unit[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK);
+        let tokens = math::sums::<S>(&e, &self.v_unit);
+        sums.add_scores(error, tokens);
+        sums.add_values(self.left_v, 0.0, tokens);
+        sums.note(to - from, self.v_unit[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK);
         tile_out.fill(0.0);
         for i in from..to {
             math::axpy::<S>(e[i], &self.v[i][..out.len()], tile_out);

@@ -29,7 +29,7 @@ impl Folded {
         let (step, centre) = (S::splat(self.step), S::splat(CENTRE[1] * self.q_sum as f32));
         let blocks = integers.as_chunks::<LANES>().0;
         for (s, i) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(blocks) {
-            let digits = i.map(|i| i.wrapping_sub(8 * self.q_sum));
+            let digits = i.map(|i| i.wrapping_sub(self.q_sum.wrapping_mul(8)));
             S::from_i32(&digits).add(centre).mul(step).store(s);
         }
     }
@@ -61,12 +61,13 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
     let vanishing = peak < 1e-30;
     let (step, inverse) = if vanishing { (0.0, 0.0) } else { (peak / Q_LEVELS, Q_LEVELS / peak) };
     const MAGIC: f32 = 12_582_912.0;
-    let mut q_sum = 0;
+    let mut q_sum = 0i32;
     let (mut high, mut low) = ([0i8; MAX_DIM], [0i8; MAX_DIM]);
     for ((h, l), &f) in high.iter_mut().zip(&mut low).zip(&out.q[..d]) {
         // |f * inverse| < 2^15: the low bits of the sum are the integer.
         let r = (f * inverse + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
-        q_sum += r;
+        // Wraps if q is beyond binary32, which `worst` tells.
+        q_sum = q_sum.wrapping_add(r);
         *h = ((r + 128) >> 8) as i8;
         *l = r as i8;
     }

@@ -141,22 +141,26 @@ pub fn unpack<S: Simd>(planes: &[u8], half: usize, n: usize, weight: f32, consta
 
 #[inline(always)]
 fn unpack_planes<S: Simd, const N: usize>(planes: &[u8], half: usize, weight: f32, constant: f32, out: &mut [f32]) {
+    assert!(planes.len() >= N * half);
     let (low, high) = out[..2 * half].split_at_mut(half);
-    let rows: [&[u8]; N] = std::array::from_fn(|p| &planes[p * half..(p + 1) * half]);
-    let blocks = rows.map(|row| row.as_chunks::<LANES>());
-    let (weight, constant) = (S::splat(weight), S::splat(constant));
     // Digits are nibbles - 8.
-    let offset = S::splat((0x8888 >> (16 - 4 * N)) as f32).mul(weight);
-    let scale = [weight, offset, constant];
+    let offset = (0x8888 >> (16 - 4 * N)) as f32 * weight;
+    let scale = [S::splat(weight), S::splat(offset), S::splat(constant)];
     let ((low, low_rest), (high, high_rest)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
     for (b, (low, high)) in low.iter_mut().zip(high).enumerate() {
-        let (l, h) = S::digits(std::array::from_fn::<_, N, _>(|p| &blocks[p].0[b]));
+        // SAFETY: block b of every plane ends within its `half` bytes.
+        let (l, h) = unsafe { S::digits::<N>(planes.as_ptr().add(b * LANES), half) };
         scaled(l, scale).store(low);
         scaled(h, scale).store(high);
     }
     if !low_rest.is_empty() {
-        let rest: [[u8; LANES]; N] = std::array::from_fn(|p| tail(blocks[p].1));
-        let (l, h) = S::digits(rest.each_ref());
+        let mut rest = [[0u8; LANES]; N];
+        for (p, rest) in rest.iter_mut().enumerate() {
+            let end = (p + 1) * half;
+            rest[..low_rest.len()].copy_from_slice(&planes[end - low_rest.len()..end]);
+        }
+        // SAFETY: `rest` holds LANES bytes per plane.
+        let (l, h) = unsafe { S::digits::<N>(rest.as_ptr().cast(), LANES) };
         low_rest.copy_from_slice(&lanes(scaled(l, scale))[..low_rest.len()]);
         high_rest.copy_from_slice(&lanes(scaled(h, scale))[..high_rest.len()]);
     }

@@ -5,6 +5,11 @@
 //! (as in `alignment::certificate`), and since both sets sum to 1 the values they weigh may be shifted by any constant,
 //! here the merged output: the error is at most
 //! `sum w_i (1 + expm1(c_i)) (1 + u) b_i + sum w_i (expm1(c_i) (1 + u) + u) max|o_i - out|`.
+//!
+//! Whatever the weights are, the true output lies among the true outputs of the parts: `max (b_i + max|o_i - out|)` bounds
+//! the error too, and is the answer where little is known of the weights, or where there is one part only.
+
+use crate::format::MAX_DIM;
 
 /// Inputs of [`merge`]: `[rows * heads]` each (`out` times dim).
 #[derive(Debug, Clone, Copy)]
@@ -16,6 +21,12 @@ pub struct State<'a> {
     pub lse_bound: Option<&'a [f32]>,
     pub estimate: Option<&'a [f32]>,
     pub amplitude: Option<&'a [f32]>,
+}
+
+impl State<'_> {
+    fn row(&self, index: usize, dim: usize) -> impl Iterator<Item = f64> {
+        self.out[index * dim..(index + 1) * dim].iter().map(|&x| f64::from(x))
+    }
 }
 
 /// One merged row of one head: everything but `out`, which is written in place.
@@ -41,34 +52,39 @@ pub fn merge(states: &[State], index: usize, dim: usize, out: &mut [f32]) -> Mer
         return Merged { lse: f32::NEG_INFINITY, bound: 0.0, lse_bound: 0.0, estimate: 0.0, amplitude: 0.0 };
     }
     let sum: f64 = states.iter().map(|s| (lse(s) - max).exp()).sum();
-    let weight = |s: &State| (lse(s) - max).exp() / sum;
-    for (c, x) in out.iter_mut().enumerate() {
-        let parts = states.iter().filter(|s| weight(s) > 0.0);
-        *x = parts.map(|s| weight(s) * f64::from(s.out[index * dim + c])).sum::<f64>() as f32;
+    let seen = || states.iter().filter(|s| lse(s) > f64::NEG_INFINITY).map(|s| (s, (lse(s) - max).exp() / sum));
+    let mut total = [0.0f64; MAX_DIM];
+    for (s, w) in seen() {
+        for (total, x) in total.iter_mut().zip(s.row(index, dim)) {
+            *total += w * x;
+        }
+    }
+    for (x, total) in out.iter_mut().zip(total) {
+        *x = total as f32;
     }
     // An input that says nothing of itself makes the result say nothing.
     let said = |field: Option<&[f32]>| field.map_or(f64::INFINITY, |f| f64::from(f[index]));
-    let seen = || states.iter().filter(|s| lse(s) > f64::NEG_INFINITY);
-    let u: f64 = seen().map(|s| weight(s) * said(s.lse_bound).exp_m1()).sum();
-    let (mut bound, mut square, mut amplitude, mut lse_most) = (0.0, 0.0, 0.0, 0.0f64);
-    for s in seen() {
-        let (w, o) = (weight(s), &s.out[index * dim..(index + 1) * dim]);
-        let apart = o.iter().zip(&*out).fold(0.0f64, |m, (&a, &b)| m.max((f64::from(a) - f64::from(b)).abs()));
+    let u: f64 = seen().map(|(s, w)| w * said(s.lse_bound).exp_m1()).sum();
+    let (mut bound, mut hull, mut square, mut amplitude, mut lse_most) = (0.0, 0.0f64, 0.0, 0.0, 0.0f64);
+    for (s, w) in seen() {
+        let apart = s.row(index, dim).zip(&*out).fold(0.0f64, |m, (a, &b)| m.max((a - f64::from(b)).abs()));
+        let rounding = ROUNDING * s.row(index, dim).fold(0.0f64, |m, a| m.max(a.abs()));
         let grow = said(s.lse_bound).exp_m1();
-        let size = o.iter().fold(0.0f64, |m, &a| m.max(f64::from(a).abs()));
-        bound += w * ((1.0 + grow) * (1.0 + u) * said(s.bound) + (grow * (1.0 + u) + u) * apart + ROUNDING * size);
+        bound += w * ((1.0 + grow) * (1.0 + u) * said(s.bound) + (grow * (1.0 + u) + u) * apart + rounding);
+        hull = hull.max(said(s.bound) + apart + rounding);
         square += (w * said(s.estimate)).powi(2);
         amplitude += w * said(s.amplitude);
         lse_most = lse_most.max(said(s.lse_bound));
     }
     let lse = max + sum.ln();
     // 0 * infinity: nothing is known.
-    let up = |x: f64| if x.is_nan() { f32::INFINITY } else { ((x * (1.0 + 1e-6)) as f32).next_up() };
+    let known = |x: f64| if x.is_nan() { f64::INFINITY } else { x };
+    let up = |x: f64| ((x * (1.0 + 1e-6)) as f32).next_up();
     Merged {
         lse: lse as f32,
-        bound: up(bound),
-        lse_bound: up(lse_most + lse.abs() * f64::from(f32::EPSILON)),
-        estimate: square.sqrt() as f32,
-        amplitude: amplitude as f32,
+        bound: up(known(bound).min(hull)),
+        lse_bound: up(known(u.ln_1p()).min(lse_most) + lse.abs() * f64::from(f32::EPSILON)),
+        estimate: known(square.sqrt()) as f32,
+        amplitude: known(amplitude) as f32,
     }
 }

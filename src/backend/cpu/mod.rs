@@ -21,13 +21,14 @@ pub use merge::{Merged, State, merge};
 
 use super::{Attention, Stats, Threads};
 use crate::alignment::Sums;
+use crate::error::caught;
 use crate::format::{Dtype, Layout, MAX_DIM};
 use crate::{Error, Result};
-use pool::{BreakOnPanic, Pool, SpinBarrier};
+use pool::{Pool, SpinBarrier};
 use scan::Scan;
 use simd::Simd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use unit::{Path, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
 
@@ -128,10 +129,11 @@ fn finish(w: &mut Worker, unit: &Unit) {
         if sums.sum > 0.0 {
             for (x, &total) in out.iter_mut().zip(&w.scratch.total_out[at * dv..(at + 1) * dv]) {
                 *x = (total / sums.sum) as f32;
-                peak = peak.max(x.abs());
+                // NaN, where partial sums have been infinite both ways, is never the larger one.
+                peak = if x.abs() <= peak { peak } else { x.abs() };
             }
         }
-        w.overflow |= peak > limit;
+        w.overflow |= peak.is_nan() || peak > limit;
         let mut c = sums.certificate(peak);
         if unit.path == Path::Published {
             (c.bound, c.lse_bound, c.estimate) = (f32::INFINITY, f32::INFINITY, f32::INFINITY);
@@ -191,10 +193,32 @@ fn kernels(isa: Isa) -> (Step, Scan) {
 struct Shared {
     /// Next piece of work of each phase.
     next: [AtomicUsize; 3],
-    /// Why a thread could not make its call: what all of them return.
-    failed: Mutex<Option<Error>>,
-    /// Scores left binary32.
-    overflow: AtomicBool,
+    /// Why a thread could not begin its part, or end it: what all of them return. Two, so that none still reads the
+    /// one when another is at the next.
+    failed: [Mutex<Option<Error>>; 2],
+}
+
+impl Shared {
+    fn failed(&self, end: usize) -> MutexGuard<'_, Option<Error>> {
+        self.failed[end].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Meets the other threads at the beginning (0) or the end (1) of their parts: if one has failed, all fail alike,
+    /// having waited equally often.
+    fn meet<T>(&self, end: usize, ith: usize, wait: &dyn Fn(), result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.failed(end).get_or_insert_with(|| error.clone());
+        }
+        wait();
+        let Some(error) = self.failed(end).clone() else { return result };
+        // Nothing in a workspace is dropped by itself: once all have read it, the first thread does that.
+        wait();
+        if ith == 0 {
+            *self.failed(end) = None;
+        }
+        wait();
+        Err(error)
+    }
 }
 
 /// The backend of a context: an instruction set, and threads if asked for.
@@ -263,7 +287,6 @@ impl Cpu {
             let wait = || barrier.wait();
             let workspace = Workspace(workspace);
             let part = |ith: usize| {
-                let _break = BreakOnPanic(&barrier);
                 let threads = Threads { ith, nth, barrier: &wait };
                 // SAFETY: the caller's contract; each thread its own ith.
                 let stats = unsafe { self.run(Ok(call), threads, workspace.start()) };
@@ -298,23 +321,8 @@ impl Cpu {
         wait();
         // SAFETY: written before the barrier; from here on only its atomics are touched.
         let shared = unsafe { &*workspace.cast::<Shared>() };
-        let call = call.and_then(|call| Ok((call, Unit::list(call)?)));
-        let failed = || shared.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = &call {
-            failed().get_or_insert_with(|| error.clone());
-        }
-        wait();
-        let error = failed().clone();
-        if let Some(error) = error {
-            // Nothing in the workspace is dropped by itself: once all have read it, the first thread does that.
-            wait();
-            if ith == 0 {
-                *failed() = None;
-            }
-            wait();
-            return Err(error);
-        }
-        let (call, units) = call?;
+        let units = call.and_then(|call| caught(|| Ok((call, Unit::list(call)?))));
+        let (call, units) = shared.meet(0, ith, &wait, units)?;
 
         let stats_bytes = size_of::<Stats>().next_multiple_of(64);
         let stats_at = |i: usize| workspace.wrapping_add(size_of::<Shared>() + i * stats_bytes).cast::<Stats>();
@@ -346,48 +354,53 @@ impl Cpu {
         let run = |worker: &mut Worker, unit: &Unit, split: usize, phase: Phase| unsafe {
             step(worker, unit, split, phase);
         };
+        // A thread that panics, which is a bug, still meets the others.
+        let mut result = Ok(());
         if nth == 1 || units.len() >= SHARED_UNITS * nth {
-            while let Some(unit) = units.get(take(Phase::Merge)) {
-                for phase in [Phase::Scan, Phase::Attend] {
-                    for split in 0..unit.n_splits() {
-                        run(&mut worker, unit, split, phase);
+            result = caught(|| {
+                while let Some(unit) = units.get(take(Phase::Merge)) {
+                    for phase in [Phase::Scan, Phase::Attend] {
+                        for split in 0..unit.n_splits() {
+                            run(&mut worker, unit, split, phase);
+                        }
                     }
+                    run(&mut worker, unit, 0, Phase::Merge);
                 }
-                run(&mut worker, unit, 0, Phase::Merge);
-            }
+                Ok(())
+            });
         } else {
             for phase in [Phase::Scan, Phase::Attend, Phase::Merge] {
                 let splits = |u: &Unit| if matches!(phase, Phase::Merge) { 1 } else { u.n_splits() };
                 let n: usize = units.iter().map(splits).sum();
-                loop {
-                    let mut at = take(phase);
-                    if at >= n {
-                        break;
-                    }
-                    for (i, unit) in units.iter().enumerate() {
-                        if at < splits(unit) {
-                            worker.unit = unit_scratch(i);
-                            run(&mut worker, unit, at, phase);
-                            break;
+                let done = caught(|| {
+                    loop {
+                        let mut at = take(phase);
+                        if at >= n {
+                            return Ok(());
                         }
-                        at -= splits(unit);
+                        for (i, unit) in units.iter().enumerate() {
+                            if at < splits(unit) {
+                                worker.unit = unit_scratch(i);
+                                run(&mut worker, unit, at, phase);
+                                break;
+                            }
+                            at -= splits(unit);
+                        }
                     }
-                }
+                });
+                result = result.and(done);
                 wait();
             }
         }
-        if worker.overflow {
-            shared.overflow.store(true, Ordering::Relaxed);
-        }
-        // SAFETY: this thread's own place; read by others after the barrier.
-        unsafe { stats_at(ith).write(worker.stats) };
-        wait();
-        if shared.overflow.load(Ordering::Relaxed) {
-            return Err(Error::Range(
+        if worker.overflow && result.is_ok() {
+            result = Err(Error::Range(
                 "q: the scores (or the outputs in out's dtype) overflow: expected |q| * |k| * scale within binary32"
                     .to_owned(),
             ));
         }
+        // SAFETY: this thread's own place; read by others after the barrier.
+        unsafe { stats_at(ith).write(worker.stats) };
+        shared.meet(1, ith, &wait, result)?;
         let mut stats = Stats::default();
         for i in 0..nth {
             // SAFETY: written by every thread before the barrier.

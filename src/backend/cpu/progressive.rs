@@ -41,7 +41,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let view = &call.sequences[call.rows[unit.row].sequence];
     let (first, last) = unit.tiles(split);
     w.load_q(unit);
-    let partials = w.partial(split);
+    let partials = w.partials_mut(split);
     partials.fill(Partial { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 });
 
     let exact = has_exact(unit, view, split);
@@ -114,7 +114,7 @@ fn exceeded<S: Simd>(x: S, limits: &[f32]) -> S {
 /// One query head's view of the whole context, from all splits' scans, and what its share of the error is.
 #[inline(always)]
 fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
-    let partials = || (0..unit.n_splits()).map(|split| &w.partial(split)[h]);
+    let partials = || (0..unit.n_splits()).map(|split| &w.partials(split)[h]);
     let max = partials().fold(f32::NEG_INFINITY, |m, p| m.max(p.max));
     let (mut sum, mut weighted) = (0.0, 0.0);
     for p in partials().filter(|p| p.max > f32::NEG_INFINITY) {
@@ -130,16 +130,33 @@ fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
 struct Reads {
     k: [u8; TILE],
     v: [u8; TILE],
-    /// Some token reads more than plane 0 of K.
-    any: bool,
+    /// Tokens that read more than one plane of K, as bits.
+    more_k: u128,
+    /// Tokens that read any of V.
+    some_v: u128,
 }
 
-const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], any: false };
+impl Reads {
+    /// Plane 0 of K, as the scan has it.
+    const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], more_k: 0, some_v: 0 };
+}
+
+/// The bits that are set, from the lowest.
+struct Bits(u128);
+
+impl Iterator for Bits {
+    type Item = usize;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        let i = self.0.trailing_zeros() as usize;
+        self.0 &= self.0.wrapping_sub(1);
+        (i < TILE).then_some(i)
+    }
+}
 
 /// Weight of the last of `1 + digits` digits.
-fn weight(digits: usize) -> f32 {
-    1.0 / (1u32 << (4 * digits)) as f32
-}
+const WEIGHT: [f32; PLANES] = [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0];
 
 /// Second phase of a split: who is read how finely, and what comes of it.
 #[inline(always)]
@@ -153,13 +170,15 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     for (h, s) in shares[..g].iter_mut().enumerate() {
         *s = Some(share(w, unit, h));
     }
-    let mut reads = [SCANNED; SPLIT];
+    let mut reads = [Reads::SCANNED; SPLIT];
     for tile in first..last {
         let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
         reads[tile - first] = align::<S>(w, &t, tile, &shares[..g]);
-        if reads[tile - first].any {
-            refine_keys::<S>(w, &t, tile, &reads[tile - first]);
-        }
+        prefetch(&t, &reads[tile - first]);
+    }
+    for tile in first..last {
+        let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
+        refine_keys::<S>(w, &t, tile, &reads[tile - first]);
     }
 
     // Refined scores may be far from the scan's: weights are relative to what the largest is now.
@@ -187,7 +206,7 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         if from < to {
             let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
             sum::<S>(w, &t, tile, from..to, &reads[tile - first], sums, outs);
-            count(w, view, to - from, from..to, &reads[tile - first]);
+            count(w, view, from..to, &reads[tile - first]);
         }
     }
 }
@@ -197,15 +216,17 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
     let (scores, errors) = w.scores(tile + 1);
     let units = v_units::<S>(t);
-    let mut reads = SCANNED;
+    let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
+    let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
-    let (mut planes_k, mut planes_v) = ([1.0; TILE], [0.0; TILE]);
+    let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
     for (h, share) in shares.iter().enumerate() {
         let Some((max, share)) = share else { continue };
-        let limits = share.thresholds(&errors[h]);
+        let limits = share.thresholds(&errors[h], mean);
         let mut e = [0.0; TILE];
         math::weights::<S>(&scores[h], *max, &mut e);
-        let offset = S::splat(limits.offset);
+        let (offset_k, offset_v) = (S::splat(limits.offset_k), S::splat(limits.offset_v));
+        let offset = offset_k.max(offset_v);
         let mut most = S::splat(0.0);
         for (e, u) in math::blocks(&e).iter().zip(math::blocks(&units)) {
             most = S::load(e).mul(S::load(u).add(offset)).max(most);
@@ -213,31 +234,60 @@ fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Shar
         if math::fold_max(most) <= limits.least() {
             continue;
         }
-        reads.any = true;
+        any = true;
         for (b, (e, u)) in math::blocks(&e).iter().zip(math::blocks(&units)).enumerate() {
             let (e, u) = (S::load(e), S::load(u));
-            let (x_k, x_v) = (e.mul(u.add(offset)), e.mul(u));
+            let (x_k, x_0, x_v) = (e.mul(u.add(offset_k)), e.mul(u.add(offset_v)), e.mul(u));
             let (k, v) = (&mut math::blocks_mut(&mut planes_k)[b], &mut math::blocks_mut(&mut planes_v)[b]);
             exceeded(x_k, &limits.k).add(S::splat(1.0)).max(S::load(k)).store(k);
-            exceeded(x_v, &limits.v).max(S::load(v)).store(v);
+            exceeded(x_v, &limits.v[1..]).add(exceeded(x_0, &limits.v[..1])).max(S::load(v)).store(v);
         }
     }
-    if !reads.any {
+    if !any {
         return reads;
     }
-    let (most_k, most_v) = (w.call.shape.planes_k as u8, w.call.shape.planes_v as u8);
-    for i in 0..TILE {
-        reads.k[i] = (planes_k[i] as u8).min(most_k);
-        reads.v[i] = (planes_v[i] as u8).min(most_v);
+    let stored = |planes: usize| S::splat(planes as f32);
+    let (most_k, most_v) = (stored(w.call.shape.planes_k), stored(w.call.shape.planes_v));
+    for (b, (k, v)) in math::blocks(&planes_k).iter().zip(math::blocks(&planes_v)).enumerate() {
+        let (k, v) = (S::load(k).min(most_k), S::load(v).min(most_v));
+        reads.k.as_chunks_mut().0[b] = k.to_bytes();
+        reads.v.as_chunks_mut().0[b] = v.to_bytes();
+        reads.more_k |= u128::from(k.above(1.0)) << (16 * b);
+        reads.some_v |= u128::from(v.above(0.0)) << (16 * b);
     }
     reads
+}
+
+/// Asks for the rows that will be read: they lie anywhere, and memory answers late.
+#[inline(always)]
+fn prefetch(t: &Tile, reads: &Reads) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let ask = |row: &[u8]| {
+            for line in row.chunks(64) {
+                // SAFETY: a prefetch is a hint: it reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+            }
+        };
+        for i in Bits(reads.more_k) {
+            let row = t.k_row(i);
+            ask(&row[..row.len() / (t.planes_k() - 1) * (usize::from(reads.k[i]) - 1)]);
+        }
+        for i in Bits(reads.some_v) {
+            let row = t.v_row(i);
+            ask(&row[..row.len() / t.planes_v() * usize::from(reads.v[i])]);
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (t, reads);
 }
 
 /// Adds further digits of K to the scores. (Tokens that are not seen are never listed: their weight is 0.)
 #[inline(always)]
 fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
-    if reads.k.iter().all(|&k| k <= 1) {
+    if reads.more_k == 0 {
         return;
     }
     let (scores, _) = w.scores(tile + 1);
@@ -247,15 +297,16 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     }
     let mut values = [0.0f32; MAX_DIM];
     let values = &mut values[..d];
-    for (i, n) in reads.k.iter().map(|&k| usize::from(k)).enumerate().filter(|&(_, k)| k > 1) {
-        math::unpack::<S>(t.k_row(i), d / 2, n - 1, weight(n - 1), CENTRE[n] - CENTRE[1], values);
+    for i in Bits(reads.more_k) {
+        let n = usize::from(reads.k[i]);
+        math::unpack::<S>(t.k_row(i), d / 2, n - 1, WEIGHT[n - 1], CENTRE[n] - CENTRE[1], values);
         for h in 0..g {
             scores[h][i] += math::dot::<S>(&w.scratch.folded[h].q[..d], values);
         }
     }
 }
 
-/// Adds a tile to sums and outputs: V of tokens that read any; the others only count.
+/// Adds a tile to sums and outputs: V of tokens that read any, the tile's mean for the others.
 #[inline(always)]
 fn sum<S: Simd>(
     w: &mut Worker,
@@ -269,58 +320,69 @@ fn sum<S: Simd>(
     let (g, dv) = (w.call.shape.group(), w.call.shape.dim_v);
     let (scores, errors) = w.scores(tile + 1);
     let units = v_units::<S>(t);
-    for h in 0..g {
-        math::weights::<S>(&scores[h], sums[h].max, &mut w.scratch.e[h]);
-    }
-    if reads.any {
-        let tile_out = &mut w.scratch.tile_out[..g * dv];
-        tile_out.fill(0.0);
-        let mut values = [0.0f32; MAX_DIM];
-        let values = &mut values[..dv];
-        for (i, n) in reads.v.iter().map(|&v| usize::from(v)).enumerate().filter(|&(_, v)| v > 0) {
-            math::unpack::<S>(t.v_row(i), dv / 2, n, weight(n - 1), CENTRE[n], values);
-            for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
-                math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
-            }
-        }
-        math::axpy::<S>(1.0, tile_out, outs);
-    }
+    let mut mean = [0.0f32; MAX_DIM];
+    let mean_peak = t.mean(&mut mean[..dv]);
     let peak = units[seen.clone()].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK;
+    let tile_out = &mut w.scratch.tile_out[..g * dv];
+    tile_out.fill(0.0);
     for h in 0..g {
-        let (e, error) = (&mut w.scratch.e[h], &errors[h]);
-        let score_error = |planes: usize| ScoreError { bound: error.bound(planes), rms: error.rms(planes) };
-        let mut rest = seen.len();
-        if reads.any {
-            // [planes of K][planes of V]: number, sums of e, e * vs, (e * vs)^2 of tokens that read more than plane 0.
-            let mut classes = [[[0.0f64; 4]; PLANES + 1]; PLANES + 1];
-            for i in seen.clone().filter(|&i| reads.k[i] > 1 || reads.v[i] > 0) {
-                let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
-                let class = &mut classes[usize::from(reads.k[i])][usize::from(reads.v[i])];
-                *class = [class[0] + 1.0, class[1] + x, class[2] + y, class[3] + y * y];
-                e[i] = 0.0;
+        let (e, error, sums) = (&mut w.scratch.e[h], &errors[h], &mut sums[h]);
+        math::weights::<S>(&scores[h], sums.max, e);
+        // By planes of K and by planes of V: sums of e, e * vs, (e * vs)^2 of the tokens that read more than plane 0.
+        let (mut by_k, mut by_v) = ([[0.0f64; 3]; PLANES + 1], [[0.0f64; 3]; PLANES + 1]);
+        let mut n = [0usize; PLANES + 1];
+        let mut rest = *e;
+        for i in Bits(reads.more_k | reads.some_v) {
+            let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
+            let (k, v) = (usize::from(reads.k[i]), usize::from(reads.v[i]));
+            n[k] += 1;
+            for class in [&mut by_k[k], &mut by_v[v]] {
+                *class = [class[0] + x, class[1] + y, class[2] + y * y];
             }
-            for (k, classes) in classes.iter().enumerate() {
-                for (v, class) in classes.iter().enumerate().filter(|(_, c)| c[0] > 0.0) {
-                    sums[h].add(score_error(k), LEFT[v], class[1], class[2], class[3]);
-                    rest -= class[0] as usize;
-                }
-            }
+            rest[i] = 0.0;
+        }
+        let scanned = math::sums::<S>(&rest, &units);
+        n[1] += seen.len() - n.iter().sum::<usize>();
+        for i in 0..3 {
+            by_k[1][i] += scanned[i];
+            by_v[0][i] += scanned[i];
         }
         // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
-        if rest > 0 {
-            let [total, weighted, squared] = math::sums::<S>(e, &units);
-            sums[h].add(score_error(1), LEFT[0], total, weighted, squared);
+        for k in (1..=PLANES).filter(|&k| n[k] > 0) {
+            sums.add_scores(ScoreError { bound: error.bound(k), rms: error.rms(k) }, by_k[k]);
         }
-        sums[h].note_peak(peak);
+        for (v, &class) in by_v.iter().enumerate().filter(|(_, class)| class[0] > 0.0) {
+            sums.add_values(LEFT[v], if v == 0 { mean_peak } else { 0.0 }, class);
+        }
+        sums.note(seen.len(), peak);
+        if mean_peak > 0.0 {
+            math::axpy::<S>(by_v[0][0] as f32, &mean[..dv], &mut tile_out[h * dv..(h + 1) * dv]);
+        }
+    }
+    let mut values = [0.0f32; MAX_DIM];
+    let values = &mut values[..dv];
+    for i in Bits(reads.some_v) {
+        let n = usize::from(reads.v[i]);
+        math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
+        for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
+            math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
+        }
+    }
+    if mean_peak > 0.0 || reads.some_v != 0 {
+        math::axpy::<S>(1.0, tile_out, outs);
+    }
+    if mean_peak > 0.0 {
+        w.stats.bytes_v += dv as u64;
+        w.stats.bytes_scales += dv as u64;
     }
 }
 
-/// What reading a tile cost: `n` tokens are seen.
-fn count(w: &mut Worker, view: &SequenceView, n: usize, seen: Range<usize>, reads: &Reads) {
+/// What reading a tile cost.
+fn count(w: &mut Worker, view: &SequenceView, seen: Range<usize>, reads: &Reads) {
     let (half_k, half_v) = (w.call.shape.dim_k as u64 / 2, w.call.shape.dim_v as u64 / 2);
     let stats = &mut w.stats;
-    stats.tokens += n as u64;
-    stats.count_scales(view, n);
+    stats.tokens += seen.len() as u64;
+    stats.count_scales(view, seen.len());
     for i in seen {
         stats.planes_k[usize::from(reads.k[i])] += 1;
         stats.planes_v[usize::from(reads.v[i])] += 1;

@@ -154,8 +154,8 @@ pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
     }
     let none = ScoreError { bound: f32::INFINITY, rms: f32::INFINITY };
     for sums in sums {
-        sums.add(none, 0.0, 0.0, 0.0, 0.0);
-        sums.note_peak(PEAK);
+        sums.add_scores(none, [0.0; 3]);
+        sums.note(n, PEAK);
     }
     let bits_k: u64 = union[..d].iter().map(|&b| u64::from(b)).sum();
     w.stats.tokens += n as u64;

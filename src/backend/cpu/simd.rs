@@ -21,16 +21,25 @@ pub unsafe trait Simd: Copy {
     fn mul(self, other: Self) -> Self;
     /// Larger of each lane; `other`'s if `self`'s is NaN.
     fn max(self, other: Self) -> Self;
+    /// Smaller of each lane.
+    fn min(self, other: Self) -> Self;
     fn abs(self) -> Self;
     /// `self` where `x > limit`, 0 elsewhere.
     fn where_above(self, x: Self, limit: Self) -> Self;
+    /// Bit l is set where lane l is above the limit.
+    fn above(self, limit: f32) -> u16;
+    /// Lanes that are whole numbers from 0 to 255, as such.
+    fn to_bytes(self) -> [u8; LANES];
     /// The bits of each lane, moved left by 23.
     fn shift_to_exponent(self) -> Self;
     fn from_i32(x: &[i32; LANES]) -> Self;
     /// The scales of scale bytes.
     fn scales(bytes: &[u8; LANES]) -> Self;
     /// Low and high nibbles of `N` planes, each as one number of N hex digits.
-    fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self);
+    ///
+    /// # Safety
+    /// [`LANES`] bytes are readable at `planes + p * stride` for p < N.
+    unsafe fn digits<const N: usize>(planes: *const u8, stride: usize) -> (Self, Self);
 }
 
 /// Portable: the definition.
@@ -75,12 +84,24 @@ unsafe impl Simd for Scalar {
         self.map(other, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        self.map(other, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
     fn abs(self) -> Self {
         Scalar(self.0.map(f32::abs))
     }
     #[inline(always)]
     fn where_above(self, x: Self, limit: Self) -> Self {
         Scalar(std::array::from_fn(|l| if x.0[l] > limit.0[l] { self.0[l] } else { 0.0 }))
+    }
+    #[inline(always)]
+    fn above(self, limit: f32) -> u16 {
+        self.0.iter().enumerate().fold(0, |bits, (l, &x)| bits | u16::from(x > limit) << l)
+    }
+    #[inline(always)]
+    fn to_bytes(self) -> [u8; LANES] {
+        self.0.map(|x| x as u8)
     }
     #[inline(always)]
     fn shift_to_exponent(self) -> Self {
@@ -95,9 +116,17 @@ unsafe impl Simd for Scalar {
         Scalar(bytes.map(crate::format::scale))
     }
     #[inline(always)]
-    fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self) {
-        let number = |l: usize, shift: u32| planes.iter().fold(0, |x, p| x << 4 | i32::from(p[l] >> shift & 15)) as f32;
-        (Scalar(std::array::from_fn(|l| number(l, 0))), Scalar(std::array::from_fn(|l| number(l, 4))))
+    unsafe fn digits<const N: usize>(planes: *const u8, stride: usize) -> (Self, Self) {
+        let (mut low, mut high) = ([0i32; LANES], [0i32; LANES]);
+        for p in 0..N {
+            // SAFETY: the contract.
+            let plane = unsafe { &*planes.add(p * stride).cast::<[u8; LANES]>() };
+            for l in 0..LANES {
+                low[l] = low[l] << 4 | i32::from(plane[l] & 15);
+                high[l] = high[l] << 4 | i32::from(plane[l] >> 4);
+            }
+        }
+        (Scalar(low.map(|x| x as f32)), Scalar(high.map(|x| x as f32)))
     }
 }
 
@@ -158,6 +187,11 @@ mod x86 {
             unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
         }
         #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
         fn abs(self) -> Self {
             // SAFETY: see the impl.
             unsafe {
@@ -173,6 +207,29 @@ mod x86 {
                     _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.0, limit.0), self.0),
                     _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x.1, limit.1), self.1),
                 )
+            }
+        }
+        #[inline(always)]
+        fn above(self, limit: f32) -> u16 {
+            // SAFETY: see the impl.
+            unsafe {
+                let limit = _mm256_set1_ps(limit);
+                let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.0, limit));
+                let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.1, limit));
+                (low | high << 8) as u16
+            }
+        }
+        #[inline(always)]
+        fn to_bytes(self) -> [u8; LANES] {
+            // SAFETY: see the impl.
+            unsafe {
+                let words = _mm256_packs_epi32(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+                // Packing works within 128-bit halves: put their quarters in order.
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+                let mut out = [0; LANES];
+                _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+                out
             }
         }
         #[inline(always)]
@@ -206,14 +263,14 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self) {
-            // SAFETY: see the impl.
+        unsafe fn digits<const N: usize>(planes: *const u8, stride: usize) -> (Self, Self) {
+            // SAFETY: see the impl; the contract.
             unsafe {
                 let mut halves = [(_mm256_setzero_ps(), _mm256_setzero_ps()); 2];
                 for (i, half) in halves.iter_mut().enumerate() {
                     let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
-                    for plane in planes {
-                        let x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(plane.as_ptr().add(8 * i).cast()));
+                    for p in 0..N {
+                        let x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes.add(p * stride + 8 * i).cast()));
                         low = _mm256_or_si256(_mm256_slli_epi32::<4>(low), _mm256_and_si256(x, _mm256_set1_epi32(15)));
                         high = _mm256_or_si256(_mm256_slli_epi32::<4>(high), _mm256_srli_epi32::<4>(x));
                     }
@@ -266,6 +323,11 @@ mod x86 {
             unsafe { Avx512(_mm512_max_ps(self.0, other.0)) }
         }
         #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_min_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
         fn abs(self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_abs_ps(self.0)) }
@@ -274,6 +336,20 @@ mod x86 {
         fn where_above(self, x: Self, limit: Self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x.0, limit.0), self.0)) }
+        }
+        #[inline(always)]
+        fn above(self, limit: f32) -> u16 {
+            // SAFETY: see the impl.
+            unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_set1_ps(limit)) }
+        }
+        #[inline(always)]
+        fn to_bytes(self) -> [u8; LANES] {
+            // SAFETY: see the impl.
+            unsafe {
+                let mut out = [0; LANES];
+                _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0)));
+                out
+            }
         }
         #[inline(always)]
         fn shift_to_exponent(self) -> Self {
@@ -295,12 +371,12 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn digits<const N: usize>(planes: [&[u8; LANES]; N]) -> (Self, Self) {
-            // SAFETY: see the impl.
+        unsafe fn digits<const N: usize>(planes: *const u8, stride: usize) -> (Self, Self) {
+            // SAFETY: see the impl; the contract.
             unsafe {
                 let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-                for plane in planes {
-                    let x = _mm512_cvtepu8_epi32(_mm_loadu_si128(plane.as_ptr().cast()));
+                for p in 0..N {
+                    let x = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes.add(p * stride).cast()));
                     low = _mm512_or_si512(_mm512_slli_epi32::<4>(low), _mm512_and_si512(x, _mm512_set1_epi32(15)));
                     high = _mm512_or_si512(_mm512_slli_epi32::<4>(high), _mm512_srli_epi32::<4>(x));
                 }

@@ -6,6 +6,7 @@ use crate::alignment::{Sums, TileError};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
+use crate::format::aligned::Meta;
 use crate::format::{Format, TILE};
 use crate::{Error, Result};
 
@@ -124,12 +125,20 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// What the scan says of a split.
+    /// What the scan says of a split, to be written by the scan alone.
     #[inline(always)]
-    pub fn partial(&self, split: usize) -> &'a mut [Partial] {
+    pub fn partials_mut(&self, split: usize) -> &'a mut [Partial] {
         let g = self.call.shape.group();
-        // SAFETY: as in `state`; other splits' are read after a barrier only.
+        // SAFETY: as in `state`.
         unsafe { std::slice::from_raw_parts_mut(self.unit.partials.add(split * g), g) }
+    }
+
+    /// The same, of any split, once the whole unit is scanned.
+    #[inline(always)]
+    pub fn partials(&self, split: usize) -> &'a [Partial] {
+        let g = self.call.shape.group();
+        // SAFETY: nobody writes after the barrier that ends the scan.
+        unsafe { std::slice::from_raw_parts(self.unit.partials.add(split * g), g) }
     }
 
     /// Scores and uncertainties of a tile; index 0 is that of the exact rows, page t has index t + 1.
@@ -170,8 +179,8 @@ impl Stats {
 
     /// Scale bytes of a tile of which `n` tokens are seen.
     pub fn count_scales(&mut self, view: &SequenceView, n: usize) {
-        // The 8 bytes of the tile's meta data go with K's scales.
-        let (k, v) = (view.layout.shape.dim_k as u64 + 8, n as u64);
+        // The tile's meta data go with K's scales.
+        let (k, v) = ((view.layout.shape.dim_k + Meta::BYTES) as u64, n as u64);
         self.bytes_k += k;
         self.bytes_v += v;
         self.bytes_scales += k + v;
