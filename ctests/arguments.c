@@ -368,6 +368,11 @@ static void appending(void) {
 static void attention(void) {
     akv_threads two = {.ith = 0, .nth = 2}, odd = {.ith = 1, .nth = 1}, zero = {0};
     const int64_t negative = -1;
+    size_t bytes, align;
+    void *memory = NULL;
+    OK(akv_batch_workspace(batch, &bytes, &align));
+    REQUIRE(posix_memalign(&memory, align, bytes) == 0, "%zu bytes", bytes);
+    memset(memory, 0, bytes);
     ATTENTION(AKV_E_ARGUMENT, "layer 0", (void)d); /* the step's tokens are missing */
     OK(akv_quantize_kv(batch, 0, &good_key, &good_value, NULL));
     before = look();
@@ -392,6 +397,10 @@ static void attention(void) {
     ATTENTION(AKV_E_ARGUMENT, "overlap", d.out.data = q + Q_HEADS * DIM - 1);
     ATTENTION(AKV_E_ARGUMENT, "overlap", d.lse = written.out);
     ATTENTION(AKV_E_ARGUMENT, "overlap", d.lse = written.lse; d.bound = written.lse);
+    ATTENTION(AKV_E_ARGUMENT, "overlap", d.stats = (akv_stats *)written.out);
+    ATTENTION(AKV_E_ARGUMENT, "overlap", d.workspace = memory; d.workspace_bytes = bytes; d.out.data = (char *)memory + bytes - sizeof written.out);
+    ATTENTION(AKV_E_ARGUMENT, "overlap", d.workspace = memory; d.workspace_bytes = bytes; d.q.data = memory);
+    free(memory);
     ATTENTION(AKV_E_ARGUMENT, "bound", d.bound = (float *)((char *)written.bound + 2));
     ATTENTION(AKV_E_ARGUMENT, "stats", d.stats = (akv_stats *)((char *)&written.stats + 4));
     ATTENTION(AKV_E_UNSUPPORTED, "mask", d.mask = (akv_mask *)q);

@@ -138,3 +138,63 @@ fn what_is_unknown_stays_unknown() {
     let infinite = f32::INFINITY;
     assert_eq!((m.bound, m.estimate, m.amplitude), (infinite, infinite, infinite));
 }
+
+/// Merged states against any truth that their bounds allow, and against the worst.
+#[test]
+fn merged_bounds_hold() {
+    let mut rng = Rng::new(13);
+    let (mut tightest, mut tightest_lse) = (0.0f64, 0.0f64);
+    for round in 0..20_000 {
+        let (n, dim) = (1 + rng.below(4), 1 + rng.below(3));
+        let exact = round % 8 == 0;
+        let part = |rng: &mut Rng, x: f32| if exact { 0.0 } else { x * rng.uniform() as f32 };
+        let size = 10f32.powi(rng.below(7) as i32 - 3);
+        let heavy = rng.below(n);
+        let (mut out, mut lse, mut bound, mut lse_bound) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for i in 0..n {
+            out.push((0..dim).map(|_| size * rng.normal()).collect::<Vec<_>>());
+            lse.push(vec![if i == heavy { 8.0 * rng.uniform() as f32 } else { rng.normal() }]);
+            bound.push(vec![part(&mut rng, size)]);
+            lse_bound.push(vec![part(&mut rng, 1.0)]);
+        }
+        if round % 3 == 0 {
+            // One light part has all the values.
+            let know_all = round % 2 == 0;
+            (0..n).filter(|&i| n > 1 && i == heavy).for_each(|i| (out[i].fill(0.0), bound[i][0] = 0.0).1);
+            (0..n).filter(|&i| know_all && i != heavy).for_each(|i| (bound[i][0], lse_bound[i][0]) = (0.0, 0.0));
+        }
+        if round % 5 == 0 {
+            lse.iter_mut().for_each(|l| l[0] -= 3e4);
+        }
+        let states: Vec<State> = (0..n)
+            .map(|i| State {
+                out: &out[i],
+                lse: &lse[i],
+                bound: Some(&bound[i]),
+                lse_bound: Some(&lse_bound[i]),
+                estimate: None,
+                amplitude: None,
+            })
+            .collect();
+        let mut got = vec![0.0; dim];
+        let merged = merge(&states, 0, dim, &mut got);
+        for _ in 0..4 {
+            let signs: Vec<[f64; 2]> = (0..n).map(|_| [0, 1].map(|_| rng.below(2) as f64 * 2.0 - 1.0)).collect();
+            let l: Vec<f64> = (0..n).map(|i| f64::from(lse[i][0]) + signs[i][0] * f64::from(lse_bound[i][0])).collect();
+            let max = l.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = l.iter().map(|l| (l - max).exp()).sum();
+            for c in 0..dim {
+                let o = |i: usize| f64::from(out[i][c]) + signs[i][1] * f64::from(bound[i][0]);
+                let want: f64 = (0..n).map(|i| (l[i] - max).exp() / sum * o(i)).sum();
+                let error = (f64::from(got[c]) - want).abs();
+                assert!(error <= f64::from(merged.bound), "round {round}: error {error:e}, bound {:e}", merged.bound);
+                tightest = tightest.max(if exact { 0.0 } else { error / f64::from(merged.bound) });
+            }
+            let error = (f64::from(merged.lse) - (max + sum.ln())).abs();
+            assert!(error <= f64::from(merged.lse_bound), "round {round}: lse {error:e}, {:e}", merged.lse_bound);
+            tightest_lse = tightest_lse.max(if exact { 0.0 } else { error / f64::from(merged.lse_bound) });
+        }
+    }
+    println!("largest error / bound {tightest:.3}, of the lse {tightest_lse:.3}");
+    assert!(tightest > 0.9 && tightest_lse > 0.9);
+}

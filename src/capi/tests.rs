@@ -64,7 +64,7 @@ impl Engine {
         let struct_size = size_of::<akv_cache_desc>() as u32;
         let cache = akv_cache_desc { struct_size, format, n_layers: 1, layers: &layer, ..zeroed() };
         let struct_size = size_of::<akv_batch_desc>() as u32;
-        let bounds = akv_batch_desc { struct_size, max_q: 64, max_kv: 1024, max_threads, ..zeroed() };
+        let bounds = akv_batch_desc { struct_size, max_q: 64, max_kv: 1100, max_threads, ..zeroed() };
         // SAFETY: valid descriptors and outputs.
         unsafe {
             ok(akv_context_create(context, &mut e.context));
@@ -357,6 +357,91 @@ fn memory_that_cannot_be_used_is_refused() {
     // SAFETY: refused before it is read.
     let status = unsafe { akv_quantize_kv(e.batch, 0, &half, &half, null_mut()) };
     fails(status, AKV_E_ARGUMENT, "key->dtype is AKV_F16: expected the layer's, AKV_F32");
+}
+
+/// The largest call that a batch's bounds allow needs the workspace that is asked for, all of it, and no more.
+#[test]
+fn the_workspace_is_as_large_as_needed() {
+    const MAX: usize = 1100;
+    for n_q in [1, 64] {
+        let e = Engine::new(AKV_FORMAT_ALIGNED, &context_desc(), 1);
+        ok(e.begin(MAX as i32, n_q));
+        ok(e.append(&noise(MAX * KV_HEADS * DIM, 1), &noise(MAX * KV_HEADS * DIM, 2)));
+        let q = noise(n_q as usize * HEADS * DIM, 3);
+        let mut out = vec![7.0; q.len()];
+        let (mut bytes, mut align) = (0, 0);
+        // SAFETY: outputs.
+        unsafe { ok(akv_batch_workspace(e.batch, &mut bytes, &mut align)) };
+        let mut memory = vec![0xa5u8; bytes + align + 256];
+        let at = memory.as_ptr().align_offset(align);
+        let workspace = memory[at..].as_mut_ptr().cast::<c_void>();
+        let desc = akv_attention_desc { workspace, workspace_bytes: bytes, ..attention(&q, &mut out) };
+        let short = akv_attention_desc { workspace_bytes: bytes - 1, ..desc };
+        fails(e.attend(&short), AKV_E_ARGUMENT, &format!("desc->workspace_bytes is {}", bytes - 1));
+        assert!(out.iter().all(|&x| x == 7.0) && memory.iter().all(|&b| b == 0xa5));
+        ok(e.attend(&desc));
+        assert!(memory[at + bytes..].iter().all(|&b| b == 0xa5), "n_q {n_q}: wrote behind the workspace");
+    }
+}
+
+/// Calls on a batch while attention over its step is under way: tried by its own barrier, between two phases.
+#[test]
+fn a_step_at_work_is_busy() {
+    struct Tries(Barrier, usize, AtomicUsize);
+    unsafe extern "C" fn wait_and_try(tries: *mut c_void) {
+        // SAFETY: the test passes Tries.
+        let tries = unsafe { &*tries.cast::<Tries>() };
+        tries.0.wait();
+        let batch = tries.1 as *mut akv_batch;
+        // SAFETY: a handle.
+        let statuses = unsafe { [akv_batch_commit(batch), akv_batch_abort(batch), akv_batch_destroy(batch)] };
+        tries.2.fetch_add(usize::from(statuses == [AKV_E_BUSY; 3]), SeqCst);
+        tries.0.wait();
+    }
+    let (e, _, _, q) = prefilled(AKV_FORMAT_ALIGNED, &context_desc(), 2, 1);
+    let mut out = vec![0.0; q.len()];
+    let tries = Tries(Barrier::new(2), e.batch as usize, AtomicUsize::new(0));
+    let calls = AtomicUsize::new(0);
+    let (mut bytes, mut align) = (0, 0);
+    // SAFETY: outputs.
+    unsafe { ok(akv_batch_workspace(e.batch, &mut bytes, &mut align)) };
+    let mut memory = vec![0u8; bytes + align];
+    let workspace = memory.as_mut_ptr().wrapping_add(memory.as_ptr().align_offset(align)).cast::<c_void>();
+    let desc = akv_attention_desc { workspace, workspace_bytes: bytes, ..attention(&q, &mut out) };
+    let (desc, batch) = (&raw const desc as usize, e.batch as usize);
+    std::thread::scope(|s| {
+        for ith in 0..2 {
+            let (tries, calls) = (&tries, &calls);
+            s.spawn(move || {
+                let user = (&raw const *tries).cast_mut().cast();
+                let threads = akv_threads { ith, nth: 2, barrier: Some(wait_and_try), user };
+                // SAFETY: the descriptor and what it points to outlive the scope.
+                let status = unsafe {
+                    let desc = akv_attention_desc { threads: &threads, ..(desc as *const akv_attention_desc).read() };
+                    akv_aligned_attention(batch as *mut akv_batch, 0, &desc)
+                };
+                calls.fetch_add(usize::from(status == AKV_OK), SeqCst);
+            });
+        }
+    });
+    let busy = tries.2.load(SeqCst);
+    assert!(calls.load(SeqCst) == 2 && busy >= 6 && busy % 2 == 0, "busy {busy} times");
+    // SAFETY: a handle.
+    unsafe { ok(akv_batch_commit(e.batch)) };
+}
+
+#[test]
+fn outputs_beyond_their_dtype_are_an_error() {
+    for n_q in [1, 20] {
+        let e = Engine::new(AKV_FORMAT_ALIGNED, &context_desc(), 0);
+        ok(e.begin(200, n_q));
+        ok(e.append(&[0.0; 200 * KV_HEADS * DIM], &[1e5; 200 * KV_HEADS * DIM]));
+        let q = vec![1.0; n_q as usize * HEADS * DIM];
+        let (mut half, mut float) = (vec![0u16; q.len()], vec![0.0; q.len()]);
+        let out = akv_rows { data: half.as_mut_ptr().cast(), dtype: AKV_F16, ..zeroed() };
+        fails(e.attend(&akv_attention_desc { out, ..attention(&q, &mut []) }), AKV_E_RANGE, "overflow");
+        ok(e.attend(&attention(&q, &mut float)));
+    }
 }
 
 #[test]
