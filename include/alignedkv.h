@@ -375,7 +375,7 @@ typedef struct akv_stats {
     uint64_t bytes_k;
     // The same of V.
     uint64_t bytes_v;
-    // Of both: scale bytes.
+    // Of both: scale bytes, and what else is stored once for a tile (its mean of V).
     uint64_t bytes_scales;
     // Of both: rows kept as given (exact head).
     uint64_t bytes_exact;

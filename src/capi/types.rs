@@ -392,7 +392,7 @@ pub struct akv_stats {
     pub bytes_k: u64,
     /// The same of V.
     pub bytes_v: u64,
-    /// Of both: scale bytes.
+    /// Of both: scale bytes, and what else is stored once for a tile (its mean of V).
     pub bytes_scales: u64,
     /// Of both: rows kept as given (exact head).
     pub bytes_exact: u64,

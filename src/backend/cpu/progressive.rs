@@ -374,18 +374,16 @@ fn sum<S: Simd>(
     if mean_peak > 0.0 || reads.some_v != 0 {
         math::axpy::<S>(1.0, tile_out, outs);
     }
-    if mean_peak > 0.0 {
-        w.stats.bytes_v += dv as u64;
-        w.stats.bytes_scales += dv as u64;
-    }
 }
 
-/// What reading a tile cost.
+/// What reading a tile cost, its mean of V included.
 fn count(w: &mut Worker, view: &SequenceView, seen: Range<usize>, reads: &Reads) {
     let (half_k, half_v) = (w.call.shape.dim_k as u64 / 2, w.call.shape.dim_v as u64 / 2);
     let stats = &mut w.stats;
     stats.tokens += seen.len() as u64;
     stats.count_scales(view, seen.len());
+    stats.bytes_v += 2 * half_v;
+    stats.bytes_scales += 2 * half_v;
     for i in seen {
         stats.planes_k[usize::from(reads.k[i])] += 1;
         stats.planes_v[usize::from(reads.v[i])] += 1;
