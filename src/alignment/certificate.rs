@@ -167,7 +167,7 @@ fn exp_m1(x: f64) -> f64 {
         return x.exp_m1();
     }
     // Taylor; the last coefficient takes in the rest of the series.
-    let mut y = 1.02 / 3_628_800.0;
+    let mut y = 1.03 / 3_628_800.0;
     for c in [1.0 / 362_880.0, 1.0 / 40_320.0, 1.0 / 5_040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0]
     {
         y = y * x + c;
