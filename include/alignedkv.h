@@ -32,9 +32,10 @@
  *   into 4 hex digits, the planes. With 1, 2, 3, 4 planes a value is known to 9e-2, 6e-3, 4e-4, 3e-5 of the largest
  *   magnitude that its scale must hold. Let p be a token's softmax weight and A = sum of p * max|v| over the n tokens
  *   that a query row sees. Every token reads the fewest planes of K and V that keep its part of the output's error
- *   within tolerance * A / sqrt(2n) (AKV_EXPECTED) or tolerance * A / (2n) (AKV_GUARANTEED). The certificate, `bound`,
- *   then adds up what was left out: with ds bounding the error of a score, dv that of a value and
- *   u = log(sum of p * exp(ds)), no channel is off by more than sum of p * (expm1(ds + u) * max|v| + dv).
+ *   within tolerance * A / sqrt(2n) (AKV_EXPECTED) or tolerance * A / (2n) (AKV_GUARANTEED); a token of which no plane
+ *   of V is read stands for the mean of its tile. The certificate, `bound`, then adds up what was left out: with ds
+ *   bounding the error of a score, dv that of a value and u = log(sum of p * exp(ds)), no channel is off by more than
+ *   sum of p * (expm1(ds + u) * max|v| + dv). Derivation: src/alignment/certificate.rs.
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): CUDA; AKV_SLOTS and AKV_ATTACHED with their
  *   masks; logit_softcap, ALiBi, sink logits, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR;
