@@ -133,10 +133,12 @@ static void check_split(const test_case *c, akv_batch *batch, const akv_attentio
     free(cut);
 }
 
-/* seen_tiles: sum over query rows and KV heads of the tiles that they see tokens of through planes. */
+/* seen_tiles: sum over query rows and KV heads of the tiles that they see tokens of through planes; means: of these, the
+ * whole ones that progressive rows see. */
 static void check_stats(const test_case *c, const akv_stats *s, uint64_t seen, uint64_t seen_exactly, uint64_t seen_tiles,
-                        int n_rows, int dense) {
+                        uint64_t means, int n_rows, int dense) {
     uint64_t planes_k = 0, planes_v = 0, bytes = s->bytes_scales + s->bytes_exact, bytes_k;
+    uint64_t scales_k = seen_tiles * ((uint64_t)c->dim + 12), scales_v = seen - seen_exactly + means * (uint64_t)c->dim_v;
     uint64_t row_k = (uint64_t)c->dim * dtype_size(c->dtype_k), row_v = (uint64_t)c->dim_v * dtype_size(c->dtype_v);
     for (unsigned p = 0; p <= 4; p++) {
         planes_k += s->planes_k[p], planes_v += s->planes_v[p];
@@ -147,11 +149,10 @@ static void check_stats(const test_case *c, const akv_stats *s, uint64_t seen, u
     CHECK(s->dense_rows == (uint64_t)(dense < 0 ? n_rows : dense), "%llu dense rows", (unsigned long long)s->dense_rows);
     if (c->format == AKV_FORMAT_RAW) CHECK(s->bytes_k == seen * row_k && s->bytes_v == seen * row_v, "raw bytes");
     if (c->format != AKV_FORMAT_ALIGNED) return;
-    /* Per tile K's scale bytes and 8 bytes of meta data, per token a scale byte of V. */
-    bytes_k = seen_exactly * row_k + seen_tiles * ((uint64_t)c->dim + 8);
+    /* Per tile K's scale bytes, 12 bytes of meta data and the mean of V, per token a scale byte of V. */
+    bytes_k = seen_exactly * row_k + scales_k;
     CHECK(s->bytes_exact == seen_exactly * (row_k + row_v), "%llu bytes of exact rows", (unsigned long long)s->bytes_exact);
-    CHECK(s->bytes_scales == seen_tiles * ((uint64_t)c->dim + 8) + seen - seen_exactly, "%llu bytes of scales",
-          (unsigned long long)s->bytes_scales);
+    CHECK(s->bytes_scales == scales_k + scales_v, "%llu bytes of scales", (unsigned long long)s->bytes_scales);
     for (unsigned p = 0; p <= 4; p++) bytes_k += p * s->planes_k[p] * (uint64_t)c->dim / 2;
     CHECK(s->bytes_k == bytes_k, "%llu bytes of K, %llu in parts", (unsigned long long)s->bytes_k, (unsigned long long)bytes_k);
     CHECK(planes_k == seen - seen_exactly, "K: %llu tokens in planes", (unsigned long long)planes_k);
@@ -166,7 +167,7 @@ static result run(test_case c) {
     int n_rows = 0, dense = 0, row = 0;
     double error_sum = 0, norm_sum = 0, scale;
     result res = {0};
-    uint64_t seen = 0, seen_exactly = 0, seen_tiles = 0;
+    uint64_t seen = 0, seen_exactly = 0, seen_tiles = 0, means = 0;
     akv_cache *cache;
     akv_batch *batch;
     akv_sequence sequence[MAX_SEQUENCES];
@@ -260,7 +261,9 @@ static result run(test_case c) {
             seen += (uint64_t)(c.heads * (to - from));
             if (exact_to > from) seen_exactly += (uint64_t)(c.heads * (exact_to - from));
             int coded = from > head_rows ? from : head_rows;
+            int whole = to < c.len[s] / 128 * 128 ? (to + 127) / 128 : c.len[s] / 128;
             if (to > coded) seen_tiles += (uint64_t)(c.heads * ((to + 127) / 128 - coded / 128));
+            if (to > coded && whole > coded / 128 && c.n_q[s] <= 8 && dense >= 0) means += (uint64_t)(c.heads * (whole - coded / 128));
             for (int h = 0; h < n_q_heads; h++) {
                 int at = row * n_q_heads + h;
                 truth *t = &want[at];
@@ -292,7 +295,7 @@ static result run(test_case c) {
                 }
             }
         }
-    check_stats(&c, &res.stats, seen, seen_exactly, seen_tiles, n_rows, dense);
+    check_stats(&c, &res.stats, seen, seen_exactly, seen_tiles, means, n_rows, dense);
     CHECK(buffer_gaps_untouched(&out), "wrote between the rows of out");
     if (c.split) check_split(&c, batch, &attention, n_rows, n_q_heads, want, &e);
     OK(akv_batch_commit(batch));
