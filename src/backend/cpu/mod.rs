@@ -29,7 +29,7 @@ use scan::Scan;
 use simd::Simd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use unit::{Path, Unit, Worker};
+use unit::{Path, Shares, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
 
 /// Instruction sets, worst to best.
@@ -347,6 +347,7 @@ impl Cpu {
             },
             unit: unit_scratch(ith),
             stats: Stats::default(),
+            shares: Shares::NONE,
             overflow: false,
         };
         let take = |phase: Phase| shared.next[phase as usize].fetch_add(1, Ordering::Relaxed);

@@ -163,7 +163,7 @@ impl SpinBarrier {
         let mut spins = 0u32;
         while self.generation.load(Ordering::Acquire) == generation {
             spins += 1;
-            if spins < 2000 {
+            if spins < 10_000 {
                 std::hint::spin_loop();
             } else {
                 std::thread::yield_now();

@@ -9,7 +9,7 @@ use super::workspace::{Partial, SPLIT};
 use crate::alignment::{ScoreError, Share, Sums};
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
-use crate::format::{CENTRE, LEFT, MAX_DIM, MAX_GROUP, PEAK, PLANES, TILE};
+use crate::format::{CENTRE, LEFT, MAX_DIM, PEAK, PLANES, TILE};
 use std::ops::Range;
 
 /// Tokens of a tile that the row sees through its planes, as indices in the tile.
@@ -166,14 +166,17 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (first, last) = unit.tiles(split);
     w.load_q(unit);
 
-    let mut shares = [None; MAX_GROUP];
-    for (h, s) in shares[..g].iter_mut().enumerate() {
-        *s = Some(share(w, unit, h));
+    let of = Some((unit.row, unit.kv_head));
+    if w.shares.of != of {
+        w.shares.of = of;
+        for h in 0..g {
+            w.shares.heads[h] = Some(share(w, unit, h));
+        }
     }
     let mut reads = [Reads::SCANNED; SPLIT];
     for tile in first..last {
         let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
-        reads[tile - first] = align::<S>(w, &t, tile, &shares[..g]);
+        reads[tile - first] = align::<S>(w, &t, tile);
         prefetch(&t, &reads[tile - first]);
     }
     for tile in first..last {
@@ -213,14 +216,14 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 
 /// Who is read how finely: over the group, the maximum of what its heads need.
 #[inline(always)]
-fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize, shares: &[Option<(f32, Share)>]) -> Reads {
+fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize) -> Reads {
     let (scores, errors) = w.scores(tile + 1);
     let units = v_units::<S>(t);
     let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
     let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
-    for (h, share) in shares.iter().enumerate() {
+    for (h, share) in w.shares.heads[..w.call.shape.group()].iter().enumerate() {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&errors[h], mean);
         let mut e = [0.0; TILE];

@@ -2,12 +2,12 @@
 
 use super::scan::Scan;
 use super::workspace::{Partial, SPLIT, ThreadScratch, UnitScratch, dense_rows};
-use crate::alignment::{Sums, TileError};
+use crate::alignment::{Share, Sums, TileError};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
 use crate::format::aligned::Meta;
-use crate::format::{Format, TILE};
+use crate::format::{Format, MAX_GROUP, TILE};
 use crate::{Error, Result};
 
 /// How a unit is computed.
@@ -79,6 +79,19 @@ impl Unit {
     }
 }
 
+/// What the heads of a unit may leave out, from the scans of all its splits.
+#[derive(Debug, Clone, Copy)]
+pub struct Shares {
+    /// Row and KV head of the unit.
+    pub of: Option<(usize, usize)>,
+    /// Per head, the scan's maximum and the share.
+    pub heads: [Option<(f32, Share)>; MAX_GROUP],
+}
+
+impl Shares {
+    pub const NONE: Shares = Shares { of: None, heads: [None; MAX_GROUP] };
+}
+
 /// A thread at work on a unit.
 pub struct Worker<'a> {
     pub call: &'a Attention<'a>,
@@ -86,6 +99,7 @@ pub struct Worker<'a> {
     pub scratch: ThreadScratch<'a>,
     pub unit: UnitScratch,
     pub stats: Stats,
+    pub shares: Shares,
     /// Set if scores left binary32.
     pub overflow: bool,
 }
