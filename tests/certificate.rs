@@ -196,10 +196,12 @@ fn reached_where_a_tile_is_reopened() {
         let run = Single::new(Format::Aligned, shape(1, 1, d, dv, Dtype::F32, planes), 0);
         run.append(&k, &v);
         run.cache.truncate(run.sequence, kept).unwrap();
-        (k.truncate(kept * d), v.truncate(kept * dv));
+        k.truncate(kept * d);
+        v.truncate(kept * dv);
         let more = vec![-PEAK * scale(new); d];
         run.append(&more, &vec![0.0; dv]);
-        (k.extend(more), v.extend(vec![0.0; dv]));
+        k.extend(more);
+        v.extend(vec![0.0; dv]);
         for dense in [false, true] {
             let how = How { mode: Mode::Guaranteed, tolerance: 1e-6, scale: 1.0, dense };
             let got = run.attend(&cpu, &q, &[(0, kept + 1)], how).unwrap();
