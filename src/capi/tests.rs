@@ -425,7 +425,7 @@ fn a_step_at_work_is_busy() {
         }
     });
     let busy = tries.2.load(SeqCst);
-    assert!(calls.load(SeqCst) == 2 && busy >= 6 && busy % 2 == 0, "busy {busy} times");
+    assert!(calls.load(SeqCst) == 2 && busy >= 6 && busy.is_multiple_of(2), "busy {busy} times");
     // SAFETY: a handle.
     unsafe { ok(akv_batch_commit(e.batch)) };
 }
