@@ -138,6 +138,7 @@ static void check_split(const test_case *c, akv_batch *batch, const akv_attentio
 static void check_stats(const test_case *c, const akv_stats *s, uint64_t seen, uint64_t seen_exactly, uint64_t seen_tiles,
                         uint64_t means, int n_rows, int dense) {
     uint64_t planes_k = 0, planes_v = 0, bytes = s->bytes_scales + s->bytes_exact, bytes_k;
+    uint64_t scales_k = seen_tiles * ((uint64_t)c->dim + 12), scales_v = seen - seen_exactly + means * (uint64_t)c->dim_v;
     uint64_t row_k = (uint64_t)c->dim * dtype_size(c->dtype_k), row_v = (uint64_t)c->dim_v * dtype_size(c->dtype_v);
     for (unsigned p = 0; p <= 4; p++) {
         planes_k += s->planes_k[p], planes_v += s->planes_v[p];
@@ -148,11 +149,10 @@ static void check_stats(const test_case *c, const akv_stats *s, uint64_t seen, u
     CHECK(s->dense_rows == (uint64_t)(dense < 0 ? n_rows : dense), "%llu dense rows", (unsigned long long)s->dense_rows);
     if (c->format == AKV_FORMAT_RAW) CHECK(s->bytes_k == seen * row_k && s->bytes_v == seen * row_v, "raw bytes");
     if (c->format != AKV_FORMAT_ALIGNED) return;
-    /* Per tile K's scale bytes and 12 bytes of meta data, per token a scale byte of V. */
-    bytes_k = seen_exactly * row_k + seen_tiles * ((uint64_t)c->dim + 12);
+    /* Per tile K's scale bytes, 12 bytes of meta data and the mean of V, per token a scale byte of V. */
+    bytes_k = seen_exactly * row_k + scales_k;
     CHECK(s->bytes_exact == seen_exactly * (row_k + row_v), "%llu bytes of exact rows", (unsigned long long)s->bytes_exact);
-    CHECK(s->bytes_scales == seen_tiles * ((uint64_t)c->dim + 12) + means * (uint64_t)c->dim_v + seen - seen_exactly,
-          "%llu bytes of scales", (unsigned long long)s->bytes_scales);
+    CHECK(s->bytes_scales == scales_k + scales_v, "%llu bytes of scales", (unsigned long long)s->bytes_scales);
     for (unsigned p = 0; p <= 4; p++) bytes_k += p * s->planes_k[p] * (uint64_t)c->dim / 2;
     CHECK(s->bytes_k == bytes_k, "%llu bytes of K, %llu in parts", (unsigned long long)s->bytes_k, (unsigned long long)bytes_k);
     CHECK(planes_k == seen - seen_exactly, "K: %llu tokens in planes", (unsigned long long)planes_k);
@@ -263,7 +263,7 @@ static result run(test_case c) {
             int coded = from > head_rows ? from : head_rows;
             uint64_t tiles = to > coded ? (uint64_t)(c.heads * ((to + 127) / 128 - coded / 128)) : 0;
             seen_tiles += tiles;
-            if (c.mode != AKV_EXACT && c.n_q[s] <= 8) means += tiles;
+            if (dense >= 0 && c.n_q[s] <= 8) means += tiles;
             for (int h = 0; h < n_q_heads; h++) {
                 int at = row * n_q_heads + h;
                 truth *t = &want[at];

@@ -235,6 +235,55 @@ fn guaranteed_is_guaranteed() {
     }
 }
 
+/// The same where tokens are alike, so that all of them use up their shares at one tolerance or another.
+#[test]
+fn guaranteed_where_shares_are_used_up() {
+    let cpu = Cpu::new(Isa::best(), 1).unwrap();
+    let mut rng = Rng::new(14);
+    let (n, d) = (100, 64);
+    let k = rng.normals(n * d);
+    let v: Vec<f32> = (0..n * d).map(|_| PEAK * scale(128) * if rng.below(2) == 0 { 1.0 } else { -1.0 }).collect();
+    let direction = rng.normals(d);
+    let run = Single::new(Format::Aligned, shape(1, 1, d, d, Dtype::F32, 4), 0);
+    run.append(&k, &v);
+    let mut most = 0.0f32;
+    for i in 0..400 {
+        let (tolerance, size) = (0.01 * 1.1f32.powi(i % 20), 1e-4 * 1.3f32.powi(i / 20));
+        let q: Vec<f32> = direction.iter().map(|x| size * x).collect();
+        let how = How { mode: Mode::Guaranteed, tolerance, scale: 1.0, dense: false };
+        let got = run.attend(&cpu, &q, &[(0, n)], how).unwrap();
+        let part = got.bound[0] / (tolerance * got.amplitude[0]);
+        assert!(part <= 1.0, "q {size} tolerance {tolerance}: the bound is {part} of it");
+        most = most.max(part);
+    }
+    assert!(most > 0.8, "at most {most} of the tolerance is used");
+}
+
+/// Tokens of whose V nothing is read stand for the mean of their tile, and what they differ from it is in the bound.
+#[test]
+fn what_is_not_read_is_the_mean() {
+    let cpu = Cpu::new(Isa::best(), 1).unwrap();
+    let (n, d) = (2 * TILE, 16);
+    let how = How { mode: Mode::Expected, tolerance: 1e6, scale: 1.0, dense: false };
+    // Tile 0 has the values 1, tile 1 the values -3; token 40 is an exception.
+    let mut v: Vec<f32> = (0..n * d).map(|i| if i < TILE * d { 1.0 } else { -3.0 }).collect();
+    v[40 * d..41 * d].fill(-1.0);
+    let run = Single::new(Format::Aligned, shape(1, 1, d, d, Dtype::F32, 4), 0);
+    run.append(&vec![0.0; n * d], &v);
+    let q = vec![0.0; d];
+    let attend = |from, to| {
+        let got = run.attend(&cpu, &q, &[(from, to)], how).unwrap();
+        assert_eq!(got.stats.planes_v[0], (to - from) as u64, "V was read");
+        let (want, _) = attention64(&q, &vec![0.0; (to - from) * d], &v[from * d..to * d], d, 1.0);
+        let error = (f64::from(got.out[0]) - want[0]).abs();
+        assert!(error <= f64::from(got.bound[0]), "{from}..{to}: error {error}, bound {}", got.bound[0]);
+        error
+    };
+    // The mean is known to half a sixteenth of its scale.
+    assert!(attend(0, n) < 0.05 && attend(TILE, n) < 0.05);
+    assert!(attend(40, 41) > 1.9, "the exception is not near the mean");
+}
+
 /// Sums over parts of a context, merged in any order, are those of the whole.
 #[test]
 fn sums_add_over_parts() {
