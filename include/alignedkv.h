@@ -115,7 +115,8 @@ typedef int32_t akv_status;
 #define AKV_EXPECTED   0  // Errors of tokens add as if independent: the rms error of a channel stays near tolerance *
                           // A.
 #define AKV_GUARANTEED 1  // Error bounds add: `bound` itself stays within tolerance * A, as far as the stored planes
-                          // can (below about 3e-2 the rounding of 16 bits shows, and `bound` says so).
+                          // can (below about 3e-2 the rounding of codes and of q to 16 bits shows, and `bound` says
+                          // so).
 #define AKV_EXACT      2  // All stored digits are read.
 
 // Visibility: akv_attention_desc.visibility

@@ -92,7 +92,7 @@ pub const AKV_ATTACHED: i32 = 2;
 /// Errors of tokens add as if independent: the rms error of a channel stays near tolerance * A.
 pub const AKV_EXPECTED: i32 = 0;
 /// Error bounds add: `bound` itself stays within tolerance * A, as far as the stored planes can (below about
-/// 3e-2 the rounding of 16 bits shows, and `bound` says so).
+/// 3e-2 the rounding of codes and of q to 16 bits shows, and `bound` says so).
 pub const AKV_GUARANTEED: i32 = 1;
 /// All stored digits are read.
 pub const AKV_EXACT: i32 = 2;
