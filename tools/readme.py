@@ -27,7 +27,7 @@ def figures():
             name = " ".join([r["scheme"], *([f"{r['mode']}"] if r["mode"] else []), *([f"{r['tolerance']:g}"] if r["tolerance"] else [])])
             if r["planes"] and r["planes"] < 4:
                 name += f", {r['planes']} planes"
-            rows.append([name, f"{r['bits_from_1024']:.2f}", f"{100 * r['byte_share']:.0f}%", f"{r['loss_delta_from_1024']:+.4f} ± {r['se_from_1024']:.4f}"])
+            rows.append([name, f"{r['bits_from_1024']:.2f}", f"{100 * r['byte_share']:.0f}%", f"{r['loss_delta_from_1024']:+.5f} ± {r['se_from_1024']:.5f}"])
         parts.append("Loss of a small causal language model, decoded token by token over 16 texts of 2048 bytes (`make demo`):\n\n"
                      + table(["scheme", "bits read per element, from token 1024", "bytes against f16, all tokens", "loss against f32, nats per byte, from token 1024"], rows))
     path = ROOT / "benches/results/traces.json"
