@@ -52,8 +52,8 @@ impl<'a> Rows<'a> {
     pub fn contiguous(bytes: &'a [u8], n_heads: usize, dtype: Dtype, dim: usize) -> Self {
         assert_eq!(bytes.as_ptr() as usize % dtype.size(), 0);
         let stride_head = (dim * dtype.size()) as isize;
-        // SAFETY: reads are bounded by the caller's row count; `row` checks nothing, so row < bytes.len() / stride is
-        // asserted by the layouts that build these.
+        // SAFETY: the bytes are borrowed for 'a and aligned. Reads check no bound: whoever builds these (layouts, tests)
+        // asks only for rows that the bytes hold.
         unsafe { Rows::new(bytes.as_ptr(), stride_head * n_heads as isize, stride_head, dtype, dim) }
     }
 
