@@ -166,7 +166,7 @@ static void caches(void) {
     REFUSED(akv_cache_create(context, NULL, (akv_cache **)&written.handle), AKV_E_ARGUMENT, "desc");
     REFUSED(akv_cache_create(context, &good_cache, NULL), AKV_E_ARGUMENT, "out");
     CACHE(AKV_E_ARGUMENT, "flags", d.flags = 1);
-    CACHE(AKV_E_ARGUMENT, "reserved", d.reserved = 1);
+    CACHE(AKV_E_ARGUMENT, "n_streams", d.n_streams = 1);
     CACHE(AKV_E_ARGUMENT, "format", d.format = 3);
     CACHE(AKV_E_ARGUMENT, "placement", d.placement = -1);
     CACHE(AKV_E_UNSUPPORTED, "placement", d.placement = AKV_SLOTS);
@@ -440,9 +440,9 @@ static void unbuilt(void) {
     REFUSED(akv_slots_read(cache, 0, 0, 0, NULL, NULL, NULL), AKV_E_UNSUPPORTED, "akv_slots_read");
     REFUSED(akv_slots_invalidate(cache, 0, 0, 0), AKV_E_UNSUPPORTED, "akv_slots_invalidate");
     REFUSED(akv_attach_rows(cache, 0, NULL, NULL), AKV_E_UNSUPPORTED, "akv_attach_rows");
-    REFUSED(akv_slots_attention(cache, 0, 0, 0, NULL), AKV_E_UNSUPPORTED, "akv_slots_attention");
-    REFUSED(akv_mask_create(cache, 0, 0, (akv_mask **)&written.handle), AKV_E_UNSUPPORTED, "akv_mask_create");
-    REFUSED(akv_mask_set(NULL, NULL, 0, 0, 0, NULL), AKV_E_UNSUPPORTED, "akv_mask_set");
+    REFUSED(akv_slots_attention(cache, 0, NULL, 0, NULL), AKV_E_UNSUPPORTED, "akv_slots_attention");
+    REFUSED(akv_mask_create(context, 0, 0, (akv_mask **)&written.handle), AKV_E_UNSUPPORTED, "akv_mask_create");
+    REFUSED(akv_mask_set(NULL, 0, 0, 0, NULL, 0, NULL), AKV_E_UNSUPPORTED, "akv_mask_set");
     REFUSED(akv_mask_destroy(NULL), AKV_E_UNSUPPORTED, "akv_mask_destroy");
 }
 

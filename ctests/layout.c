@@ -45,7 +45,7 @@ AT(akv_cache_desc, layers, 24);
 AT(akv_cache_desc, max_sequences, 32);
 AT(akv_cache_desc, exact_head, 36);
 AT(akv_cache_desc, exact_tail, 40);
-AT(akv_cache_desc, reserved, 44);
+AT(akv_cache_desc, n_streams, 44);
 AT(akv_cache_desc, n_slots, 48);
 AT(akv_cache_desc, max_bytes, 56);
 

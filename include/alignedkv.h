@@ -263,9 +263,10 @@ typedef struct akv_cache_desc {
     // Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
     // 128; 0 = 64, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     uint32_t exact_tail;
-    // 0.
-    uint32_t reserved;
-    // Cells of AKV_SLOTS and AKV_ATTACHED.
+    // Streams of AKV_SLOTS and AKV_ATTACHED, 1 to 65536; 0 = 1, and 0 with AKV_APPEND.
+    uint32_t n_streams;
+    // Cells of a stream of AKV_SLOTS and AKV_ATTACHED, 1 to 2^31 - 1: cell c of stream s is slot s * n_slots + c. The
+    // memory of all is taken when the cache is made. 0 with AKV_APPEND.
     uint64_t n_slots;
     // Most bytes the cache may take, page tables, staging and workspaces included; 0 = no limit.
     uint64_t max_bytes;
@@ -368,6 +369,16 @@ typedef struct akv_threads {
     // Passed to it.
     void *user;
 } akv_threads;
+
+// The cells that some query rows look at, in akv_slots_attention. An array element: fixed size.
+typedef struct akv_span {
+    // Stream, 0 to n_streams - 1.
+    int32_t stream;
+    // Query rows.
+    int32_t n_q;
+    // They look at cells 0 to n_kv - 1 of the stream.
+    int64_t n_kv;
+} akv_span;
 
 // What an attention call read and how: numbers of this call, not sums over calls. Written on success only (with
 // `akv_threads` by the thread with ith 0).
@@ -679,8 +690,18 @@ akv_status akv_merge_states(struct akv_context *context,
 
 // ---- Placements where the engine's cells are the truth (AKV_SLOTS, AKV_ATTACHED), and their masks -------------------
 
-// Writes `n` rows of K and V to the cells `slots`; NULL rows = the attached rows already hold the new values. Not
-// built yet: AKV_E_UNSUPPORTED.
+// Writes rows to `n` cells: row i of `key` `[n][n_kv_heads][dim_k]` (after RoPE) and `value` `[n][n_kv_heads][dim_v]`
+// goes to slot `slots[i]` (see akv_cache_desc.n_slots), in the layer's dtypes. AKV_SLOTS: either may be NULL, then only
+// the other is written. AKV_ATTACHED: both are NULL; the attached rows of these slots have changed, K or V or both. A
+// slot that is there twice holds the later row. All rows are checked first: on error nothing is written. Writing takes
+// no memory and cannot fail for lack of it.
+//
+// Scales only grow while a tile of 128 cells is written to; a tile whose cells have all been written since it last was
+// closed gets the scales of its rows alone, as if it had been appended. Rows of the last written tiles (64, or a
+// sixteenth of the cache if that is more) are kept as given meanwhile; a write to another one reopens it: rows that
+// outgrow its scales re-encode what is there, and what that loses is in every later certificate.
+//
+// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is running).
 akv_status akv_slots_write(struct akv_cache *cache,
                            int32_t layer,
                            const int64_t *slots,
@@ -689,7 +710,9 @@ akv_status akv_slots_write(struct akv_cache *cache,
                            const struct akv_rows *value,
                            void *stream);
 
-// Reads cells `first..first + n` back. Not built yet: AKV_E_UNSUPPORTED.
+// Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
+// stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
+// written, if a value is too large for the dtype. AKV_SLOTS only (attached rows are the caller's).
 akv_status akv_slots_read(struct akv_cache *cache,
                           int32_t layer,
                           int64_t first,
@@ -698,35 +721,63 @@ akv_status akv_slots_read(struct akv_cache *cache,
                           const struct akv_rows *value,
                           void *stream);
 
-// Forgets cells `first..first + n`. Not built yet: AKV_E_UNSUPPORTED.
+// Forgets slots `first..first + n`, in `layer` or, with -1, in all: they hold zeros. A tile of which nothing is left
+// starts afresh.
 akv_status akv_slots_invalidate(struct akv_cache *cache, int32_t layer, int64_t first, int64_t n);
 
-// Names the engine's own rows of a layer (AKV_ATTACHED); they must outlive the cache. Not built yet:
-// AKV_E_UNSUPPORTED.
+// Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
+// streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
+// with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
+akv_status akv_slots_copy(struct akv_cache *cache, int32_t layer, int64_t from, int64_t to, int64_t n);
+
+// Names the engine's own rows of a layer (AKV_ATTACHED): `[n_streams * n_slots][n_kv_heads][dim]`, in the layer's
+// dtypes. Only read, in akv_slots_write and akv_slots_attention, and only where cells have been written; valid until
+// others are named or the cache is destroyed. Naming rows forgets what had been written.
 akv_status akv_attach_rows(struct akv_cache *cache,
                            int32_t layer,
                            const struct akv_rows *key,
                            const struct akv_rows *value);
 
-// Attention of `n_q` query rows over the first `n_kv` cells, as `desc->mask` says. Not built yet: AKV_E_UNSUPPORTED.
+// Attention of query rows over cells, as akv_aligned_attention: the rows of `desc->q` and of the outputs lie span by
+// span, and row r of all sees, of its span's cells, what row r of `desc->mask` lets it see (all of them without a
+// mask). Cells that were never written count as zeros. Spans of up to 8 rows take the progressive path, longer ones the
+// dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
+//
+// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
 akv_status akv_slots_attention(struct akv_cache *cache,
                                int32_t layer,
-                               int64_t n_kv,
-                               int64_t n_q,
+                               const struct akv_span *spans,
+                               int32_t n_spans,
                                const struct akv_attention_desc *desc);
 
-// Makes a mask of up to `max_rows` query rows and `max_kv` cells. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_mask_create(struct akv_cache *cache, int64_t max_rows, int64_t max_kv, struct akv_mask **out);
+// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to `max_kv`
+// cells and on up to `max_threads` threads (0 = the context's).
+akv_status akv_slots_workspace(const struct akv_cache *cache,
+                               int64_t max_kv,
+                               int32_t max_threads,
+                               size_t *bytes,
+                               size_t *align);
 
-// Sets a mask from `[rows][n_kv]` f16, 0 or -inf, or additive; `stride` in bytes. Not built yet: AKV_E_UNSUPPORTED.
+// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches as
+// share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
+//
+// Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
+akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_t max_kv, struct akv_mask **out);
+
+// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next (0 =
+// contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
+// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
+// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
+// size; nothing is set then.
 akv_status akv_mask_set(struct akv_mask *mask,
-                        const void *f16,
+                        int64_t first_row,
                         int64_t rows,
                         int64_t n_kv,
+                        const void *f16,
                         int64_t stride,
                         void *stream);
 
-// Destroys a mask. Not built yet: AKV_E_UNSUPPORTED.
+// Destroys a mask. AKV_E_BUSY while calls use it.
 akv_status akv_mask_destroy(struct akv_mask *mask);
 
 #ifdef __cplusplus

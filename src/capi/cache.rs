@@ -93,7 +93,7 @@ fn exact(name: String, value: u32, default: usize) -> Result<usize> {
 pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config> {
     let at = |field: &str| format!("{name}->{field}");
     zero(at("flags"), desc.flags)?;
-    zero(at("reserved"), desc.reserved)?;
+    zero(at("n_streams"), desc.n_streams)?;
     let format = match desc.format {
         AKV_FORMAT_ALIGNED => Format::Aligned,
         AKV_FORMAT_PUBLISHED => Format::Published,
@@ -240,7 +240,7 @@ mod tests {
         type Case = (&'static str, fn(&mut akv_cache_desc));
         let cases: [Case; 12] = [
             ("desc->flags", |d| d.flags = 1),
-            ("desc->reserved", |d| d.reserved = 1),
+            ("desc->n_streams", |d| d.n_streams = 1),
             ("desc->format", |d| d.format = 3),
             ("desc->placement", |d| d.placement = -1),
             ("desc->nan_policy", |d| d.nan_policy = 3),

@@ -266,9 +266,10 @@ pub struct akv_cache_desc {
     /// Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
     /// 128; 0 = 64, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     pub exact_tail: u32,
-    /// 0.
-    pub reserved: u32,
-    /// Cells of AKV_SLOTS and AKV_ATTACHED.
+    /// Streams of AKV_SLOTS and AKV_ATTACHED, 1 to 65536; 0 = 1, and 0 with AKV_APPEND.
+    pub n_streams: u32,
+    /// Cells of a stream of AKV_SLOTS and AKV_ATTACHED, 1 to 2^31 - 1: cell c of stream s is slot s * n_slots + c. The
+    /// memory of all is taken when the cache is made. 0 with AKV_APPEND.
     pub n_slots: u64,
     /// Most bytes the cache may take, page tables, staging and workspaces included; 0 = no limit.
     pub max_bytes: u64,
@@ -380,6 +381,18 @@ pub struct akv_threads {
     pub barrier: akv_barrier_fn,
     /// Passed to it.
     pub user: *mut c_void,
+}
+
+/// The cells that some query rows look at, in akv_slots_attention. An array element: fixed size.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct akv_span {
+    /// Stream, 0 to n_streams - 1.
+    pub stream: i32,
+    /// Query rows.
+    pub n_q: i32,
+    /// They look at cells 0 to n_kv - 1 of the stream.
+    pub n_kv: i64,
 }
 
 /// What an attention call read and how: numbers of this call, not sums over calls. Written on success only (with
