@@ -257,7 +257,7 @@ impl Setup {
 
     /// Tiles of a layer whose rows are kept as given.
     fn kept(&self) -> usize {
-        (self.n_streams * self.tiles()).div_ceil(16).max(64)
+        (self.n_streams * self.tiles() / 16).max(2 * self.n_streams)
     }
 
     fn all_slots(&self) -> usize {
@@ -757,6 +757,9 @@ impl World {
                 continue;
             }
             let slot = span.stream as usize * s.n_slots + cell;
+            if !(l.k.written[slot] && l.v.written[slot]) {
+                continue;
+            }
             let k = &l.k.row(slot)[kv_head * s.dim_k..][..s.dim_k];
             let dot: f64 = k.iter().zip(q).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
             let score = if cap > 0.0 { cap * (dot * scale / cap).tanh() } else { dot * scale };
@@ -809,7 +812,7 @@ impl World {
                     let near = got == lse || (got - lse).abs() <= lse_bound;
                     assert!(near, "{}: lse {got}, not {lse} +- {lse_bound:e}", told());
                     if lse == f64::NEG_INFINITY {
-                        assert_eq!((bound, o.amplitude[at]), (0.0, 0.0), "{}", told());
+                        assert!(bound < 1e-30 && o.amplitude[at] == 0.0, "{}", told());
                         row_is_zero(&o, at, s.dim_v);
                     }
                     let estimate = f64::from(o.estimate[at]);
@@ -1071,7 +1074,7 @@ fn attention_over_cells() {
                 [0.1, 0.3, 1e-2, 1e-3, 1e-4, 0.0][rng.below(if call.mode == AKV_GUARANTEED { 2 } else { 6 })];
             call.softcap = [0.0, 0.0, 30.0, 2.0][rng.below(4)];
             let heads = s.n_q_heads();
-            call.slopes = (rng.below(3) == 0)
+            call.slopes = (mask.is_some() && rng.below(3) == 0)
                 .then(|| (0..heads).map(|h| 2f32.powf(-8.0 * (h + 1) as f32 / heads as f32)).collect());
             call.sinks = (rng.below(3) == 0).then(|| rng.normals(heads).iter().map(|x| 3.0 * x).collect());
             let told = format!("case {case}, round {round}: {s:?} mask {kind} of {known}");
@@ -1278,7 +1281,11 @@ fn rows_that_see_nothing() {
                                     if !sees {
                                         row_is_zero(&o, at, s.dim_v);
                                         assert_eq!(o.lse[at], sinks.as_ref().map_or(-INF, |x| x[head]));
-                                        assert_eq!((o.bound[at], o.amplitude[at], o.estimate[at]), (0.0, 0.0, 0.0));
+                                        assert!(
+                                            o.bound[at] < 1e-30
+                                                && o.amplitude[at] == 0.0
+                                                && o.estimate[at] <= o.bound[at]
+                                        );
                                     }
                                 }
                                 row += 1;
@@ -1382,6 +1389,12 @@ fn whole_tiles_are_as_if_appended() {
                     world.fill(&mut rng, 0, slots, 1.0);
                 }
             }
+            // Scales only grow while a tile is written to: others take its place.
+            if case >= 4 {
+                assert!(s.tiles() >= s.kept());
+                let others: Vec<usize> = (0..s.tiles()).map(|tile| s.n_slots + tile * TILE).collect();
+                world.fill(&mut rng, 0, &others, 1.0);
+            }
             for n_q in [1, 8, 9] {
                 for mode in [AKV_EXPECTED, AKV_GUARANTEED, AKV_EXACT] {
                     let spans = [span(0, n_q, n)];
@@ -1423,7 +1436,10 @@ fn attached_rows_are_read_in_part() {
         let mut world = World::new(s);
         world.fill(&mut rng, 0, &(0..2000).collect::<Vec<_>>(), 1.0);
         let spans = [span(0, 1, 2000)];
-        let call = Call::new(&mut rng, &s, &spans, None);
+        let mut call = Call::new(&mut rng, &s, &spans, None);
+        // Most tokens have little weight.
+        call.q.iter_mut().for_each(|x| *x *= 5.0);
+        call.tolerance = 1e-2;
         let o = world.check(0, &call, &mut Vec::new(), "attached");
         let bits = |o: &Output| 8.0 * (o.stats.bytes_k + o.stats.bytes_v) as f64 / (o.stats.tokens * 128) as f64;
         println!("{dtype:?}: {:.2} bits", bits(&o));
@@ -1432,7 +1448,7 @@ fn attached_rows_are_read_in_part() {
         // Half of them hidden: less is read.
         let x: Vec<f32> = (0..2000).map(|cell| if cell < 1024 { -INF } else { 0.0 }).collect();
         let mask = Mask::new(world.context, 2000, x);
-        let call = Call { mask: Some(&mask), q: call.q.clone(), ..Call::new(&mut rng, &s, &spans, None) };
+        call.mask = Some(&mask);
         let half = world.check(0, &call, &mut Vec::new(), "attached, half of it");
         assert!(half.stats.bytes_k < o.stats.bytes_k * 6 / 10, "{} of {}", half.stats.bytes_k, o.stats.bytes_k);
     }
