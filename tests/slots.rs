@@ -1090,8 +1090,8 @@ fn attention_over_cells() {
                         "{}: bound {bound:e}, A {amplitude}",
                         told()
                     ),
-                    // As 16 bits are.
-                    AKV_EXACT => {
+                    // As 16 bits are, unless scores are so large that binary32 rounds them.
+                    AKV_EXACT if kind != 8 => {
                         assert!(error <= 3e-4, "{}: rms error {error:e} of A", told());
                         assert!(bound <= 0.05 * amplitude + 1e-12, "{}: bound {bound:e}, A {amplitude}", told());
                     }
