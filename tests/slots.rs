@@ -157,23 +157,23 @@ impl Cells {
     /// `cells` are those of the tile.
     fn write(&mut self, slot: usize, tile: usize, cells: std::ops::Range<usize>, row: &[f32]) {
         let (width, dim, step) = (self.width, self.dim, self.step);
+        let stored: Vec<usize> =
+            cells.clone().filter(|&o| self.by_channel && self.written[o] && !self.given[o]).collect();
         for c in 0..width {
             let head = c / dim * dim;
-            let magnitude = if self.by_channel {
-                row[c].abs()
-            } else {
-                row[head..head + dim].iter().fold(0.0, |m: f32, x| m.max(x.abs()))
-            };
+            let values = if self.by_channel { &row[c..c + 1] } else { &row[head..head + dim] };
+            let magnitude = values.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
             let old = self.peaks(slot, tile)[c];
-            if magnitude > old {
-                self.peaks(slot, tile)[c] = magnitude;
-                // What is known as stored alone is encoded again.
-                if self.by_channel {
-                    for other in cells.clone().filter(|&o| self.written[o] && !self.given[o]) {
-                        self.error[other * width + c] += step * old;
-                    }
+            // Rows that are known as stored alone may have to be encoded again. (Scales are at least what rows need, and
+            // at most what they ever needed: they may have shrunk.)
+            let needed = |o: usize| self.x[o * width + c].abs();
+            if !stored.is_empty() && cells.clone().all(|o| magnitude > needed(o)) {
+                for &o in &stored {
+                    self.error[o * width + c] += step * old.min(magnitude);
                 }
             }
+            let peak = &mut self.peaks(slot, tile)[c];
+            *peak = peak.max(magnitude);
         }
         self.x[slot * width..][..width].copy_from_slice(row);
         self.error[slot * width..][..width].fill(0.0);
@@ -411,6 +411,8 @@ impl World {
                 if let Some(x) = x {
                     let row = &x[i * cells.width..][..cells.width];
                     cells.write(slot, s.tile(slot), s.cells(s.tile(slot)), row);
+                    // So many tiles take turns that some may be reopened in this very call.
+                    cells.given[slot] = tiles.len() <= s.kept();
                 }
             }
         }
@@ -564,9 +566,8 @@ struct Mask {
 
 impl Mask {
     /// Values are rounded to f16; their rows lie with gaps, and come in two calls.
-    fn new(context: *mut akv_context, n_kv: usize, mut x: Vec<f32>) -> Mask {
+    fn new(context: *mut akv_context, rows: usize, n_kv: usize, mut x: Vec<f32>) -> Mask {
         x.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
-        let rows = x.len().checked_div(n_kv).unwrap_or(1);
         let stride = n_kv + 5;
         let mut halves = vec![f16::NAN; rows * stride];
         for (halves, x) in halves.chunks_exact_mut(stride).zip(x.chunks_exact(n_kv.max(1))) {
@@ -965,7 +966,7 @@ fn any_operations_in_any_order() {
                 let (rows, n_kv) = ((spans[0].n_q + spans[1].n_q) as usize, spans[0].n_kv.max(spans[1].n_kv) as usize);
                 let kind = rng.below(6);
                 let x = mask(&mut rng, kind, rows, n_kv);
-                let mask = Mask::new(world.context, n_kv, x);
+                let mask = Mask::new(world.context, rows, n_kv, x);
                 let masked = rng.below(3) > 0;
                 let mut call = Call::new(&mut rng, &s, &spans, masked.then_some(&mask));
                 call.mode = rng.below(3) as i32;
@@ -1065,7 +1066,7 @@ fn attention_over_cells() {
             // A mask may know fewer cells than there are, and more.
             let known = [n_kv, n_kv, n_kv + 40, n_kv][rng.below(4)];
             let x = if kind < MASKS { mask(&mut rng, kind, rows, known) } else { Vec::new() };
-            let mask = (kind < MASKS).then(|| Mask::new(world.context, known, x));
+            let mask = (kind < MASKS).then(|| Mask::new(world.context, rows, known, x));
             let mut call = Call::new(&mut rng, &s, &spans, mask.as_ref());
             let peaked = [1.0, 1.0, 4.0][rng.below(3)];
             call.q.iter_mut().for_each(|x| *x *= peaked);
@@ -1149,7 +1150,7 @@ fn the_bits_do_not_depend_on_who_computes_them() {
             let mut got = Vec::new();
             for kind in [1, 3, 7] {
                 let x = mask(&mut rng, kind, 24, 1200);
-                let mask = Mask::new(world.context, 1200, x);
+                let mask = Mask::new(world.context, 24, 1200, x);
                 for mode in [AKV_EXPECTED, AKV_GUARANTEED, AKV_EXACT] {
                     let mut call = Call::new(&mut rng, &s, &spans, Some(&mask));
                     (call.mode, call.tolerance) = (mode, if mode == AKV_GUARANTEED { 0.1 } else { 0.0 });
@@ -1167,7 +1168,7 @@ fn the_bits_do_not_depend_on_who_computes_them() {
                     let (mut row, width) = (0, s.n_q_heads() * s.dim_k);
                     for span in &spans {
                         let n = span.n_q as usize;
-                        let mask = Mask::new(world.context, 1200, mask.x[row * 1200..(row + n) * 1200].to_vec());
+                        let mask = Mask::new(world.context, n, 1200, mask.x[row * 1200..(row + n) * 1200].to_vec());
                         let q = call.q[row * width..(row + n) * width].to_vec();
                         let sinks = call.sinks.clone();
                         let alone = Call {
@@ -1212,7 +1213,7 @@ fn hidden_cells_do_not_matter() {
                     x[896..].fill(-INF);
                     x[0] = 0.0;
                 });
-                let mask = Mask::new(world.context, 900, x.clone());
+                let mask = Mask::new(world.context, n_q as usize + 1, 900, x.clone());
                 for mode in [AKV_EXPECTED, AKV_GUARANTEED, AKV_EXACT] {
                     let mut call = Call::new(&mut rng, &s, &spans, Some(&mask));
                     (call.mode, call.tolerance) = (mode, 0.1);
@@ -1410,7 +1411,7 @@ fn whole_tiles_are_as_if_appended() {
                         "{told}"
                     );
                     // A mask that hides nothing is none.
-                    let mask = Mask::new(world.context, n as usize, vec![0.0; n_q as usize * n as usize]);
+                    let mask = Mask::new(world.context, n_q as usize, n as usize, vec![0.0; n_q as usize * n as usize]);
                     call.mask = Some(&mask);
                     assert_eq!(world.attend(0, &call, 0).all_bits(&s), want.all_bits(&s), "with a mask, {told}");
                 }
@@ -1447,7 +1448,7 @@ fn attached_rows_are_read_in_part() {
         assert_eq!(o.stats.tokens, 2000);
         // Half of them hidden: less is read.
         let x: Vec<f32> = (0..2000).map(|cell| if cell < 1024 { -INF } else { 0.0 }).collect();
-        let mask = Mask::new(world.context, 2000, x);
+        let mask = Mask::new(world.context, 1, 2000, x);
         call.mask = Some(&mask);
         let half = world.check(0, &call, &mut Vec::new(), "attached, half of it");
         assert!(half.stats.bytes_k < o.stats.bytes_k * 6 / 10, "{} of {}", half.stats.bytes_k, o.stats.bytes_k);
