@@ -119,6 +119,8 @@ impl Decoded {
         let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, s.planes_k, s.planes_v);
         self.left_k = LEFT[pk] + tile.meta.slack;
         self.left_v = LEFT[pv];
+        // Scores go over whole lanes of channels: none of them may be what was in the memory before.
+        self.k_unit = [0.0; MAX_DIM];
         for (unit, &u) in self.k_unit.iter_mut().zip(tile.k_scales) {
             *unit = scale(u);
         }
