@@ -277,7 +277,8 @@ impl SlotLayer {
         if tile.v.stale > 0 && tile.v.fresh & whole == whole {
             self.layout.encode_values(&mut tile.page, &v, skip);
         }
-        tile.kept = None;
+        // Free: whoever needs rows next takes these.
+        (tile.kept, self.kept[kept].used) = (None, 0);
         for cells in [&mut tile.k, &mut tile.v] {
             (cells.fresh, cells.stale) = (0, 0);
         }
