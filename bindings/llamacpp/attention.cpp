@@ -281,7 +281,7 @@ bool attention::run(const attention_node & node, layer & l, const row_view & k, 
         return false;
     }
     if (workspace_.size() < bytes + align) {
-        workspace_.resize(bytes + align);
+        workspace_.assign((bytes + align) * 3 / 2, 0);
     }
     c.desc.workspace       = (void *) ((uintptr_t(workspace_.data()) + align - 1) / align * align);
     c.desc.workspace_bytes = bytes;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <set>
 
 using namespace akv_ggml;
@@ -94,7 +95,7 @@ storage * lasting(const ggml_tensor * t) {
 class executor {
   public:
     explicit executor(ggml_backend_t cpu) : attention_(cpu), cpu_(cpu) {}
-    ~executor() = default;
+    ~executor();
 
     ggml_status compute(ggml_cgraph * graph);
 
@@ -127,6 +128,18 @@ class executor {
     std::vector<ggml_fp16_t> rows_;
     std::vector<int64_t>     slots_;
 };
+
+executor::~executor() {
+    const uint64_t progressive = count.attention_progressive, dense = count.attention_dense;
+    if (progressive + dense > 0) {
+        const auto bits = [](uint64_t bytes, uint64_t elements) { return elements ? 8.0 * double(bytes) / double(elements) : 0.0; };
+        AKV_LOG_INFO_("so far %llu attention calls by digits, %llu densely, %llu by ggml; bits read per element: K %.2f, V %.2f; "
+                      "%.1f ms in attention, %.1f ms in writing rows\n",
+                      (unsigned long long) progressive, (unsigned long long) dense, (unsigned long long) count.attention_delegated,
+                      bits(count.bytes_k, count.elements_k), bits(count.bytes_v, count.elements_v),
+                      double(count.us_attention) / 1e3, double(count.us_write) / 1e3);
+    }
+}
 
 void executor::say_once(const std::string & what) {
     if (said_.insert(what).second) {
@@ -350,8 +363,11 @@ executor::outcome executor::attend(const ggml_tensor * out) {
     layer * l = s->find((const char *) k->data, (const char *) v->data);
     if (!l) {
         half h;
-        if (s->find(k->data, h) || s->find(v->data, h)) {
-            say_once("attention stays ggml's: K and V belong to different layers");
+        const layer * of_k = s->find(k->data, h), * of_v = s->find(v->data, h);
+        if (of_k || of_v) {
+            if ((of_k && !of_k->plain()) || (of_v && !of_v->plain())) {
+                say_once("one attention call stays ggml's: K and V belong to different layers");
+            }
             return outcome::delegate;
         }
         const settings set = settings::from_environment();
@@ -443,7 +459,14 @@ ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
     ggml_backend_i interface = {};
     interface.get_name      = [](ggml_backend_t) { return "AlignedKV"; };
     interface.free          = [](ggml_backend_t b) { delete &work(b); delete b; };
-    interface.graph_compute = [](ggml_backend_t b, ggml_cgraph * graph) { return work(b).compute(graph); };
+    interface.graph_compute = [](ggml_backend_t b, ggml_cgraph * graph) {
+        try {
+            return work(b).compute(graph);
+        } catch (const std::exception & e) { // out of memory
+            AKV_LOG_ERROR_("a graph failed: %s\n", e.what());
+            return GGML_STATUS_ALLOC_FAILED;
+        }
+    };
     return new ggml_backend{&guid, interface, dev, new executor(inner)};
 }
 

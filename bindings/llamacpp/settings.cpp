@@ -9,8 +9,11 @@ namespace akv_ggml {
 counters count;
 
 int log_level() {
-    const char * text = getenv("ALIGNEDKV_LOG");
-    return text && *text ? atoi(text) : 1;
+    static const int level = [] {
+        const char * text = getenv("ALIGNEDKV_LOG");
+        return text && *text ? atoi(text) : 1;
+    }();
+    return level;
 }
 
 settings settings::from_environment() {

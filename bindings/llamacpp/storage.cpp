@@ -350,7 +350,10 @@ void layer::make_plain(const std::string & why) {
     if (plain()) {
         return;
     }
-    AKV_LOG_WARN_("a layer falls back to f16 rows and ggml's attention: %s\n", why.c_str());
+    if (!home_.warned) { // the others would say the same
+        home_.warned = true;
+        AKV_LOG_WARN_("a layer falls back to f16 rows and ggml's attention: %s\n", why.c_str());
+    }
     count.layers_refused++;
     count.layers_active--;
     if (!truth_in_memory_) {
@@ -477,8 +480,10 @@ layer * storage::find(const char * k, const char * v) const {
 layer * storage::add(std::unique_ptr<layer> made) {
     layer * l = made.get();
     layers_.push_back(std::move(made));
-    for (half h : {key, value}) {
-        regions_.push_back({l->rows(h).begin, l->rows(h).end, l, h});
+    const row_layout & k = l->rows(key), & v = l->rows(value);
+    regions_.push_back({k.begin, k.end, l, key});
+    if (v.begin >= k.end || v.end <= k.begin) { // not MLA, where V is a part of K
+        regions_.push_back({v.begin, v.end, l, value});
     }
     std::sort(regions_.begin(), regions_.end(), [](const region & a, const region & b) { return a.begin < b.begin; });
     return l;

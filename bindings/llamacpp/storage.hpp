@@ -149,6 +149,7 @@ class storage {
 
     std::mutex mutex;
     bool       announced = false; // the line that says what runs
+    bool       warned    = false; // the one that says that a layer fell back
 
   private:
     storage(char * base, size_t size);
