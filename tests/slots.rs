@@ -1503,3 +1503,37 @@ fn writing_takes_no_memory() {
         assert_eq!(usage(&world), before);
     }
 }
+
+/// Rows that are copied carry the error of where they come from, whatever they come to lie among.
+#[test]
+fn copied_rows_are_known_as_they_were() {
+    let mut rng = Rng::new(21);
+    for planes in [4, 2] {
+        for exact_head in [AKV_NONE, 20] {
+            let s = Setup { planes, exact_head, dim_k: 32, n_slots: 1000, n_streams: 2, ..SMALL };
+            let mut world = World::new(s);
+            // Small rows under the scales of a large one, known as stored once other tiles have been written.
+            world.fill(&mut rng, 0, &(128..256).collect::<Vec<_>>(), 1.0);
+            world.fill(&mut rng, 0, &[130], 1e4);
+            world.fill(&mut rng, 0, &(384..1000).collect::<Vec<_>>(), 1.0);
+            // Among rows of their size, alone, and with others after them.
+            world.copy(None, 140, 1140, 100);
+            world.copy(None, 150, 1005, 10);
+            world.fill(&mut rng, 0, &(1240..1400).collect::<Vec<_>>(), 1.0);
+            world.copy(None, 1140, 1700, 50);
+            for again in 0..40 {
+                let spans = [span(1, 1, 1000), span(1, 9, 1000)];
+                let x = (0..10 * 1000)
+                    .map(|i| [i % 1000 / 10 == 14 + again % 10, i % 1000 < 20, i % 1000 / 10 == 70][again % 3])
+                    .map(|seen| if seen && rng.below(3) == 0 { 0.0 } else { -INF })
+                    .collect();
+                let mask = Mask::new(world.context, 10, 1000, x);
+                let mut call = Call::new(&mut rng, &s, &spans, Some(&mask));
+                call.q.iter_mut().for_each(|x| *x *= 10.0);
+                (call.mode, call.tolerance) = ([AKV_EXACT, AKV_GUARANTEED][again % 2], 0.1);
+                world.check(0, &call, &mut Vec::new(), &format!("planes {planes}, exact_head {exact_head}, {again}"));
+            }
+            world.check_rows(0, 1000, 1000, "copied");
+        }
+    }
+}
