@@ -205,13 +205,13 @@ impl SlotLayer {
         }
     }
 
-    /// Writes rows to slots, all within bounds; rows that are the engine's own are read from there. They have passed
-    /// [`Layout::check_rows`].
-    pub fn write(&mut self, slots: &[usize], k: Option<Rows>, v: Option<Rows>) {
+    /// Writes rows to slots, as the caller lists them, all within bounds; rows that are the engine's own are read from
+    /// there. They have passed [`Layout::check_rows`].
+    pub fn write(&mut self, slots: &[i64], k: Option<Rows>, v: Option<Rows>) {
         let mut done = 0;
         while done < slots.len() {
-            let (tile, _) = self.place(slots[done]);
-            let n = slots[done..].iter().take_while(|&&slot| self.place(slot).0 == tile).count();
+            let (tile, _) = self.place(slots[done] as usize);
+            let n = slots[done..].iter().take_while(|&&slot| self.place(slot as usize).0 == tile).count();
             let (k, v) = (k.map(|k| k.skip(done)), v.map(|v| v.skip(done)));
             self.write_tile(tile, &slots[done..done + n], k, v);
             done += n;
@@ -219,16 +219,16 @@ impl SlotLayer {
     }
 
     /// Rows of some cells of a tile.
-    fn write_tile(&mut self, index: usize, slots: &[usize], k: Option<Rows>, v: Option<Rows>) {
+    fn write_tile(&mut self, index: usize, slots: &[i64], k: Option<Rows>, v: Option<Rows>) {
         let head = range_bits(0, self.skip(index));
-        let new = slots.iter().fold(0, |new, &slot| new | 1 << self.place(slot).1);
+        let new = slots.iter().fold(0, |new, &slot| new | 1 << self.place(slot as usize).1);
         let tile = &mut self.tiles[index];
         if tile.k.written | tile.v.written == 0 {
             self.layout.blank(&mut tile.page);
             (tile.k, tile.v) = (Cells::default(), Cells::default());
         }
         if self.layout.format == Format::Raw {
-            let rows = slots.iter().map(|&slot| slot % self.n_slots % TILE).enumerate();
+            let rows = slots.iter().map(|&slot| slot as usize % self.n_slots % TILE).enumerate();
             for (i, row) in rows {
                 // As if the row lay at its place in a tile.
                 if let Some(k) = k {
@@ -248,7 +248,7 @@ impl SlotLayer {
             let kept = self.keep(index);
             let (stream, n_head) = (index / self.tiles_per_stream(), self.exact_head);
             for (i, &slot) in slots.iter().enumerate() {
-                let row = slot % self.n_slots % TILE;
+                let row = slot as usize % self.n_slots % TILE;
                 let (block, n) = match head >> row & 1 {
                     1 => (&mut self.heads[stream], n_head),
                     _ => (&mut self.kept[kept].block, TILE),
@@ -416,7 +416,7 @@ impl SlotLayer {
         }
         self.take_row(from, spare);
         let (rows_k, rows_v) = self.layout.kept(spare, 1);
-        self.write(&[to], has_k.then_some(rows_k), has_v.then_some(rows_v));
+        self.write(&[to as i64], has_k.then_some(rows_k), has_v.then_some(rows_v));
         if stored_k {
             self.tiles[b].k.fresh &= !(1 << row_b);
             for head in 0..self.layout.shape.n_kv_heads {
@@ -455,7 +455,7 @@ impl SlotLayer {
             self.head_cells[stream] = row;
             let (k, v) = self.layout.kept(spare, 1);
             if cells != [false; 2] {
-                self.write(&[slot], cells[0].then_some(k), cells[1].then_some(v));
+                self.write(&[slot as i64], cells[0].then_some(k), cells[1].then_some(v));
             }
         }
         self.head_cells[stream] = n;

@@ -82,13 +82,10 @@ unsafe fn write(
     let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
-    let ids = unsafe { array(slots, n, "slots") }?;
-    let mut slots = Vec::new();
-    slots.try_reserve_exact(n).map_err(|_| Error::Memory(format!("a list of {n} slots")))?;
-    for (i, &slot) in ids.iter().enumerate() {
-        let slot = usize::try_from(slot).ok().filter(|&slot| slot < cells.n_slots());
-        let expected = || format!("0 to {}", cells.n_slots() - 1);
-        slots.push(slot.ok_or_else(|| wrong(format_args!("slots[{i}]"), ids[i], expected()))?);
+    let slots = unsafe { array(slots, n, "slots") }?;
+    let last = cells.n_slots() as i64 - 1;
+    for (i, &slot) in slots.iter().enumerate() {
+        within(format_args!("slots[{i}]"), slot, 0..=last)?;
     }
     let (layout, shape) = (*cells.layout(), cells.layout().shape);
     if let Some((k, v)) = cells.attached()? {
@@ -97,9 +94,10 @@ unsafe fn write(
                 return Err(wrong(name, "not NULL", "NULL: AKV_ATTACHED has its rows from akv_attach_rows"));
             }
         }
-        layout.check_rows("attached key", &k, slots.iter().copied())?;
-        layout.check_rows("attached value", &v, slots.iter().copied())?;
-        cells.write(&slots, None, None);
+        let changed = || slots.iter().map(|&slot| slot as usize);
+        layout.check_rows("attached key", &k, changed())?;
+        layout.check_rows("attached value", &v, changed())?;
+        cells.write(slots, None, None);
         return Ok(());
     }
     // SAFETY: the caller's contract.
@@ -117,7 +115,7 @@ unsafe fn write(
             layout.check_rows(name, rows, 0..n)?;
         }
     }
-    cells.write(&slots, k, v);
+    cells.write(slots, k, v);
     Ok(())
 }
 
