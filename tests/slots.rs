@@ -4,7 +4,7 @@
 mod common;
 
 use alignedkv::capi::{attention::*, batch::*, cache::*, context::*, sequence::*, slots::*, status::*, types::*};
-use alignedkv::format::Dtype;
+use alignedkv::format::{Dtype, PEAK, scale};
 use common::{Rng, round};
 use half::{bf16, f16};
 use std::collections::{BTreeSet, VecDeque};
@@ -1554,6 +1554,75 @@ fn copied_rows_are_known_as_they_were() {
                 world.check(0, &call, &mut Vec::new(), &format!("planes {planes}, exact_head {exact_head}, {again}"));
             }
             world.check_rows(0, 1000, 1000, "copied");
+        }
+    }
+}
+
+/// One cell per query row, and one channel of K or all of V: nothing hides an error.
+fn check_worst(world: &World, rng: &mut Rng, slots: std::ops::Range<usize>, told: &str) {
+    let s = &world.s;
+    let key = Memory::new(slots.len(), s.heads, s.dim_k, Dtype::F32, 0, false);
+    let value = Memory::new(slots.len(), s.heads, s.dim_v, Dtype::F32, 0, false);
+    let (first, n) = (slots.start as i64, slots.len() as i64);
+    // SAFETY: room for n rows.
+    ok(unsafe { akv_slots_read(world.cache, 0, first, n, &key.rows, &value.rows, null_mut()) });
+    let stream = slots.start / s.n_slots;
+    let n_kv = slots.end - stream * s.n_slots;
+    let l = &world.layers[0];
+    let worst = |memory: &Memory, cells: &Cells, c: usize| {
+        let error = |slot: usize| (memory.get(slot - slots.start, 0, c) - cells.row(slot)[c]).abs();
+        slots.clone().max_by(|&a, &b| error(a).total_cmp(&error(b))).unwrap() - stream * s.n_slots
+    };
+    let n_q = s.dim_k + s.dim_v;
+    let spans = [span(stream as i32, n_q as i32, n_kv as i64)];
+    let mut x = vec![-INF; n_q * n_kv];
+    let mut call = Call::new(rng, s, &spans, None);
+    call.q.fill(0.0);
+    for c in 0..s.dim_k {
+        x[c * n_kv + worst(&key, &l.k, c)] = 0.0;
+        (0..s.n_q_heads()).for_each(|h| call.q[(c * s.n_q_heads() + h) * s.dim_k + c] = 5.0);
+    }
+    for c in 0..s.dim_v {
+        x[(s.dim_k + c) * n_kv + worst(&value, &l.v, c)] = 0.0;
+    }
+    let mask = Mask::new(world.context, n_q, n_kv, x);
+    call.mask = Some(&mask);
+    for mode in [AKV_EXACT, AKV_EXPECTED] {
+        call.mode = mode;
+        world.check(0, &call, &mut Vec::new(), told);
+    }
+}
+
+/// What is encoded twice is off by the sum of both errors, and the bounds say so.
+#[test]
+fn bounds_hold_where_errors_add_up() {
+    let mut rng = Rng::new(22);
+    for planes in [4, 3, 2] {
+        for growth in [1.15f32, 1.3, 2.0] {
+            let s = Setup { planes, exact_head: AKV_NONE, n_slots: 1300, n_streams: 2, ..SMALL };
+            let mut world = World::new(s);
+            let others: Vec<usize> = (256..1300).collect();
+            // Peaks of V rows at the limit of a scale: as stored, they may fit a smaller one.
+            let limit = PEAK * scale(128);
+            let (k, mut v) = world.random_rows(&mut rng, 256, 1.0);
+            for row in v.chunks_exact_mut(s.dim_v) {
+                row.iter_mut().for_each(|x| *x = x.clamp(-2.0, 2.0) * limit / 4.0);
+                row[rng.below(s.dim_v)] = limit * (1.0 + s.step() / 2.0 * rng.uniform() as f32);
+            }
+            world.write(0, &(0..256).collect::<Vec<_>>(), Some(&k), Some(&v));
+            world.fill(&mut rng, 0, &others, 1.0);
+            let told = format!("planes {planes}, growth {growth}");
+            for time in 0..4 {
+                world.copy(None, 3, 1300 + 1 + 300 * time, 250);
+                check_worst(&world, &mut rng, 1301 + 300 * time..1551 + 300 * time, &format!("{told}: copied, {time}"));
+                check_worst(&world, &mut rng, 0..256, &format!("{told}: {time}"));
+                // Each channel outgrows its scale.
+                let peak: Vec<f32> = (0..s.dim_k)
+                    .map(|c| growth * (0..128).fold(0.0f32, |m, slot| m.max(world.layers[0].k.row(slot)[c].abs())))
+                    .collect();
+                world.write(0, &[time], Some(&peak), None);
+                world.fill(&mut rng, 0, &others, 1.0);
+            }
         }
     }
 }
