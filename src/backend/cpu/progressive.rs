@@ -228,8 +228,8 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             let mut error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
             error.bound += bend_error(call, unit.row, head, 0, error.reach);
             let logits = logits::<S>(call, unit.row, head, 0, &scores[h], &mut bent);
-            let (out, tile_out) = (&mut outs[h * dv..(h + 1) * dv], &mut w.scratch.tile_out[..dv]);
-            w.scratch.tile.attend::<S>(logits, error.score(), exact, &mut sums[h], out, tile_out);
+            let out = &mut outs[h * dv..(h + 1) * dv];
+            w.scratch.tile.attend::<S>(logits, error.score(), exact, &mut sums[h], out);
         }
     }
     for next in first..last + 1 {
