@@ -42,6 +42,16 @@ struct scheme {
     std::string mode      = "";
 
     bool ours() const { return !placement.empty(); }
+
+    // The device reads these when the rows of a context are laid out: call it before the context's first tokens.
+    void set_environment() const {
+        const auto set = [](const char * name, const std::string & value) {
+            value.empty() ? unsetenv(name) : setenv(name, value.c_str(), 1);
+        };
+        set("ALIGNEDKV_PLACEMENT", placement);
+        set("ALIGNEDKV_MODE", mode);
+        set("ALIGNEDKV_TOLERANCE", tolerance > 0 ? std::to_string(tolerance) : "");
+    }
 };
 
 // Bits per element that attention reads where it reads all that is stored.
@@ -51,8 +61,8 @@ inline double stored_bits(ggml_type type) {
 
 struct device {
     ggml_backend_dev_t dev = nullptr;
-    void (*get)(ggml_alignedkv_counters *) = nullptr;
-    void (*reset)()                        = nullptr;
+    ggml_alignedkv_get_counters_t   get   = nullptr;
+    ggml_alignedkv_reset_counters_t reset = nullptr;
 
     // Loads libggml-alignedkv.so; without a path there is no device.
     explicit device(const std::string & path) {
@@ -67,6 +77,7 @@ struct device {
 
     ggml_alignedkv_counters counters() const {
         ggml_alignedkv_counters c = {};
+        c.struct_size             = sizeof c;
         get(&c);
         return c;
     }
@@ -87,12 +98,7 @@ inline model_ptr load_model(const std::string & path, ggml_backend_dev_t dev) {
 }
 
 inline context_ptr make_context(llama_model * model, const scheme & s, llama_context_params params) {
-    if (s.ours()) {
-        setenv("ALIGNEDKV_PLACEMENT", s.placement.c_str(), 1);
-        s.mode.empty() ? unsetenv("ALIGNEDKV_MODE") : setenv("ALIGNEDKV_MODE", s.mode.c_str(), 1);
-        s.tolerance > 0 ? setenv("ALIGNEDKV_TOLERANCE", std::to_string(s.tolerance).c_str(), 1)
-                        : unsetenv("ALIGNEDKV_TOLERANCE");
-    }
+    s.set_environment();
     params.type_k = params.type_v = s.type;
     params.flash_attn_type        = s.flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     context_ptr context(llama_init_from_model(model, params), llama_free);

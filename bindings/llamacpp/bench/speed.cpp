@@ -177,9 +177,10 @@ int main(int argc, char ** argv) {
     printf("%7s %7s  %-20s %12s %22s %22s %9s\n", "tokens", "threads", "KV cache", "us per token", "attention, us", "f16's / its attention",
            "bits read");
     for (int n : lengths) {
-        for (auto & context : contexts) {
-            llama_set_n_threads(context.get(), all_threads, all_threads);
-            fill(context.get(), in, filled, n);
+        for (size_t i = 0; i < schemes.size(); i++) {
+            schemes[i].set_environment();
+            llama_set_n_threads(contexts[i].get(), all_threads, all_threads);
+            fill(contexts[i].get(), in, filled, n);
         }
         filled = n;
         for (int t : threads) {
@@ -190,7 +191,7 @@ int main(int argc, char ** argv) {
             const int steps = std::max(tokens, (int) (4000 / std::max(1.0, decode_us(contexts[0].get(), in, n, tokens))));
             const int used  = std::min(steps, CHUNK / 2);
             std::vector<double>              base;
-            std::vector<std::vector<double>> whole(schemes.size()), bits(schemes.size());
+            std::vector<std::vector<double>> whole(schemes.size()), bits(schemes.size()), inside(schemes.size());
             decode_us(empty.get(), in, 0, used);
             for (auto & context : contexts) decode_us(context.get(), in, n, tokens);
             for (int r = 0; r < rounds; r++) {
@@ -202,6 +203,7 @@ int main(int argc, char ** argv) {
                     if (schemes[i].ours()) {
                         const ggml_alignedkv_counters c = akv.counters();
                         bits[i].push_back(8.0 * (c.bytes_k + c.bytes_v) / (double) (c.elements_k + c.elements_v));
+                        inside[i].push_back((double) (c.us_attention + c.us_write) / used);
                     }
                 }
             }
@@ -221,10 +223,11 @@ int main(int argc, char ** argv) {
                 fprintf(f,
                         "%s\n  {\"n\": %d, \"threads\": %d, \"name\": \"%s\", \"us\": %.2f, \"rest_us\": %.2f, \"attention_us\": %.2f, "
                         "\"attention_us_p25\": %.2f, \"attention_us_p75\": %.2f, \"speedup\": %.4f, \"speedup_p25\": %.4f, "
-                        "\"speedup_p75\": %.4f, \"whole_speedup\": %.4f, \"bits\": %.4f}",
+                        "\"speedup_p75\": %.4f, \"whole_speedup\": %.4f, \"bits\": %.4f, \"inside_us\": %s}",
                         first_row ? "" : ",", n, t, schemes[i].name.c_str(), quantile(whole[i], 0.5), rest, quantile(attention, 0.5),
                         quantile(attention, 0.25), quantile(attention, 0.75), quantile(ratio, 0.5), quantile(ratio, 0.25),
-                        quantile(ratio, 0.75), quantile(whole_ratio, 0.5), read);
+                        quantile(ratio, 0.75), quantile(whole_ratio, 0.5), read,
+                        inside[i].empty() ? "null" : std::to_string(quantile(inside[i], 0.5)).c_str());
                 first_row = false;
             }
         }
