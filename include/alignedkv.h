@@ -37,9 +37,14 @@
  *   bounding the error of a score, dv that of a value and u = log(sum of p * exp(ds)), no channel is off by more than
  *   sum of p * (expm1(ds + u) * max|v| + dv). Derivation: src/alignment/certificate.rs.
  *
- * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): CUDA; AKV_SLOTS and AKV_ATTACHED with their
- *   masks; logit_softcap, ALiBi, sink logits, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR;
- *   removing and shifting tokens; export and import.
+ * CELLS INSTEAD OF SEQUENCES (AKV_SLOTS; AKV_ATTACHED if the engine keeps its rows and the library an index beside them)
+ *
+ *   akv_slots_write(cache, layer, cells, n, &key, &value, NULL);   rows to any cells, in any order
+ *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
+ *   akv_slots_attention(cache, layer, &span, 1, &attention);
+ *
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): CUDA; ALiBi of sequences, trees; layers that
+ *   share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export and import.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -106,10 +111,10 @@ typedef int32_t akv_status;
 
 // Placements: akv_cache_desc.placement
 #define AKV_APPEND   0  // The library appends rows to sequences.
-#define AKV_SLOTS    1  // The engine's cells are the truth: rows are written to any cell. Not built yet:
-                        // AKV_E_UNSUPPORTED.
-#define AKV_ATTACHED 2  // The engine keeps its own rows, the library an index beside them. Not built yet:
-                        // AKV_E_UNSUPPORTED.
+#define AKV_SLOTS    1  // The engine's cells are the truth: rows are written to any cell.
+#define AKV_ATTACHED 2  // The engine keeps its own rows; the library has an index beside them: plane 0 of K, scales,
+                        // and what tokens of which no V is read stand for. Finer digits are read from the engine's
+                        // rows.
 
 // Modes: akv_attention_desc.mode
 #define AKV_EXPECTED   0  // Errors of tokens add as if independent: the rms error of a channel stays near tolerance *
@@ -257,7 +262,7 @@ typedef struct akv_cache_desc {
     const struct akv_layer_desc *layers;
     // Most sequences alive at once; 0 = 65536.
     uint32_t max_sequences;
-    // First tokens of every sequence whose rows are kept as given and attended exactly, since attention sinks would
+    // First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as given and attended exactly, since attention sinks would
     // coarsen the scales of their tile: up to 128; 0 = 4, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     uint32_t exact_head;
     // Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
@@ -424,7 +429,7 @@ typedef struct akv_attention_desc {
     struct akv_rows out;
     // Factor of the dot products, score = scale * (q . k); 0 = 1 / sqrt(dim_k).
     float scale;
-    // Cap c of the scores, c * tanh(score / c); 0 = none (the only one built).
+    // Cap c of the scores, c * tanh(score / c), before a mask is added; 0 = none. Not for AKV_FORMAT_PUBLISHED.
     float logit_softcap;
     // Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT, on the dense path
     // and by AKV_FORMAT_PUBLISHED.
@@ -435,11 +440,12 @@ typedef struct akv_attention_desc {
     int32_t visibility;
     // Sliding window of this call; 0 = the layer's.
     int32_t window;
-    // `[n_q_heads]`; NULL = none (the only one built).
+    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
     const float *alibi_slopes;
-    // `[n_q_heads]`; NULL = none (the only one built).
+    // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. It counts in lse: of parts that are to be
+    // merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
     const float *sink_logits;
-    // For akv_slots_attention; replaces visibility and window.
+    // For akv_slots_attention: who sees what; NULL = every row sees all cells of its span.
     const struct akv_mask *mask;
     // `[sum of n_q]`: of what it would see, row r sees only tokens (by index, not position) from kv_from[r] on; NULL =
     // 0 for all. What several calls see of parts of a context, akv_merge_states puts together.
@@ -740,7 +746,7 @@ akv_status akv_attach_rows(struct akv_cache *cache,
 
 // Attention of query rows over cells, as akv_aligned_attention: the rows of `desc->q` and of the outputs lie span by
 // span, and row r of all sees, of its span's cells, what row r of `desc->mask` lets it see (all of them without a
-// mask). Cells that were never written count as zeros. Spans of up to 8 rows take the progressive path, longer ones the
+// mask). Cells without both K and V are never seen. Spans of up to 8 rows take the progressive path, longer ones the
 // dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 //
 // `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).

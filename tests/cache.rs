@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use alignedkv::Error;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, SequenceView, StepSequence, Usage};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Placement, Reader, StepSequence, Usage};
 use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, scale};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -205,7 +205,8 @@ fn fresh(layout: &Layout, layer: usize, tokens: &[Token], skip: usize) -> Vec<u6
     page
 }
 
-fn check(view: &SequenceView, layer: usize, model: &Model, exact_head: usize) {
+fn check(reader: &Reader, layer: usize, model: &Model, exact_head: usize) {
+    let (view, positions) = (&reader.view(), reader.positions());
     let (layout, shape) = (view.layout, &view.layout.shape);
     assert_eq!(view.len, model.tokens.len());
     let n_exact = if layout.lossless() { 0 } else { exact_head.min(view.len) };
@@ -222,11 +223,11 @@ fn check(view: &SequenceView, layer: usize, model: &Model, exact_head: usize) {
         }
     }
     for (i, t) in model.tokens.iter().enumerate() {
-        assert_eq!(view.positions.at(i), t.position);
+        assert_eq!(positions.at(i), t.position);
     }
     for at in [0, view.len / 3, view.len.saturating_sub(1)].map(|i| model.tokens.get(i).map_or(0, |t| t.position)) {
         for p in [at, at.saturating_add(1)] {
-            assert_eq!(view.positions.below(p, view.len), model.tokens.partition_point(|t| t.position < p));
+            assert_eq!(positions.below(p, view.len), model.tokens.partition_point(|t| t.position < p));
         }
     }
 
@@ -268,7 +269,7 @@ fn check(view: &SequenceView, layer: usize, model: &Model, exact_head: usize) {
 
 fn check_all_layers(cache: &Cache, id: u64, model: &Model) {
     for layer in 0..cache.layouts().len() {
-        check(&cache.read(id, layer).unwrap().view(), layer, model, cache.config().exact_head);
+        check(&cache.read(id, layer).unwrap(), layer, model, cache.config().exact_head);
     }
 }
 
@@ -294,7 +295,7 @@ fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {
     if format == Format::Published {
         layers.iter_mut().for_each(|s| (s.dtype_k, s.dtype_v) = (Dtype::F16, Dtype::F16));
     }
-    Config { format, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
+    Config { placement: Placement::Append, format, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
 }
 
 fn tokens(random: &mut Random, n: usize, first: i64) -> Vec<Token> {
@@ -561,7 +562,7 @@ impl Simulation {
                 assert_eq!((step.sequence, step.n_new), (id, new.len()));
                 let mut model = self.model(id).clone();
                 model.append(&new, tail);
-                check(&reader.view(), layer, &model, self.cache.config().exact_head);
+                check(reader, layer, &model, self.cache.config().exact_head);
             }
         }
     }
@@ -820,7 +821,7 @@ fn busy_where_it_must_be_and_nowhere_else() {
     append(&batch, 1, &new).unwrap();
     assert_eq!((cache.length(id, Some(0)).unwrap(), cache.length(id, Some(1)).unwrap()), (127, 129));
     assert_eq!(cache.length(id, None).unwrap(), 127);
-    check(&readers[1].view(), 0, &model, 4);
+    check(&readers[1], 0, &model, 4);
     drop(readers);
     append(&batch, 0, &new).unwrap();
     batch.commit().unwrap();
@@ -839,7 +840,7 @@ fn busy_where_it_must_be_and_nowhere_else() {
     model.append(&new, 64);
     let _reader = cache.read(id, 0).unwrap();
     batch.begin(&[StepSequence { sequence: id, n_new: 0, n_q: 5 }], None).unwrap();
-    check(&batch.read(0).unwrap()[0].1.view(), 0, &model, 4);
+    check(&batch.read(0).unwrap()[0].1, 0, &model, 4);
     batch.commit().unwrap();
 }
 
@@ -860,11 +861,11 @@ fn readers_and_a_writer_at_once() {
                 let mut reads = 0;
                 while !stop.load(Relaxed) || reads < 10 {
                     reads += 1;
-                    check(&cache.read(still, thread % 2).unwrap().view(), thread % 2, still_model, 4);
+                    check(&cache.read(still, thread % 2).unwrap(), thread % 2, still_model, 4);
                     match cache.read(moving, thread % 2) {
                         Ok(reader) => {
                             let tokens = all[..reader.view().len].to_vec();
-                            check(&reader.view(), thread % 2, &Model { tokens, ..Model::default() }, 4);
+                            check(&reader, thread % 2, &Model { tokens, ..Model::default() }, 4);
                         }
                         Err(error) => assert!(matches!(error, Error::Busy(_)), "{error}"),
                     }

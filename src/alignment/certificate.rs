@@ -77,6 +77,11 @@ impl Sums {
         Sums { max, ..Sums::EMPTY }
     }
 
+    /// Of a token whose score is known and whose value is 0.
+    pub fn sink(score: f32) -> Sums {
+        Sums { max: score, sum: 1.0, n: 1.0, ..Sums::EMPTY }
+    }
+
     /// Adds tokens whose scores are known as well as `error` says: sums of e, of e times V scale, and of the squares of
     /// that.
     #[inline(always)]

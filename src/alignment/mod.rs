@@ -33,13 +33,21 @@ pub struct TileError {
     pub q_rms: f32,
     /// Error of the stored codes beyond [`LEFT`], and float rounding, in units of `worst`.
     pub slack: f32,
+    /// Error of what a score goes through before the softmax.
+    pub bend: f32,
 }
 
 impl TileError {
     /// Bound of a score's error after `planes` planes.
     #[inline(always)]
     pub fn bound(&self, planes: usize) -> f32 {
-        self.worst * (LEFT[planes] + self.slack) + self.q_worst
+        self.worst * (LEFT[planes] + self.slack) + self.q_worst + self.bend
+    }
+
+    /// Bound of the error of a score from K as the caller has it: float rounding, and what the score goes through.
+    #[inline(always)]
+    pub fn of_rows(&self) -> ScoreError {
+        ScoreError { bound: self.worst * self.slack + self.bend, rms: 0.0 }
     }
 
     /// Root mean square of the same.

@@ -1,6 +1,9 @@
 //! Backends: what computes. [`cpu`] is the embedded default.
 
 pub mod cpu;
+mod mask;
+
+pub use mask::Mask;
 
 use crate::cache::SequenceView;
 use crate::format::{PLANES, Rows, RowsMut, Shape};
@@ -21,10 +24,12 @@ pub enum Mode {
 pub struct QueryRow {
     /// Index in [`Attention::sequences`].
     pub sequence: usize,
-    /// It sees tokens `from..to` (none if from >= to).
+    /// It sees tokens `from..to` (none if from >= to), as far as the mask lets it.
     pub from: usize,
     /// End of what it sees.
     pub to: usize,
+    /// Number of tokens that it sees.
+    pub n: usize,
     /// True: all digits are read; false: as [`Mode`] says.
     pub dense: bool,
 }
@@ -67,6 +72,14 @@ pub struct Attention<'a> {
     pub out: RowsMut<'a>,
     /// Factor of the dot products.
     pub scale: f32,
+    /// Cap c of the scores, c * tanh(score / c); 0 = none.
+    pub softcap: f32,
+    /// By query rows: what they see, and what is added to their scores.
+    pub mask: Option<&'a Mask>,
+    /// `[n_q_heads]`: factors of what the mask adds; 1 without.
+    pub slopes: Option<&'a [f32]>,
+    /// `[n_q_heads]`: scores of a token more, whose value is 0.
+    pub sinks: Option<&'a [f32]>,
     /// Relative to the amplitude.
     pub tolerance: f32,
     /// See [`Mode`].

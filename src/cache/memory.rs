@@ -298,6 +298,13 @@ impl Block {
     }
 }
 
+impl Block {
+    /// Where it comes from.
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+}
+
 impl Drop for Block {
     fn drop(&mut self) {
         let memory = &self.memory;

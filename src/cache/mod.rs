@@ -10,22 +10,42 @@ mod memory;
 mod positions;
 mod reader;
 mod sequence;
+mod slots;
 
 pub use batch::{Batch, Bounds, StepSequence};
 pub use memory::{AllocFn, Allocator, Block, DeallocFn, Hooks, Memory};
 pub use positions::Positions;
 pub use reader::{Reader, SequenceView};
+pub use slots::SlotLayer;
 
 use crate::format::{Format, Layout, Shape, TILE};
 use crate::{Error, Result};
-use parking_lot::RwLock;
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use sequence::{Directory, MAX_SEQUENCES, Sequence};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+/// Who places rows, and who keeps them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Rows are appended to sequences.
+    Append,
+    /// The engine writes rows to cells.
+    Slots {
+        /// Streams.
+        n_streams: usize,
+        /// Cells of each.
+        n_slots: usize,
+        /// The engine keeps the rows themselves.
+        attached: bool,
+    },
+}
+
 /// What a cache is made of.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// Placement.
+    pub placement: Placement,
     /// Storage format.
     pub format: Format,
     /// Layers.
@@ -62,6 +82,8 @@ pub struct Cache {
     memory: Arc<Memory>,
     /// Locked for a look or an entry only, never while something else is waited for.
     sequences: RwLock<Directory>,
+    /// By layer; only tried, never waited for. Empty if rows are appended.
+    slots: Vec<RwLock<SlotLayer>>,
 }
 
 impl Cache {
@@ -76,12 +98,22 @@ impl Cache {
             let n = config.max_sequences;
             return Err(Error::Argument(format!("max_sequences {n}: expected at most {MAX_SEQUENCES}")));
         }
-        let layouts: Vec<Layout> = config.layers.iter().map(|&shape| Layout::new(config.format, shape)).collect();
+        let is_index = matches!(config.placement, Placement::Slots { attached: true, .. });
+        let layout = |&shape: &Shape| if is_index { Layout::index(shape) } else { Layout::new(config.format, shape) };
+        let layouts: Vec<Layout> = config.layers.iter().map(layout).collect();
         let memory = Memory::new(allocator, config.max_bytes);
         let sequences = RwLock::new(Directory::new(&memory)?);
-        let mut cache = Cache { config, layouts, memory, sequences };
+        let mut cache = Cache { config, layouts, memory, sequences, slots: Vec::new() };
         if cache.lossless() {
             (cache.config.exact_head, cache.config.exact_tail) = (0, 0);
+        }
+        if let Placement::Slots { n_streams, n_slots, .. } = cache.config.placement {
+            memory::reserve(&mut cache.slots, cache.layouts.len())?;
+            for &layout in &cache.layouts {
+                let head = cache.config.exact_head.min(n_slots);
+                let layer = SlotLayer::new(&cache.memory, layout, n_streams, n_slots, head, is_index)?;
+                cache.slots.push(RwLock::new(layer));
+            }
         }
         Ok(cache)
     }
@@ -113,12 +145,51 @@ impl Cache {
             pages_used,
             pages_free,
             pages_shared,
-            tokens: directory.sequences().map(|s| s.len.load(Relaxed) as u64).sum(),
+            tokens: directory.sequences().map(|s| s.len.load(Relaxed) as u64).sum::<u64>()
+                + self.slots.iter().find_map(|layer| Some(layer.try_read()?.n_written())).unwrap_or(0),
         }
+    }
+
+    /// Fails if rows are not placed as a call expects it.
+    pub fn check_placement(&self, slots: bool) -> Result<()> {
+        match self.config.placement {
+            Placement::Append if slots => {
+                Err(Error::Argument("cache is AKV_APPEND: expected AKV_SLOTS or AKV_ATTACHED".to_owned()))
+            }
+            Placement::Slots { .. } if !slots => {
+                Err(Error::Argument("cache is AKV_SLOTS or AKV_ATTACHED: expected AKV_APPEND".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Streams, and cells of each.
+    pub fn streams(&self) -> (usize, usize) {
+        match self.config.placement {
+            Placement::Append => (0, 0),
+            Placement::Slots { n_streams, n_slots, .. } => (n_streams, n_slots),
+        }
+    }
+
+    /// Shared access to the cells of a layer.
+    pub fn read_slots(&self, layer: usize) -> Result<RwLockReadGuard<'_, SlotLayer>> {
+        self.check_placement(true)?;
+        self.check_layer(layer)?;
+        let busy = || Error::Busy(format!("layer {layer}: is being written by another call"));
+        self.slots[layer].try_read().ok_or_else(busy)
+    }
+
+    /// Exclusive access to them.
+    pub fn write_slots(&self, layer: usize) -> Result<RwLockWriteGuard<'_, SlotLayer>> {
+        self.check_placement(true)?;
+        self.check_layer(layer)?;
+        let busy = || Error::Busy(format!("layer {layer}: is in use by another call"));
+        self.slots[layer].try_write().ok_or_else(busy)
     }
 
     /// Makes an empty sequence.
     pub fn create(&self) -> Result<u64> {
+        self.check_placement(false)?;
         let sequence = Sequence::new(&self.memory, &self.config, &self.layouts)?;
         self.sequences.write().insert(sequence, self.config.max_sequences)
     }

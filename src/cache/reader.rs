@@ -2,6 +2,7 @@
 
 use super::Positions;
 use super::layer::{Layer, Page};
+use super::slots::SlotTile;
 use crate::format::{Layout, Rows, TILE};
 use parking_lot::RawRwLock;
 use parking_lot::lock_api::ArcRwLockReadGuard;
@@ -16,6 +17,11 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// Positions of its tokens.
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
     /// What attention reads.
     pub fn view(&self) -> SequenceView<'_> {
         let layer = &*self.layer;
@@ -24,31 +30,51 @@ impl Reader {
         SequenceView {
             layout: &layer.layout,
             len: layer.len,
-            positions: &self.positions,
             n_exact,
             exact: exact.map(|head| layer.layout.kept(head, layer.exact_head)),
-            pages: &layer.pages[..layer.len.div_ceil(TILE)],
+            pages: Pages::Sequence(&layer.pages[..layer.len.div_ceil(TILE)]),
+            attached: None,
         }
     }
 }
 
-/// One layer of one sequence, as attention reads it. Tokens go by index, 0 to len - 1.
+/// One layer of one sequence or stream, as attention reads it. Tokens go by index, 0 to len - 1.
 #[derive(Clone, Copy)]
 #[allow(missing_docs)]
 pub struct SequenceView<'a> {
     pub layout: &'a Layout,
     pub len: usize,
-    pub positions: &'a Positions,
     /// The first `n_exact` (at most `len`) tokens attend through these rows instead of through page 0.
     pub n_exact: usize,
     pub exact: Option<(Rows<'a>, Rows<'a>)>,
-    pages: &'a [Page],
+    /// Rows that the engine keeps: the pages are an index beside them.
+    pub attached: Option<(Rows<'a>, Rows<'a>)>,
+    pub(super) pages: Pages<'a>,
+}
+
+/// Where the pages are.
+#[derive(Clone, Copy)]
+pub(super) enum Pages<'a> {
+    Sequence(&'a [Page]),
+    Slots(&'a [SlotTile]),
 }
 
 impl<'a> SequenceView<'a> {
     /// The page of tokens `tile * TILE ..`.
     #[inline(always)]
     pub fn page(&self, tile: usize) -> &'a [u8] {
-        &self.pages[tile].block
+        match self.pages {
+            Pages::Sequence(pages) => &pages[tile].block,
+            Pages::Slots(tiles) => &tiles[tile].page,
+        }
+    }
+
+    /// Tokens of a tile that have rows.
+    #[inline(always)]
+    pub fn written(&self, tile: usize) -> u128 {
+        match self.pages {
+            Pages::Sequence(_) => u128::MAX,
+            Pages::Slots(tiles) => tiles[tile].written(),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Attention, and merging partial attention.
 
-use super::batch::{Object, WORKSPACE_ALIGN};
+use super::batch::{Object, WORKSPACE_ALIGN, Workspaces};
 use super::check::{
     Bytes, Grid, array, count, descriptor, disjoint, no_stream, not_built, optional, pointer, within, wrong, zero,
 };
@@ -8,31 +8,33 @@ use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
 use super::{context, guard};
 use crate::backend::cpu::{Cpu, State, merge};
-use crate::backend::{Attention, Floats, Mode, QueryRow, Threads};
+use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, Threads};
 use crate::cache::{Reader, SequenceView, StepSequence};
-use crate::format::{Format, MAX_DIM, Rows, Shape};
+use crate::format::{Format, Layout, MAX_DIM, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
 
 /// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
-const MAX_PROGRESSIVE: usize = 8;
+pub(super) const MAX_PROGRESSIVE: usize = 8;
 
 /// What an attention call asks for, apart from memory: checked here for `akv_aligned_attention` and `akv_supports`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Options {
     scale: f32,
+    softcap: f32,
     tolerance: f32,
     mode: Mode,
     causal: bool,
     window: usize,
     /// No row takes another path than the dense one.
-    all_dense: bool,
+    pub all_dense: bool,
     /// AKV_PATH_* that rows can take.
     pub paths: i32,
 }
 
 impl Options {
-    pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape) -> Result<Options> {
+    /// `slots`: for akv_slots_attention.
+    pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape, slots: bool) -> Result<Options> {
         let at = |field: &str| format!("{name}->{field}");
         zero(at("flags"), d.flags)?;
         Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
@@ -52,17 +54,42 @@ impl Options {
         };
         within(at("visibility"), d.visibility, AKV_CAUSAL..=AKV_FULL)?;
         let window = within(at("window"), d.window, 0..=i32::MAX)? as usize;
-        if d.logit_softcap != 0.0 {
-            return Err(not_built(at("logit_softcap"), d.logit_softcap, 0));
+        if !(d.logit_softcap >= 0.0 && d.logit_softcap.is_finite()) {
+            return Err(wrong(at("logit_softcap"), d.logit_softcap, "a finite cap above 0, or 0 for none"));
         }
-        for (field, null) in [
-            ("alibi_slopes", d.alibi_slopes.is_null()),
-            ("sink_logits", d.sink_logits.is_null()),
-            ("mask", d.mask.is_null()),
-            ("tree", d.tree.is_null()),
-        ] {
-            if !null {
+        if slots {
+            zero(at("visibility"), d.visibility)?;
+            zero(at("window"), d.window)?;
+            if !d.alibi_slopes.is_null() && d.mask.is_null() {
+                return Err(wrong(at("alibi_slopes"), "not NULL", "NULL without a mask, whose values they multiply"));
+            }
+        }
+        for (field, null, built) in
+            [("alibi_slopes", d.alibi_slopes.is_null(), slots), ("tree", d.tree.is_null(), slots)]
+        {
+            if !null && !built {
                 return Err(not_built(at(field), "not NULL", "NULL"));
+            }
+        }
+        let others = [
+            ("mask", d.mask.is_null(), !slots),
+            ("kv_from", d.kv_from.is_null(), slots),
+            ("kv_to", d.kv_to.is_null(), slots),
+            ("tree", d.tree.is_null(), slots),
+        ];
+        for (field, null, other) in others {
+            if !null && other {
+                let call = if slots { "akv_slots_attention: its mask says it all" } else { "akv_aligned_attention" };
+                return Err(wrong(at(field), "not NULL", format_args!("NULL in {call}")));
+            }
+        }
+        if format == Format::Published {
+            let none = "with AKV_FORMAT_PUBLISHED";
+            if d.logit_softcap != 0.0 {
+                return Err(wrong(at("logit_softcap"), d.logit_softcap, format_args!("0 {none}")));
+            }
+            if !d.sink_logits.is_null() {
+                return Err(wrong(at("sink_logits"), "not NULL", format_args!("NULL {none}")));
             }
         }
         let all_dense = mode == Mode::Exact || format == Format::Raw;
@@ -73,6 +100,7 @@ impl Options {
         };
         Ok(Options {
             scale: if d.scale == 0.0 { 1.0 / (shape.dim_k as f32).sqrt() } else { d.scale },
+            softcap: d.logit_softcap,
             tolerance: if d.tolerance == 0.0 { 1e-3 } else { d.tolerance },
             mode,
             causal: d.visibility == AKV_CAUSAL,
@@ -132,6 +160,7 @@ fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
 
 /// Which tokens every query row sees.
 fn query_rows(
+    readers: &[(StepSequence, Reader)],
     views: &[SequenceView],
     step: &[StepSequence],
     options: &Options,
@@ -140,14 +169,14 @@ fn query_rows(
 ) -> Vec<QueryRow> {
     let mut rows = Vec::with_capacity(step.iter().map(|s| s.n_q).sum());
     for (sequence, (view, step)) in views.iter().zip(step).enumerate() {
+        let positions = readers[sequence].1.positions();
         let dense = options.all_dense || step.n_q > MAX_PROGRESSIVE;
         for token in view.len - step.n_q..view.len {
-            let position = view.positions.at(token);
-            let mut to =
-                if options.causal { view.positions.below(position.saturating_add(1), view.len) } else { view.len };
+            let position = positions.at(token);
+            let mut to = if options.causal { positions.below(position.saturating_add(1), view.len) } else { view.len };
             let mut from = match options.window {
                 0 => 0,
-                w => view.positions.below(position.saturating_sub(w as i64 - 1), view.len),
+                w => positions.below(position.saturating_sub(w as i64 - 1), view.len),
             };
             // Checked to be 0 or more.
             if let Some(bound) = kv_from {
@@ -156,7 +185,7 @@ fn query_rows(
             if let Some(bound) = kv_to {
                 to = to.min(bound[rows.len()] as usize);
             }
-            rows.push(QueryRow { sequence, from, to, dense });
+            rows.push(QueryRow { sequence, from, to, n: to.saturating_sub(from), dense });
         }
     }
     rows
@@ -176,6 +205,163 @@ fn finite(q: &Rows, n_rows: usize, n_heads: usize) -> Result<()> {
     Ok(())
 }
 
+/// An attention call, apart from what its rows see: all of it checked.
+pub(super) struct Frame<'a> {
+    desc: &'a akv_attention_desc,
+    pub options: Options,
+    shape: &'a Shape,
+    n_q: usize,
+    team: Option<Team>,
+    q: Grid,
+    out: Grid,
+    slopes: Option<&'a [f32]>,
+    sinks: Option<&'a [f32]>,
+    /// Bytes of workspace that it needs.
+    needed: usize,
+}
+
+/// What the rows of a call see.
+pub(super) struct Scene<'a> {
+    pub sequences: &'a [SequenceView<'a>],
+    pub rows: &'a [QueryRow],
+    pub mask: Option<&'a Mask>,
+}
+
+impl<'a> Frame<'a> {
+    /// Checks a call of `n_q` query rows over sequences of at most `max_kv` tokens. All threads of a call come to the same
+    /// conclusion, before any of them waits.
+    ///
+    /// # Safety
+    /// What `desc` points to is as documented during `'a`.
+    pub unsafe fn new(
+        desc: &'a akv_attention_desc,
+        layout: &'a Layout,
+        slots: bool,
+        n_q: usize,
+        max_kv: usize,
+        max_threads: usize,
+        cpu: &Cpu,
+    ) -> Result<Frame<'a>> {
+        let shape = &layout.shape;
+        let options = Options::new(desc, "desc", layout.format, shape, slots)?;
+        // SAFETY: the caller's contract.
+        let team = unsafe { Team::new(desc.threads, max_threads) }?;
+        let nth = team.as_ref().map_or(1, |t| t.nth);
+        let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
+        let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
+        let n = n_q.checked_mul(shape.n_q_heads);
+        // SAFETY: the caller's contract.
+        let (slopes, sinks): (Option<&[f32]>, Option<&[f32]>) = unsafe {
+            (
+                optional(desc.alibi_slopes, shape.n_q_heads, "desc->alibi_slopes")?,
+                optional(desc.sink_logits, shape.n_q_heads, "desc->sink_logits")?,
+            )
+        };
+        for (name, values) in [("alibi_slopes", slopes), ("sink_logits", sinks)] {
+            if let Some((i, x)) = values.and_then(|v| v.iter().enumerate().find(|(_, x)| !x.is_finite())) {
+                return Err(wrong(format_args!("desc->{name}[{i}]"), x, "a finite number"));
+            }
+        }
+        let workers = if team.is_some() { nth } else { cpu.n_threads() };
+        let needed = Cpu::workspace_bytes(layout, max_kv, workers);
+        if desc.workspace.is_null() {
+            if nth > 1 {
+                let call = if slots { "akv_slots_workspace" } else { "akv_batch_workspace" };
+                let expected = format_args!("memory of {call}'s size if nth is above 1");
+                return Err(wrong("desc->workspace", "NULL", expected));
+            }
+        } else if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
+            let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
+            return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
+        } else if desc.workspace_bytes < needed {
+            return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
+        }
+        let stats = match desc.stats.is_null() {
+            true => Bytes { from: 0, to: 0 },
+            false => Bytes::new(pointer(desc.stats, "desc->stats")?, Some(1), "desc->stats")?,
+        };
+        disjoint(
+            &[
+                ("desc->out", out.bytes("desc->out", n_q)?),
+                ("desc->lse", floats(desc.lse, n, "desc->lse")?),
+                ("desc->bound", floats(desc.bound, n, "desc->bound")?),
+                ("desc->lse_bound", floats(desc.lse_bound, n, "desc->lse_bound")?),
+                ("desc->estimate", floats(desc.estimate, n, "desc->estimate")?),
+                ("desc->amplitude", floats(desc.amplitude, n, "desc->amplitude")?),
+                ("desc->stats", stats),
+                (
+                    "desc->workspace",
+                    Bytes::new(desc.workspace.cast::<u8>(), Some(desc.workspace_bytes), "desc->workspace")?,
+                ),
+            ],
+            &[("desc->q", q.bytes("desc->q", n_q)?)],
+        )?;
+        if n_q > 0 {
+            // SAFETY: its extent is checked.
+            finite(&unsafe { q.rows() }, n_q, shape.n_q_heads)?;
+        }
+        Ok(Frame { desc, options, shape, n_q, team, q, out, slopes, sinks, needed })
+    }
+
+    /// Runs the call. A thread that has no scene takes its error through it, so that all of them meet at every barrier.
+    ///
+    /// # Safety
+    /// As [`Frame::new`], and all threads of the call make it.
+    pub unsafe fn run(&self, cpu: &Cpu, scene: Result<Scene>, workspaces: &Workspaces) -> Result<()> {
+        let (desc, ith) = (self.desc, self.team.as_ref().map_or(0, |t| t.ith));
+        if self.n_q == 0 {
+            // SAFETY: checked, and the caller's contract.
+            return unsafe { report(desc.stats, ith, Default::default(), cpu) };
+        }
+        // SAFETY: extents are checked; that all threads of a call write the same `out`, each its own rows and heads, is
+        // the backend's business.
+        let (q, out) = unsafe { (self.q.rows(), self.out.rows_mut()) };
+        // SAFETY: checked for as many floats as there are rows and heads, and the caller's contract.
+        let floats = |p: *mut f32| if p.is_null() { None } else { Some(unsafe { Floats::new(p) }) };
+        let nothing = Scene { sequences: &[], rows: &[], mask: None };
+        let (scene, failed) = match scene {
+            Ok(scene) => (scene, None),
+            Err(error) => (nothing, Some(error)),
+        };
+        let call = Attention {
+            shape: self.shape,
+            sequences: scene.sequences,
+            rows: scene.rows,
+            q,
+            out,
+            scale: self.options.scale,
+            softcap: self.options.softcap,
+            mask: scene.mask,
+            slopes: self.slopes,
+            sinks: self.sinks,
+            tolerance: self.options.tolerance,
+            mode: self.options.mode,
+            lse: floats(desc.lse),
+            bound: floats(desc.bound),
+            lse_bound: floats(desc.lse_bound),
+            estimate: floats(desc.estimate),
+            amplitude: floats(desc.amplitude),
+        };
+        let call = failed.map_or(Ok(&call), Err);
+        let team = self.team.as_ref();
+        let barrier = || team.map_or((), Team::wait);
+        let threads = team.map(|t| Threads { ith: t.ith, nth: t.nth, barrier: &barrier });
+        let stats = if desc.workspace.is_null() {
+            // Alone: there is nobody to meet.
+            let call = Ok(call?);
+            workspaces.with(self.needed, |workspace| {
+                // SAFETY: as large as needed, aligned as every block, and nobody else's.
+                unsafe { cpu.attention(call, threads, workspace.as_mut_ptr()) }
+            })
+        } else {
+            // SAFETY: checked above, and by the caller's contract this call's own.
+            unsafe { cpu.attention(call, threads, desc.workspace.cast()) }
+        }?;
+        // SAFETY: checked, and the caller's contract.
+        unsafe { report(desc.stats, ith, stats, cpu) }
+    }
+}
+
 /// # Safety
 /// What `desc` points to is as documented.
 unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Result<()> {
@@ -183,16 +369,8 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     let (cache, cpu) = (&batch.owner.cache, &batch.owner.context.cpu);
     let layer = batch.owner.layer(layer)?;
     let layout = &cache.layouts()[layer];
-    let shape = &layout.shape;
-
-    // Arguments first: all threads of a call come to the same conclusion about them, before any of them waits.
-    let options = Options::new(desc, "desc", layout.format, shape)?;
     // SAFETY: the caller's contract.
-    let team = unsafe { Team::new(desc.threads, batch.max_threads) }?;
-    let (ith, nth) = team.as_ref().map_or((0, 1), |t| (t.ith, t.nth));
-    let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
-    let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
-    let n = step.n_q.checked_mul(shape.n_q_heads);
+    let frame = unsafe { Frame::new(desc, layout, false, step.n_q, step.max_kv, batch.max_threads, cpu) }?;
     // SAFETY: the caller's contract.
     let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
         unsafe { (optional(desc.kv_from, step.n_q, "desc->kv_from")?, optional(desc.kv_to, step.n_q, "desc->kv_to")?) };
@@ -201,86 +379,13 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
             return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
         }
     }
-    let workers = if team.is_some() { nth } else { cpu.n_threads() };
-    let needed = Cpu::workspace_bytes(layout, step.max_kv, workers);
-    if desc.workspace.is_null() {
-        if nth > 1 {
-            return Err(wrong("desc->workspace", "NULL", "memory of akv_batch_workspace's size if nth is above 1"));
-        }
-    } else if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
-        let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
-        return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
-    } else if desc.workspace_bytes < needed {
-        return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
-    }
-    let stats = match desc.stats.is_null() {
-        true => Bytes { from: 0, to: 0 },
-        false => Bytes::new(pointer(desc.stats, "desc->stats")?, Some(1), "desc->stats")?,
-    };
-    disjoint(
-        &[
-            ("desc->out", out.bytes("desc->out", step.n_q)?),
-            ("desc->lse", floats(desc.lse, n, "desc->lse")?),
-            ("desc->bound", floats(desc.bound, n, "desc->bound")?),
-            ("desc->lse_bound", floats(desc.lse_bound, n, "desc->lse_bound")?),
-            ("desc->estimate", floats(desc.estimate, n, "desc->estimate")?),
-            ("desc->amplitude", floats(desc.amplitude, n, "desc->amplitude")?),
-            ("desc->stats", stats),
-            (
-                "desc->workspace",
-                Bytes::new(desc.workspace.cast::<u8>(), Some(desc.workspace_bytes), "desc->workspace")?,
-            ),
-        ],
-        &[("desc->q", q.bytes("desc->q", step.n_q)?)],
-    )?;
-    if step.n_q == 0 {
-        // SAFETY: checked, and the caller's contract.
-        return unsafe { report(desc.stats, ith, Default::default(), cpu) };
-    }
-
-    // SAFETY: extents are checked; that all threads of a call write the same `out`, each its own rows and heads, is
-    // the backend's business.
-    let (q, out) = unsafe { (q.rows(), out.rows_mut()) };
-    finite(&q, step.n_q, shape.n_q_heads)?;
-
-    // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
     let prepared = batch.batch.read(layer);
     let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
     let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
-    let rows = query_rows(&views, &step.sequences, &options, kv_from, kv_to);
-    // SAFETY: checked for n floats each, and the caller's contract.
-    let floats = |p: *mut f32| if p.is_null() { None } else { Some(unsafe { Floats::new(p) }) };
-    let call = Attention {
-        shape,
-        sequences: &views,
-        rows: &rows,
-        q,
-        out,
-        scale: options.scale,
-        tolerance: options.tolerance,
-        mode: options.mode,
-        lse: floats(desc.lse),
-        bound: floats(desc.bound),
-        lse_bound: floats(desc.lse_bound),
-        estimate: floats(desc.estimate),
-        amplitude: floats(desc.amplitude),
-    };
-    let call = prepared.as_ref().map(|_| &call).map_err(Clone::clone);
-    let barrier = || team.as_ref().map_or((), Team::wait);
-    let threads = team.as_ref().map(|t| Threads { ith: t.ith, nth: t.nth, barrier: &barrier });
-    let stats = if desc.workspace.is_null() {
-        // Alone: there is nobody to meet.
-        let call = Ok(call?);
-        batch.with_workspace(needed, |workspace| {
-            // SAFETY: as large as needed, aligned as every block, and nobody else's.
-            unsafe { cpu.attention(call, threads, workspace.as_mut_ptr()) }
-        })
-    } else {
-        // SAFETY: checked above, and by the caller's contract this call's own.
-        unsafe { cpu.attention(call, threads, desc.workspace.cast()) }
-    }?;
-    // SAFETY: checked, and the caller's contract.
-    unsafe { report(desc.stats, ith, stats, cpu) }
+    let rows = query_rows(readers, &views, &step.sequences, &frame.options, kv_from, kv_to);
+    let scene = Scene { sequences: &views, rows: &rows, mask: None };
+    // SAFETY: the caller's contract.
+    unsafe { frame.run(cpu, prepared.as_ref().map(|_| scene).map_err(Clone::clone), &batch.workspaces) }
 }
 
 /// Writes the statistics of a call: one of its threads does.
@@ -480,7 +585,7 @@ mod tests {
         // SAFETY: plain data.
         let mut desc: akv_attention_desc = unsafe { std::mem::zeroed() };
         change(&mut desc);
-        Options::new(&desc, "desc", format, &SHAPE)
+        Options::new(&desc, "desc", format, &SHAPE, false)
     }
 
     #[test]
@@ -504,8 +609,10 @@ mod tests {
     #[test]
     fn every_field_is_checked_and_named() {
         type Case = (&'static str, fn(&mut akv_attention_desc));
-        let cases: [Case; 15] = [
+        let cases: [Case; 17] = [
             ("desc->flags", |d| d.flags = 1),
+            ("desc->logit_softcap", |d| d.logit_softcap = -30.0),
+            ("desc->mask", |d| d.mask = std::ptr::dangling()),
             ("desc->q->dtype", |d| d.q.dtype = 9),
             ("desc->q->stride_head", |d| d.q.stride_head = 252),
             ("desc->out->reserved", |d| d.out.reserved = 1),
@@ -527,11 +634,8 @@ mod tests {
                 other => panic!("{other:?} for {name}"),
             }
         }
-        let cases: [Case; 5] = [
-            ("desc->logit_softcap", |d| d.logit_softcap = 30.0),
+        let cases: [Case; 2] = [
             ("desc->alibi_slopes", |d| d.alibi_slopes = std::ptr::dangling()),
-            ("desc->sink_logits", |d| d.sink_logits = std::ptr::dangling()),
-            ("desc->mask", |d| d.mask = std::ptr::dangling()),
             ("desc->tree", |d| d.tree = std::ptr::dangling()),
         ];
         for (name, change) in cases {

@@ -5,7 +5,7 @@ use super::handle::{BATCHES, CACHES};
 use super::types::*;
 use super::{cache, guard};
 use crate::backend::cpu::Cpu;
-use crate::cache::{Batch, Block, Bounds, StepSequence};
+use crate::cache::{Batch, Block, Bounds, Memory, StepSequence};
 use crate::{Error, Result};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
@@ -17,9 +17,8 @@ pub(super) struct Object {
     pub max_threads: usize,
     /// Calls that work on the step hold it shared; begin, commit and abort exclusively, without waiting.
     step: RwLock<Step>,
-    /// Of calls that brought none.
-    workspaces: Mutex<Vec<Block>>,
-    /// Keeps it alive, and busy. Last, since the memory above is its.
+    pub workspaces: Workspaces,
+    /// Keeps it alive, and busy.
     pub owner: Arc<cache::Object>,
 }
 
@@ -48,17 +47,29 @@ impl Object {
             Err(TryLockError::WouldBlock) => Err(Error::Busy("batch: other calls are working on its step".to_owned())),
         }
     }
+}
 
-    /// Runs `work` with a workspace of at least `bytes` that is kept for later calls.
-    pub fn with_workspace<T>(&self, bytes: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
-        let kept = self.workspaces.lock().unwrap_or_else(PoisonError::into_inner).pop();
+/// Scratch memory for calls that bring none, kept for later ones.
+pub(super) struct Workspaces {
+    free: Mutex<Vec<Block>>,
+    memory: Arc<Memory>,
+}
+
+impl Workspaces {
+    pub fn new(memory: &Arc<Memory>) -> Workspaces {
+        Workspaces { free: Mutex::default(), memory: memory.clone() }
+    }
+
+    /// Runs `work` with a workspace of at least `bytes`.
+    pub fn with<T>(&self, bytes: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
+        let kept = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut block = match kept.filter(|b| b.len() >= bytes) {
             Some(block) => block,
             // Contexts grow by a token at a time: not so their workspaces.
-            None => Block::new(self.owner.cache.memory(), bytes.next_power_of_two())?,
+            None => Block::new(&self.memory, bytes.next_power_of_two())?,
         };
         let result = work(&mut block);
-        self.workspaces.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(block);
         result
     }
 }
@@ -156,6 +167,7 @@ pub unsafe extern "C" fn akv_batch_create(
 ) -> akv_status {
     guard(|| {
         let owner = CACHES.get(cache, "cache")?;
+        owner.cache.check_placement(false)?;
         let out = pointer(out, "out")?;
         // SAFETY: the caller's contract.
         let desc = unsafe { descriptor(bounds, "bounds") }?;
@@ -168,7 +180,7 @@ pub unsafe extern "C" fn akv_batch_create(
             batch: Batch::new(owner.cache.clone(), bounds),
             max_threads,
             step: RwLock::default(),
-            workspaces: Mutex::default(),
+            workspaces: Workspaces::new(owner.cache.memory()),
             owner,
         };
         // SAFETY: checked, and the caller's contract.

@@ -1,17 +1,20 @@
 //! Caches.
 
+use super::batch::Workspaces;
 use super::check::{array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
 use super::handle::{CACHES, CONTEXTS};
 use super::types::*;
 use super::{context, guard};
 use crate::Result;
-use crate::cache::{Cache, Config};
+use crate::cache::{Cache, Config, Placement};
 use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, PLANES, Shape, TILE};
 use std::sync::Arc;
 
 /// What an `akv_cache` stands for.
 pub(super) struct Object {
     pub cache: Arc<Cache>,
+    /// For akv_slots_attention.
+    pub workspaces: Workspaces,
     /// Keeps it alive, and busy.
     pub context: Arc<context::Object>,
 }
@@ -86,6 +89,31 @@ fn exact(name: String, value: u32, default: usize) -> Result<usize> {
     }
 }
 
+fn placement(desc: &akv_cache_desc, at: &dyn Fn(&str) -> String, format: Format) -> Result<Placement> {
+    let code = within(at("placement"), desc.placement, AKV_APPEND..=AKV_ATTACHED)?;
+    if code == AKV_APPEND {
+        for (field, value) in [("n_streams", u64::from(desc.n_streams)), ("n_slots", desc.n_slots)] {
+            if value != 0 {
+                return Err(wrong(at(field), value, "0 with AKV_APPEND"));
+            }
+        }
+        return Ok(Placement::Append);
+    }
+    let expected = match (code, format) {
+        (AKV_ATTACHED, Format::Aligned) | (AKV_SLOTS, Format::Aligned | Format::Raw) => None,
+        (AKV_ATTACHED, _) => Some("AKV_FORMAT_ALIGNED (0) with AKV_ATTACHED"),
+        _ => Some("AKV_FORMAT_ALIGNED (0) or AKV_FORMAT_RAW (2) with AKV_SLOTS"),
+    };
+    if let Some(expected) = expected {
+        return Err(wrong(at("format"), desc.format, expected));
+    }
+    Ok(Placement::Slots {
+        n_streams: within(at("n_streams"), desc.n_streams, 0..=65536)?.max(1) as usize,
+        n_slots: within(at("n_slots"), desc.n_slots, 1..=i32::MAX as u64)? as usize,
+        attached: code == AKV_ATTACHED,
+    })
+}
+
 /// Checks what a cache is to be made of: for making one, and for `akv_supports`.
 ///
 /// # Safety
@@ -93,21 +121,15 @@ fn exact(name: String, value: u32, default: usize) -> Result<usize> {
 pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config> {
     let at = |field: &str| format!("{name}->{field}");
     zero(at("flags"), desc.flags)?;
-    zero(at("n_streams"), desc.n_streams)?;
     let format = match desc.format {
         AKV_FORMAT_ALIGNED => Format::Aligned,
         AKV_FORMAT_PUBLISHED => Format::Published,
         AKV_FORMAT_RAW => Format::Raw,
         other => return Err(wrong(at("format"), other, "an AKV_FORMAT_* code (0 to 2)")),
     };
-    if within(at("placement"), desc.placement, AKV_APPEND..=AKV_ATTACHED)? != AKV_APPEND {
-        return Err(not_built(at("placement"), desc.placement, "AKV_APPEND (0)"));
-    }
+    let placement = placement(desc, &at, format)?;
     if within(at("nan_policy"), desc.nan_policy, AKV_NAN_ERROR..=AKV_NAN_ZERO)? != AKV_NAN_ERROR {
         return Err(not_built(at("nan_policy"), desc.nan_policy, "AKV_NAN_ERROR (0)"));
-    }
-    if desc.n_slots != 0 {
-        return Err(wrong(at("n_slots"), desc.n_slots, "0 with AKV_APPEND"));
     }
     let n_layers = within(at("n_layers"), desc.n_layers, 1..=4096)? as usize;
     // SAFETY: the caller's contract.
@@ -120,6 +142,7 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
     // The other formats store every row as given: there is nothing to keep beside it.
     let lossy = usize::from(format == Format::Aligned);
     Ok(Config {
+        placement,
         format,
         layers,
         max_sequences: if desc.max_sequences == 0 { 65536 } else { desc.max_sequences as usize },
@@ -151,7 +174,8 @@ pub unsafe extern "C" fn akv_cache_create(
         unsafe {
             let config = config(&descriptor(desc, "desc")?, "desc")?;
             let cache = Arc::new(Cache::new(config, context.allocator.clone())?);
-            out.write(CACHES.insert(Object { cache, context })?);
+            let workspaces = Workspaces::new(cache.memory());
+            out.write(CACHES.insert(Object { cache, workspaces, context })?);
         }
         Ok(())
     })
@@ -287,9 +311,6 @@ mod tests {
     #[test]
     fn what_is_not_built_says_so() {
         let unsupported = |result: Result<Config>| assert!(matches!(result, Err(Error::Unsupported(_))), "{result:?}");
-        for placement in [AKV_SLOTS, AKV_ATTACHED] {
-            unsupported(with(|d| d.placement = placement, |_| ()));
-        }
         for policy in [AKV_NAN_PROPAGATE, AKV_NAN_ZERO] {
             unsupported(with(|d| d.nan_policy = policy, |_| ()));
         }

@@ -7,6 +7,7 @@ use super::handle::CONTEXTS;
 use super::types::*;
 use crate::backend::cpu::{Cpu, Isa};
 use crate::cache::Allocator;
+use crate::cache::Placement;
 use crate::{Error, Result};
 use std::ffi::CString;
 
@@ -164,9 +165,10 @@ pub unsafe extern "C" fn akv_supports(
             // SAFETY: the caller's contract.
             false => unsafe { descriptor(attention, "attention") }?,
         };
+        let slots = config.placement != Placement::Append;
         let mut paths = 0;
         for shape in &config.layers {
-            paths |= Options::new(&attention, "attention", config.format, shape)?.paths;
+            paths |= Options::new(&attention, "attention", config.format, shape, slots)?.paths;
         }
         if !path.is_null() {
             // SAFETY: checked, and the caller's contract.

@@ -20,6 +20,7 @@ const KINDS: [&str; 8] = ["", "akv_context", "akv_cache", "akv_batch", "akv_mask
 
 pub(super) static CONTEXTS: Table<akv_context, super::context::Object> = Table::new(1);
 pub(super) static CACHES: Table<akv_cache, super::cache::Object> = Table::new(2);
+pub(super) static MASKS: Table<akv_mask, super::slots::MaskObject> = Table::new(4);
 pub(super) static BATCHES: Table<akv_batch, super::batch::Object> = Table::new(3);
 
 /// Objects of type `T` that C knows as `*mut H`.

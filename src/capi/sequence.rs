@@ -4,7 +4,7 @@ use super::check::{Bytes, Grid, count, disjoint, no_stream, pointer, wrong};
 use super::handle::CACHES;
 use super::types::*;
 use super::{guard, unbuilt};
-use crate::format::{Dtype, MAX_DIM, RowsMut, TILE};
+use crate::format::{Dtype, MAX_DIM, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -189,40 +189,68 @@ pub unsafe extern "C" fn akv_dequantize_kv(
             let expected = format_args!("tokens among the {} of the sequence in layer {layer}", view.len);
             return Err(wrong("first, n", format_args!("{first}, {n}"), expected));
         }
-        let shape = &view.layout.shape;
         // SAFETY: the caller's contract.
-        let (key, value) = unsafe {
-            (
-                output(key, "key", n, shape.n_kv_heads, shape.dim_k)?,
-                output(value, "value", n, shape.n_kv_heads, shape.dim_v)?,
-            )
-        };
-        if let (Some((_, k)), Some((_, v))) = (&key, &value) {
-            disjoint(&[("key", *k), ("value", *v)], &[])?;
+        unsafe {
+            write_rows(key, value, n, &view.layout.shape, |row, head, k, v| decode(&view, first + row, head, k, v))
         }
-        // All values are seen before the first is written.
-        let narrow = |rows: &Option<(Grid, Bytes)>| rows.is_some_and(|(grid, _)| grid.dtype != Dtype::F32);
-        if narrow(&key) || narrow(&value) {
-            each(&view, first, n, |row, head, k, v| {
-                for (name, rows, x) in [("key", &key, k), ("value", &value, v)] {
-                    if let Some((grid, _)) = rows {
-                        fits(grid.dtype, x).map_err(|x| too_large(name, row, head, x, grid.dtype))?;
-                    }
-                }
-                Ok(())
-            })?;
+    })
+}
+
+/// Writes what `read(row, head, k, v)` gives of `n` rows, all of it or, if a value is too large, nothing.
+///
+/// # Safety
+/// `key` and `value` are NULL, misaligned, or as documented.
+pub(super) unsafe fn write_rows(
+    key: *const akv_rows,
+    value: *const akv_rows,
+    n: usize,
+    shape: &Shape,
+    read: impl Fn(usize, usize, &mut [f32], &mut [f32]),
+) -> Result<()> {
+    // SAFETY: the caller's contract.
+    let (key, value) = unsafe {
+        (
+            output(key, "key", n, shape.n_kv_heads, shape.dim_k)?,
+            output(value, "value", n, shape.n_kv_heads, shape.dim_v)?,
+        )
+    };
+    if let (Some((_, k)), Some((_, v))) = (&key, &value) {
+        disjoint(&[("key", *k), ("value", *v)], &[])?;
+    }
+    type Use<'a> = &'a mut dyn FnMut(usize, usize, &[f32], &[f32]) -> Result<()>;
+    let each = |f: Use| {
+        let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
+        let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
+        for row in 0..n {
+            for head in 0..shape.n_kv_heads {
+                read(row, head, k, v);
+                f(row, head, k, v)?;
+            }
         }
-        // SAFETY: `output` checked their extents; the rest is the caller's contract.
-        let rows = |r: Option<(Grid, Bytes)>| r.map(|(grid, _)| unsafe { grid.rows_mut() });
-        let (mut key, mut value): (Option<RowsMut>, Option<RowsMut>) = (rows(key), rows(value));
-        each(&view, first, n, |row, head, k, v| {
-            for (rows, x) in [(&mut key, k), (&mut value, v)] {
-                if let Some(rows) = rows {
-                    rows.write(row, head, x);
+        Ok(())
+    };
+    // All values are seen before the first is written.
+    let narrow = |rows: &Option<(Grid, Bytes)>| rows.is_some_and(|(grid, _)| grid.dtype != Dtype::F32);
+    if narrow(&key) || narrow(&value) {
+        each(&mut |row, head, k, v| {
+            for (name, rows, x) in [("key", &key, k), ("value", &value, v)] {
+                if let Some((grid, _)) = rows {
+                    fits(grid.dtype, x).map_err(|x| too_large(name, row, head, x, grid.dtype))?;
                 }
             }
             Ok(())
-        })
+        })?;
+    }
+    // SAFETY: `output` checked their extents; the rest is the caller's contract.
+    let rows = |r: Option<(Grid, Bytes)>| r.map(|(grid, _)| unsafe { grid.rows_mut() });
+    let (mut key, mut value): (Option<RowsMut>, Option<RowsMut>) = (rows(key), rows(value));
+    each(&mut |row, head, k, v| {
+        for (rows, x) in [(&mut key, k), (&mut value, v)] {
+            if let Some(rows) = rows {
+                rows.write(row, head, x);
+            }
+        }
+        Ok(())
     })
 }
 
@@ -245,30 +273,15 @@ unsafe fn output(
     Ok(Some((grid, grid.bytes(name, n)?)))
 }
 
-/// Calls `f(row, head, k, v)` for tokens `first..first + n`, as attention sees them with all planes.
-fn each(
-    view: &cache::SequenceView,
-    first: usize,
-    n: usize,
-    mut f: impl FnMut(usize, usize, &[f32], &[f32]) -> Result<()>,
-) -> Result<()> {
-    let shape = &view.layout.shape;
-    let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
-    let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
-    for row in 0..n {
-        let token = first + row;
-        for head in 0..shape.n_kv_heads {
-            match &view.exact {
-                Some((exact_k, exact_v)) if token < view.n_exact => {
-                    exact_k.read(token, head, k);
-                    exact_v.read(token, head, v);
-                }
-                _ => view.layout.decode(view.page(token / TILE), head, token % TILE, k, v),
-            }
-            f(row, head, k, v)?;
+/// A token as attention sees it with all planes.
+fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+    match &view.exact {
+        Some((exact_k, exact_v)) if token < view.n_exact => {
+            exact_k.read(token, head, k);
+            exact_v.read(token, head, v);
         }
+        _ => view.layout.decode(view.page(token / TILE), head, token % TILE, k, v),
     }
-    Ok(())
 }
 
 /// The first value that `dtype` would turn into infinity.

@@ -1,8 +1,206 @@
 //! Placements where the engine's cells are the truth (AKV_SLOTS, AKV_ATTACHED), and their masks.
 
+use super::attention::{Frame, MAX_PROGRESSIVE, Scene};
+use super::batch::WORKSPACE_ALIGN;
+use super::check::{Bytes, Grid, array, count, descriptor, no_stream, pointer, within, wrong};
+use super::handle::{CACHES, CONTEXTS, MASKS};
+use super::sequence::write_rows;
 use super::types::*;
-use super::{guard, unbuilt};
+use super::{cache, context, guard};
+use crate::backend::cpu::Cpu;
+use crate::backend::{Mask, QueryRow};
+use crate::cache::{SequenceView, SlotLayer};
+use crate::format::{Dtype, Rows, TILE};
+use crate::{Error, Result};
+use parking_lot::{RwLock, RwLockReadGuard};
 use std::ffi::c_void;
+use std::sync::Arc;
+
+/// What an `akv_mask` stands for.
+pub(super) struct MaskObject {
+    mask: RwLock<Mask>,
+    max_rows: usize,
+    max_kv: usize,
+    /// Keeps it alive, and busy.
+    context: Arc<context::Object>,
+}
+
+/// Most threads of a call that brings its own.
+const MAX_THREADS: usize = 1024;
+
+/// A stretch of slots.
+fn stretch(layer: &SlotLayer, names: [&str; 2], first: i64, n: i64) -> Result<(usize, usize)> {
+    let (first, n) = (count(names[0], first)?, count(names[1], n)?);
+    if first.checked_add(n).is_none_or(|end| end > layer.n_slots()) {
+        let [a, b] = names;
+        let expected = format_args!("slots among 0 to {}", layer.n_slots() - 1);
+        return Err(wrong(format_args!("{a}, {b}"), format_args!("{first}, {n}"), expected));
+    }
+    Ok((first, n))
+}
+
+/// Layers that `layer` names: one, or with -1 all.
+fn layers(cache: &cache::Object, layer: i32) -> Result<std::ops::Range<usize>> {
+    if layer == -1 {
+        return Ok(0..cache.cache.layouts().len());
+    }
+    cache.layer(layer).map(|layer| layer..layer + 1)
+}
+
+/// Rows of one row per element, in the caller's memory.
+///
+/// # Safety
+/// `rows` is NULL, misaligned, or describes `n` rows that are valid during `'a`.
+unsafe fn input<'a>(
+    rows: *const akv_rows,
+    name: &str,
+    n: usize,
+    heads: usize,
+    dim: usize,
+    dtype: Dtype,
+) -> Result<Option<Rows<'a>>> {
+    if rows.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller's contract.
+    let grid = Grid::new(unsafe { &*pointer(rows, name)? }, name, heads, dim)?.expect(name, dtype)?;
+    grid.bytes(name, n)?;
+    // SAFETY: its extent is checked; the rest is the caller's contract.
+    Ok(Some(unsafe { grid.rows() }))
+}
+
+/// # Safety
+/// What the pointers point to is as documented.
+unsafe fn write(
+    cache: &cache::Object,
+    layer: i32,
+    slots: *const i64,
+    n: i64,
+    key: *const akv_rows,
+    value: *const akv_rows,
+) -> Result<()> {
+    let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
+    let n = count("n", n)?;
+    // SAFETY: the caller's contract.
+    let ids = unsafe { array(slots, n, "slots") }?;
+    let mut slots = Vec::new();
+    slots.try_reserve_exact(n).map_err(|_| Error::Memory(format!("a list of {n} slots")))?;
+    for (i, &slot) in ids.iter().enumerate() {
+        let slot = usize::try_from(slot).ok().filter(|&slot| slot < cells.n_slots());
+        let expected = || format!("0 to {}", cells.n_slots() - 1);
+        slots.push(slot.ok_or_else(|| wrong(format_args!("slots[{i}]"), ids[i], expected()))?);
+    }
+    let (layout, shape) = (*cells.layout(), cells.layout().shape);
+    if let Some((k, v)) = cells.attached()? {
+        for (name, rows) in [("key", key), ("value", value)] {
+            if !rows.is_null() {
+                return Err(wrong(name, "not NULL", "NULL: AKV_ATTACHED has its rows from akv_attach_rows"));
+            }
+        }
+        layout.check_rows("attached key", &k, slots.iter().copied())?;
+        layout.check_rows("attached value", &v, slots.iter().copied())?;
+        cells.write(&slots, None, None);
+        return Ok(());
+    }
+    // SAFETY: the caller's contract.
+    let (k, v) = unsafe {
+        (
+            input(key, "key", n, shape.n_kv_heads, shape.dim_k, shape.dtype_k)?,
+            input(value, "value", n, shape.n_kv_heads, shape.dim_v, shape.dtype_v)?,
+        )
+    };
+    if k.is_none() && v.is_none() {
+        return Err(wrong("key, value", "NULL", "rows of one of them at least"));
+    }
+    for (name, rows) in [("key", &k), ("value", &v)] {
+        if let Some(rows) = rows {
+            layout.check_rows(name, rows, 0..n)?;
+        }
+    }
+    cells.write(&slots, k, v);
+    Ok(())
+}
+
+/// What a query row sees of its span.
+fn query_row(view: &SequenceView, sequence: usize, mask: Option<&Mask>, row: usize, dense: bool) -> QueryRow {
+    let mut seen = QueryRow { sequence, from: 0, to: 0, n: 0, dense };
+    for tile in 0..view.len.div_ceil(TILE) {
+        let within = crate::format::range_bits(0, TILE.min(view.len - tile * TILE));
+        let cells = mask.map_or(u128::MAX, |mask| mask.seen(row, tile)) & view.written(tile) & within;
+        if cells != 0 {
+            if seen.n == 0 {
+                seen.from = tile * TILE + cells.trailing_zeros() as usize;
+            }
+            seen.to = (tile + 1) * TILE - cells.leading_zeros() as usize;
+            seen.n += cells.count_ones() as usize;
+        }
+    }
+    seen
+}
+
+/// # Safety
+/// What the pointers point to is as documented.
+unsafe fn attend(
+    cache: &cache::Object,
+    layer: i32,
+    spans: *const akv_span,
+    n_spans: i32,
+    desc: &akv_attention_desc,
+) -> Result<()> {
+    let cpu = &cache.context.cpu;
+    let layer = cache.layer(layer)?;
+    cache.cache.check_placement(true)?;
+    let (n_streams, n_slots) = cache.cache.streams();
+    let n_spans = count("n_spans", n_spans.into())?;
+    // SAFETY: the caller's contract.
+    let spans = unsafe { array(spans, n_spans, "spans") }?;
+    let (mut n_q, mut max_kv) = (0usize, 0usize);
+    for (i, span) in spans.iter().enumerate() {
+        within(format_args!("spans[{i}].stream"), i64::from(span.stream), 0..=n_streams as i64 - 1)?;
+        n_q += count(format_args!("spans[{i}].n_q"), span.n_q.into())?;
+        max_kv = max_kv.max(within(format_args!("spans[{i}].n_kv"), span.n_kv, 0..=n_slots as i64)? as usize);
+    }
+    let mask = match desc.mask.is_null() {
+        true => None,
+        false => Some(MASKS.get(desc.mask, "desc->mask")?),
+    };
+    if let Some(mask) = &mask {
+        if !Arc::ptr_eq(&mask.context, &cache.context) {
+            return Err(Error::Handle("desc->mask is of another context than the cache".to_owned()));
+        }
+        if n_q > mask.max_rows || max_kv > mask.max_kv {
+            let size = format!("{} rows, {} cells", mask.max_rows, mask.max_kv);
+            return Err(wrong("desc->mask", size, format_args!("{n_q} rows, {max_kv} cells at least")));
+        }
+    }
+    // Held to the end: a mask is not set meanwhile.
+    let busy = || Error::Busy("desc->mask: is being set by another call".to_owned());
+    let layout = &cache.cache.layouts()[layer];
+    // SAFETY: the caller's contract.
+    let frame = unsafe { Frame::new(desc, layout, true, n_q, max_kv, MAX_THREADS, cpu) }?;
+    let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose();
+    // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
+    let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
+    let prepared: Result<(Option<RwLockReadGuard<Mask>>, RwLockReadGuard<SlotLayer>)> =
+        mask.and_then(|mask| cells.map(|cells| (mask, cells)));
+    let (mut views, mut rows) = (Vec::new(), Vec::new());
+    if let Ok((mask, cells)) = &prepared {
+        for (i, span) in spans.iter().enumerate() {
+            let view = cells.view(span.stream as usize, span.n_kv as usize);
+            let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
+            for _ in 0..span.n_q {
+                rows.push(query_row(&view, i, mask.as_deref(), rows.len(), dense));
+            }
+            views.push(view);
+        }
+    }
+    let scene = match &prepared {
+        Ok((mask, _)) => Ok(Scene { sequences: &views, rows: &rows, mask: mask.as_deref() }),
+        Err(error) => Err(error.clone()),
+    };
+    // SAFETY: the caller's contract.
+    unsafe { frame.run(cpu, scene, &cache.workspaces) }
+}
 
 /// Writes rows to `n` cells: row i of `key` `[n][n_kv_heads][dim_k]` (after RoPE) and `value` `[n][n_kv_heads][dim_v]`
 /// goes to slot `slots[i]` (see akv_cache_desc.n_slots), in the layer's dtypes. AKV_SLOTS: either may be NULL, then only
@@ -29,8 +227,12 @@ pub unsafe extern "C" fn akv_slots_write(
     value: *const akv_rows,
     stream: *mut c_void,
 ) -> akv_status {
-    let _ = (cache, layer, slots, n, key, value, stream);
-    guard(|| unbuilt("akv_slots_write"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        unsafe { write(&cache, layer, slots, n, key, value) }
+    })
 }
 
 /// Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
@@ -49,8 +251,19 @@ pub unsafe extern "C" fn akv_slots_read(
     value: *const akv_rows,
     stream: *mut c_void,
 ) -> akv_status {
-    let _ = (cache, layer, first, n, key, value, stream);
-    guard(|| unbuilt("akv_slots_read"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        no_stream("stream", stream)?;
+        let cells = cache.cache.read_slots(cache.layer(layer)?)?;
+        if cells.is_index() {
+            let expected = "expected AKV_SLOTS";
+            return Err(Error::Argument(format!("cache is AKV_ATTACHED, whose rows are the caller's: {expected}")));
+        }
+        let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
+        let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| cells.read(first + row, head, k, v);
+        // SAFETY: the caller's contract.
+        unsafe { write_rows(key, value, n, &cells.layout().shape, read) }
+    })
 }
 
 /// Forgets slots `first..first + n`, in `layer` or, with -1, in all: they hold zeros. A tile of which nothing is left
@@ -60,8 +273,16 @@ pub unsafe extern "C" fn akv_slots_read(
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32, first: i64, n: i64) -> akv_status {
-    let _ = (cache, layer, first, n);
-    guard(|| unbuilt("akv_slots_invalidate"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        // All locks before the first change.
+        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
+        for mut cells in cells? {
+            let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
+            cells.invalidate(first, n);
+        }
+        Ok(())
+    })
 }
 
 /// Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
@@ -72,8 +293,30 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from: i64, to: i64, n: i64) -> akv_status {
-    let _ = (cache, layer, from, to, n);
-    guard(|| unbuilt("akv_slots_copy"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
+        // What can fail comes before the first change.
+        let (mut cells, mut spares) = (cells?, Vec::new());
+        for cells in &cells {
+            if cells.is_index() {
+                let expected = "expected AKV_SLOTS";
+                return Err(Error::Argument(format!("cache is AKV_ATTACHED, whose rows are the caller's: {expected}")));
+            }
+            stretch(cells, ["from", "n"], from, n)?;
+            stretch(cells, ["to", "n"], to, n)?;
+            spares.push(cells.spare_row()?);
+        }
+        // Checked not to be negative.
+        let (from, to, n) = (from as usize, to as usize, n as usize);
+        if from < to + n && to < from + n {
+            return Err(wrong("to", to, format_args!("slots that do not overlap {from} to {}", from + n - 1)));
+        }
+        for (cells, spare) in cells.iter_mut().zip(&mut spares) {
+            cells.copy(from, to, n, spare);
+        }
+        Ok(())
+    })
 }
 
 /// Names the engine's own rows of a layer (AKV_ATTACHED): `[n_streams * n_slots][n_kv_heads][dim]`, in the layer's
@@ -89,13 +332,32 @@ pub unsafe extern "C" fn akv_attach_rows(
     key: *const akv_rows,
     value: *const akv_rows,
 ) -> akv_status {
-    let _ = (cache, layer, key, value);
-    guard(|| unbuilt("akv_attach_rows"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
+        if !cells.is_index() {
+            return Err(Error::Argument("cache is AKV_SLOTS: expected AKV_ATTACHED".to_owned()));
+        }
+        let (shape, n) = (cells.layout().shape, cells.n_slots());
+        pointer(key, "key")?;
+        pointer(value, "value")?;
+        // SAFETY: the caller's contract: the rows are valid until others are named or the cache is destroyed.
+        let (k, v) = unsafe {
+            (
+                input(key, "key", n, shape.n_kv_heads, shape.dim_k, shape.dtype_k)?,
+                input(value, "value", n, shape.n_kv_heads, shape.dim_v, shape.dtype_v)?,
+            )
+        };
+        if let (Some(k), Some(v)) = (k, v) {
+            cells.attach(k, v);
+        }
+        Ok(())
+    })
 }
 
 /// Attention of query rows over cells, as akv_aligned_attention: the rows of `desc->q` and of the outputs lie span by
 /// span, and row r of all sees, of its span's cells, what row r of `desc->mask` lets it see (all of them without a
-/// mask). Cells that were never written count as zeros. Spans of up to 8 rows take the progressive path, longer ones the
+/// mask). Cells without both K and V are never seen. Spans of up to 8 rows take the progressive path, longer ones the
 /// dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 ///
 /// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
@@ -110,8 +372,11 @@ pub unsafe extern "C" fn akv_slots_attention(
     n_spans: i32,
     desc: *const akv_attention_desc,
 ) -> akv_status {
-    let _ = (cache, layer, spans, n_spans, desc);
-    guard(|| unbuilt("akv_slots_attention"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        // SAFETY: the caller's contract.
+        unsafe { attend(&cache, layer, spans, n_spans, &descriptor(desc, "desc")?) }
+    })
 }
 
 /// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to `max_kv`
@@ -127,8 +392,23 @@ pub unsafe extern "C" fn akv_slots_workspace(
     bytes: *mut usize,
     align: *mut usize,
 ) -> akv_status {
-    let _ = (cache, max_kv, max_threads, bytes, align);
-    guard(|| unbuilt("akv_slots_workspace"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        cache.cache.check_placement(true)?;
+        let max_kv = within("max_kv", max_kv, 0..=cache.cache.streams().1 as i64)? as usize;
+        let nth = match within("max_threads", max_threads, 0..=MAX_THREADS as i32)? {
+            0 => cache.context.cpu.n_threads(),
+            n => n as usize,
+        };
+        let (bytes, align) = (pointer(bytes, "bytes")?, pointer(align, "align")?);
+        let most = cache.cache.layouts().iter().map(|layout| Cpu::workspace_bytes(layout, max_kv, nth)).max();
+        // SAFETY: checked, and the caller's contract.
+        unsafe {
+            bytes.write(most.unwrap_or(0));
+            align.write(WORKSPACE_ALIGN);
+        }
+        Ok(())
+    })
 }
 
 /// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches as
@@ -145,8 +425,16 @@ pub unsafe extern "C" fn akv_mask_create(
     max_kv: i64,
     out: *mut *mut akv_mask,
 ) -> akv_status {
-    let _ = (context, max_rows, max_kv, out);
-    guard(|| unbuilt("akv_mask_create"))
+    guard(|| {
+        let context = CONTEXTS.get(context, "context")?;
+        let out = pointer(out, "out")?;
+        let rows = within("max_rows", max_rows, 1..=i64::from(i32::MAX))? as usize;
+        let kv = within("max_kv", max_kv, 1..=i64::from(i32::MAX))? as usize;
+        let object = MaskObject { mask: RwLock::new(Mask::new(rows, kv)?), max_rows: rows, max_kv: kv, context };
+        // SAFETY: checked, and the caller's contract.
+        unsafe { out.write(MASKS.insert(object)?) };
+        Ok(())
+    })
 }
 
 /// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next (0 =
@@ -167,8 +455,33 @@ pub unsafe extern "C" fn akv_mask_set(
     stride: i64,
     stream: *mut c_void,
 ) -> akv_status {
-    let _ = (mask, first_row, rows, n_kv, f16, stride, stream);
-    guard(|| unbuilt("akv_mask_set"))
+    guard(|| {
+        let mask = MASKS.get(mask, "mask")?;
+        no_stream("stream", stream)?;
+        let busy = || Error::Busy("mask: is in use by another call".to_owned());
+        let mut mask = mask.mask.try_write().ok_or_else(busy)?;
+        let (first_row, rows, n_kv) = (count("first_row", first_row)?, count("rows", rows)?, count("n_kv", n_kv)?);
+        if first_row.checked_add(rows).is_none_or(|end| end > mask.max_rows()) {
+            let max = mask.max_rows();
+            return Err(Error::Capacity(format!("first_row, rows: {first_row}, {rows} with {max} rows at most")));
+        }
+        if n_kv > mask.max_kv() {
+            return Err(Error::Capacity(format!("n_kv {n_kv}: the mask has {} cells at most", mask.max_kv())));
+        }
+        let stride = if stride == 0 { 2 * n_kv } else { count("stride", stride)? };
+        if stride % 2 != 0 || stride < 2 * n_kv && rows > 1 {
+            return Err(wrong("stride", stride, format_args!("a multiple of 2, at least {}", 2 * n_kv)));
+        }
+        if rows == 0 || n_kv == 0 {
+            return mask.set(first_row, std::iter::repeat_n(&[][..], rows));
+        }
+        let f16 = pointer(f16.cast::<u16>(), "f16")?;
+        let extent = stride.checked_mul(rows - 1).and_then(|bytes| bytes.checked_add(2 * n_kv));
+        Bytes::new(f16.cast::<u8>(), Some(extent.unwrap_or(usize::MAX)), "f16")?;
+        // SAFETY: aligned, within the address space, and the caller's contract.
+        let row = |i: usize| unsafe { std::slice::from_raw_parts(f16.byte_add(i * stride), n_kv) };
+        mask.set(first_row, (0..rows).map(row))
+    })
 }
 
 /// Destroys a mask. AKV_E_BUSY while calls use it.
@@ -177,6 +490,5 @@ pub unsafe extern "C" fn akv_mask_set(
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_mask_destroy(mask: *mut akv_mask) -> akv_status {
-    let _ = mask;
-    guard(|| unbuilt("akv_mask_destroy"))
+    guard(|| MASKS.remove(mask, "mask", "let calls end that use it").map(drop))
 }

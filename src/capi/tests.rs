@@ -546,8 +546,13 @@ fn support_is_told_beforehand() {
         assert_eq!(supports(cache, &akv_attention_desc { mode: AKV_EXACT, ..call }), (AKV_OK, AKV_PATH_DENSE));
         let published = akv_cache_desc { format: AKV_FORMAT_PUBLISHED, ..cache };
         assert_eq!(supports(published, &call), (AKV_OK, AKV_PATH_PUBLISHED | AKV_PATH_DENSE));
-        assert_eq!(supports(akv_cache_desc { placement: AKV_SLOTS, ..cache }, &call).0, AKV_E_UNSUPPORTED);
-        assert_eq!(supports(cache, &akv_attention_desc { logit_softcap: 1.0, ..call }).0, AKV_E_UNSUPPORTED);
+        let slots = akv_cache_desc { placement: AKV_SLOTS, n_slots: 100, ..cache };
+        assert_eq!(supports(slots, &call), (AKV_OK, AKV_PATH_PROGRESSIVE | AKV_PATH_DENSE));
+        assert_eq!(supports(slots, &akv_attention_desc { window: 1, ..call }).0, AKV_E_ARGUMENT);
+        let attached = akv_cache_desc { placement: AKV_ATTACHED, format: AKV_FORMAT_RAW, ..slots };
+        assert_eq!(supports(attached, &call).0, AKV_E_ARGUMENT);
+        let tree = std::ptr::dangling();
+        assert_eq!(supports(cache, &akv_attention_desc { tree, ..call }).0, AKV_E_UNSUPPORTED);
         assert_eq!(supports(cache, &akv_attention_desc { tolerance: -1.0, ..call }).0, AKV_E_ARGUMENT);
         assert_eq!(supports(akv_cache_desc { flags: 1, ..cache }, null()).0, AKV_E_ARGUMENT);
     }

@@ -83,9 +83,10 @@ pub const AKV_FORMAT_RAW: i32 = 2;
 /// # Placements: akv_cache_desc.placement
 /// The library appends rows to sequences.
 pub const AKV_APPEND: i32 = 0;
-/// The engine's cells are the truth: rows are written to any cell. Not built yet: AKV_E_UNSUPPORTED.
+/// The engine's cells are the truth: rows are written to any cell.
 pub const AKV_SLOTS: i32 = 1;
-/// The engine keeps its own rows, the library an index beside them. Not built yet: AKV_E_UNSUPPORTED.
+/// The engine keeps its own rows; the library has an index beside them: plane 0 of K, scales, and what tokens of which no
+/// V is read stand for. Finer digits are read from the engine's rows.
 pub const AKV_ATTACHED: i32 = 2;
 
 /// # Modes: akv_attention_desc.mode
@@ -260,7 +261,7 @@ pub struct akv_cache_desc {
     pub layers: *const akv_layer_desc,
     /// Most sequences alive at once; 0 = 65536.
     pub max_sequences: u32,
-    /// First tokens of every sequence whose rows are kept as given and attended exactly, since attention sinks would
+    /// First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as given and attended exactly, since attention sinks would
     /// coarsen the scales of their tile: up to 128; 0 = 4, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     pub exact_head: u32,
     /// Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
@@ -443,7 +444,7 @@ pub struct akv_attention_desc {
     pub out: akv_rows,
     /// Factor of the dot products, score = scale * (q . k); 0 = 1 / sqrt(dim_k).
     pub scale: f32,
-    /// Cap c of the scores, c * tanh(score / c); 0 = none (the only one built).
+    /// Cap c of the scores, c * tanh(score / c), before a mask is added; 0 = none. Not for AKV_FORMAT_PUBLISHED.
     pub logit_softcap: f32,
     /// Allowed error relative to A = sum over tokens of p * max|v|; 0 = 1e-3. Not used by AKV_EXACT, on the dense path
     /// and by AKV_FORMAT_PUBLISHED.
@@ -454,11 +455,12 @@ pub struct akv_attention_desc {
     pub visibility: i32,
     /// Sliding window of this call; 0 = the layer's.
     pub window: i32,
-    /// `[n_q_heads]`; NULL = none (the only one built).
+    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
     pub alibi_slopes: *const f32,
-    /// `[n_q_heads]`; NULL = none (the only one built).
+    /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. It counts in lse: of parts that are to be
+    /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
     pub sink_logits: *const f32,
-    /// For akv_slots_attention; replaces visibility and window.
+    /// For akv_slots_attention: who sees what; NULL = every row sees all cells of its span.
     pub mask: *const akv_mask,
     /// `[sum of n_q]`: of what it would see, row r sees only tokens (by index, not position) from kv_from[r] on; NULL =
     /// 0 for all. What several calls see of parts of a context, akv_merge_states puts together.

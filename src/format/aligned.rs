@@ -14,7 +14,9 @@
 //! | meta | 12 bytes | see [`Meta`] |
 
 use super::layout::align;
-use super::{LEFT, MAX_DIM, OFFSET, PLANES, Shape, Source, TILE, decode, encode as code_of, inverse, scale};
+use super::{
+    Bits, LEFT, MAX_DIM, OFFSET, PLANES, Rows, Shape, Source, TILE, decode, encode as code_of, inverse, scale,
+};
 
 pub(super) struct Offsets {
     k_rest: usize,
@@ -144,13 +146,7 @@ impl<'a> Tile<'a> {
     /// The first `planes` digits of a token's K channel, the others 0.
     #[inline(always)]
     fn k_stored(&self, row: usize, channel: usize, planes: usize) -> u16 {
-        let half = self.dim_k / 2;
-        let (b, shift) = place(channel, half);
-        let mut stored = u16::from((self.k0[k0_place(row, b, half)] >> shift) & 15) << 12;
-        for p in 1..planes {
-            stored |= u16::from((self.k_row(row)[(p - 1) * half + b] >> shift) & 15) << (12 - 4 * p);
-        }
-        stored
+        stored(self.k0, self.k_row(row), self.dim_k / 2, row, channel, planes)
     }
 
     /// K of a token at the precision of `planes` planes.
@@ -181,6 +177,17 @@ impl<'a> Tile<'a> {
         }
         f32::from(most) * unit
     }
+}
+
+/// The first `planes` digits of a token's K channel, the others 0. `rest` = its further planes.
+#[inline(always)]
+fn stored(k0: &[u8], rest: &[u8], half: usize, row: usize, channel: usize, planes: usize) -> u16 {
+    let (b, shift) = place(channel, half);
+    let mut stored = u16::from((k0[k0_place(row, b, half)] >> shift) & 15) << 12;
+    for p in 1..planes {
+        stored |= u16::from((rest[(p - 1) * half + b] >> shift) & 15) << (12 - 4 * p);
+    }
+    stored
 }
 
 /// A token's V row at the precision of `planes` (at least 1) planes.
@@ -229,6 +236,60 @@ fn pack(codes: &[u16], plane: usize, row: &mut [u8]) {
 
 const ZERO: u16 = OFFSET as u16;
 
+/// A head's part of a page, to be written.
+struct PartMut<'a> {
+    k0: &'a mut [u8],
+    k_rest: &'a mut [u8],
+    v: &'a mut [u8],
+    k_scales: &'a mut [u8],
+    v_scales: &'a mut [u8],
+    v_mean: &'a mut [u8],
+    meta: &'a mut [u8],
+}
+
+impl<'a> PartMut<'a> {
+    fn new(s: &Shape, part: &'a mut [u8]) -> PartMut<'a> {
+        let o = Offsets::new(s);
+        let (planes, scales) = part.split_at_mut(o.k_scales);
+        let (k_planes, v) = planes.split_at_mut(o.v);
+        let (k0, k_rest) = k_planes.split_at_mut(o.k_rest);
+        let (k_scales, rest) = scales.split_at_mut(o.v_scales - o.k_scales);
+        let (v_scales, rest) = rest.split_at_mut(o.v_mean - o.v_scales);
+        let (v_mean, meta) = rest.split_at_mut(o.meta - o.v_mean);
+        let (k_scales, v_mean) = (&mut k_scales[..s.dim_k], &mut v_mean[..s.dim_v]);
+        PartMut { k0, k_rest, v, k_scales, v_scales, v_mean, meta }
+    }
+
+    /// Writes the digits of a token's K codes.
+    #[inline(always)]
+    fn put_k(&mut self, row: usize, half: usize, planes: usize, codes: &[u16]) {
+        let mut first = [0u8; MAX_DIM / 2];
+        pack(codes, 0, &mut first[..half]);
+        for (b, word) in (0..half).step_by(4).zip(first[..half].chunks_exact(4)) {
+            let at = k0_place(row, b, half);
+            self.k0[at..at + 4].copy_from_slice(word);
+        }
+        for p in 1..planes {
+            let at = (row * (planes - 1) + p - 1) * half;
+            pack(codes, p, &mut self.k_rest[at..at + half]);
+        }
+    }
+
+    /// Writes the digits of one channel of a token's K.
+    #[inline(always)]
+    fn put_k_channel(&mut self, row: usize, channel: usize, half: usize, planes: usize, code: u16) {
+        let (b, shift) = place(channel, half);
+        for p in 0..planes {
+            let at = if p == 0 {
+                &mut self.k0[k0_place(row, b, half)]
+            } else {
+                &mut self.k_rest[(row * (planes - 1) + p - 1) * half + b]
+            };
+            *at = *at & !(15 << shift) | (((code >> (12 - 4 * p)) & 15) as u8) << shift;
+        }
+    }
+}
+
 #[allow(clippy::too_many_arguments)]
 pub(super) fn encode(
     s: &Shape,
@@ -240,114 +301,150 @@ pub(super) fn encode(
     from: usize,
     to: usize,
 ) {
-    let o = Offsets::new(s);
-    let (planes, scales) = part.split_at_mut(o.k_scales);
-    let (k_planes, v_planes) = planes.split_at_mut(o.v);
-    let (k0, k_rest) = k_planes.split_at_mut(o.k_rest);
-    let (k_scales, rest) = scales.split_at_mut(o.v_scales - o.k_scales);
-    let (v_scales, rest) = rest.split_at_mut(o.v_mean - o.v_scales);
-    let (v_mean, meta) = rest.split_at_mut(o.meta - o.v_mean);
-    encode_k(s, base, source, head, skip, from, to, [k0, k_rest, &mut k_scales[..s.dim_k], meta]);
-    encode_v(s, source, head, skip, from, to, v_planes, v_scales);
-    // The mean is that of the values as stored, so that it does not depend on where the rows came from.
-    let v_mean = &mut v_mean[..s.dim_v];
-    v_mean.fill(0);
-    if to == TILE && skip < TILE {
-        let byte = encode_mean(s, skip, v_planes, v_scales, v_mean);
-        Meta { v_mean: byte, ..Meta::read(meta) }.write(meta);
-    }
+    encode_keys(s, part, base.map(|base| (base, source.base_rows)), &source.k, head, skip, from, to);
+    encode_values(s, part, &source.v, head, skip, from, to);
 }
 
+/// K of [`encode`]. Scales only ever grow while a tile is open: they start from the smallest, or from what the page has.
 #[allow(clippy::too_many_arguments)]
-fn encode_k(
+pub(super) fn encode_keys(
     s: &Shape,
-    base: Option<&[u8]>,
-    source: &Source,
+    part: &mut [u8],
+    base: Option<(&[u8], usize)>,
+    k: &Rows,
     head: usize,
     skip: usize,
     from: usize,
     to: usize,
-    [k0, k_rest, scales, meta]: [&mut [u8]; 4],
 ) {
     let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
-    let rest_row = (planes - 1) * half;
+    let mut part = PartMut::new(s, part);
     let mut x = [0.0f32; MAX_DIM];
     let x = &mut x[..d];
-    let base = base.map(|part| Tile::new(s, part));
-
-    // Scales only ever grow while a tile is open: start from the smallest, or from what the page has.
+    let base = base.map(|(part, rows)| (Tile::new(s, part), rows));
     if from == 0 {
-        scales.fill(0);
-        Meta::open(d, 0.0).write(meta);
+        part.k_scales.fill(0);
     }
     let mut peak = [0.0f32; MAX_DIM];
     for row in from.max(skip)..to {
-        source.k.read(row, head, x);
-        for (p, v) in peak.iter_mut().zip(x.iter()) {
-            *p = if v.abs() > *p { v.abs() } else { *p };
-        }
+        k.read(row, head, x);
+        raise(&mut peak, x);
     }
     for c in 0..d {
         let byte = super::scale::smallest(peak[c]);
-        if byte <= scales[c] {
+        if byte <= part.k_scales[c] {
             continue;
         }
-        scales[c] = byte;
+        part.k_scales[c] = byte;
         // The rows before were encoded under a smaller scale: encode this channel of theirs anew.
         for row in skip..from {
             let value = match &base {
-                Some(tile) if row < source.base_rows => {
+                Some((tile, rows)) if row < *rows => {
                     decode(tile.k_stored(row, c, planes), planes) * scale(tile.k_scales[c])
                 }
-                _ => source.k.element(row, head, c),
+                _ => k.element(row, head, c),
             };
-            let code = code_of(value, inverse(byte));
-            let (b, shift) = place(c, half);
-            for p in 0..planes {
-                let at = if p == 0 {
-                    &mut k0[k0_place(row, b, half)]
-                } else {
-                    &mut k_rest[row * rest_row + (p - 1) * half + b]
-                };
-                *at = *at & !(15 << shift) | (((code >> (12 - 4 * p)) & 15) as u8) << shift;
-            }
+            part.put_k_channel(row, c, half, planes, code_of(value, inverse(byte)));
         }
     }
+    put_rows(s, &mut part, k, head, (from..to).map(|row| (row, row < skip)));
 
-    let factors: [f32; MAX_DIM] = std::array::from_fn(|c| scales.get(c).map_or(0.0, |&u| inverse(u)));
-    let mut codes = [ZERO; MAX_DIM];
-    let codes = &mut codes[..d];
-    for row in from..to {
-        if row < skip {
+    // Rows that only the base knows carry its error, grown by what re-encoding them lost.
+    let slack = base.map_or(0.0, |(tile, _)| {
+        let lost = LEFT[planes] + tile.meta.slack;
+        (0..d).fold(tile.meta.slack, |slack, c| {
+            let (old, new) = (scale(tile.k_scales[c]), scale(part.k_scales[c]));
+            if part.k_scales[c] > tile.k_scales[c] { slack.max(lost * (old / new)) } else { slack }
+        })
+    });
+    let whole = if to == TILE { digit_sums(part.k0, half, skip) } else { (8 * d as u32, 64 * d as u32) };
+    let v_mean = if from == 0 { 0 } else { Meta::read(part.meta).v_mean };
+    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack, v_mean }.write(part.meta);
+}
+
+/// Raises the peaks to the magnitudes of a row.
+#[inline(always)]
+fn raise(peak: &mut [f32; MAX_DIM], x: &[f32]) {
+    for (p, v) in peak.iter_mut().zip(x.iter()) {
+        *p = if v.abs() > *p { v.abs() } else { *p };
+    }
+}
+
+/// Encodes K rows under the scales that the part has; `(row, true)` stands for zeros.
+#[inline(always)]
+fn put_rows(s: &Shape, part: &mut PartMut, k: &Rows, head: usize, rows: impl Iterator<Item = (usize, bool)>) {
+    let d = s.dim_k;
+    let factors: [f32; MAX_DIM] = std::array::from_fn(|c| part.k_scales.get(c).map_or(0.0, |&u| inverse(u)));
+    let (mut x, mut codes) = ([0.0f32; MAX_DIM], [ZERO; MAX_DIM]);
+    let (x, codes) = (&mut x[..d], &mut codes[..d]);
+    for (row, zero) in rows {
+        if zero {
             codes.fill(ZERO);
         } else {
-            source.k.read(row, head, x);
+            k.read(row, head, x);
             for ((code, &v), &factor) in codes.iter_mut().zip(x.iter()).zip(&factors) {
                 *code = code_of(v, factor);
             }
         }
-        let mut first = [0u8; MAX_DIM / 2];
-        pack(codes, 0, &mut first[..half]);
-        for (b, word) in (0..half).step_by(4).zip(first.chunks_exact(4)) {
-            let at = k0_place(row, b, half);
-            k0[at..at + 4].copy_from_slice(word);
+        part.put_k(row, d / 2, s.planes_k, codes);
+    }
+}
+
+/// A tile of zeros, none of them a row.
+pub(super) fn blank(s: &Shape, part: &mut [u8]) {
+    let part = PartMut::new(s, part);
+    for planes in [part.k0, part.k_rest, part.v] {
+        planes.fill((ZERO >> 8) as u8);
+    }
+    for bytes in [part.k_scales, part.v_scales, part.v_mean] {
+        bytes.fill(0);
+    }
+    Meta::open(s.dim_k, 0.0).write(part.meta);
+}
+
+/// Writes K of the tokens `new` over a tile in any state. Of the others that are there, `written`, `k` holds those in
+/// `known`, the page alone the rest: if a scale must grow, what they lose is added to the tile's slack.
+pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, new: u128, written: u128, known: u128) {
+    let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
+    let mut part = PartMut::new(s, part);
+    let mut x = [0.0f32; MAX_DIM];
+    let mut peak = [0.0f32; MAX_DIM];
+    for row in Bits(new) {
+        k.read(row, head, &mut x[..d]);
+        raise(&mut peak, &x[..d]);
+    }
+    let others = written & !new;
+    let meta = Meta::read(part.meta);
+    let (mut slack, lost) = (meta.slack, LEFT[planes] + meta.slack);
+    for c in 0..d {
+        let (old, byte) = (part.k_scales[c], super::scale::smallest(peak[c]));
+        if byte <= old {
+            continue;
         }
-        for p in 1..planes {
-            let at = row * rest_row + (p - 1) * half;
-            pack(codes, p, &mut k_rest[at..at + half]);
+        part.k_scales[c] = byte;
+        for row in Bits(others) {
+            let value = if known >> row & 1 == 1 {
+                k.element(row, head, c)
+            } else {
+                let rest = &part.k_rest[row * (planes - 1) * half..];
+                decode(stored(part.k0, rest, half, row, c, planes), planes) * scale(old)
+            };
+            part.put_k_channel(row, c, half, planes, code_of(value, inverse(byte)));
+        }
+        if others & !known != 0 {
+            slack = slack.max(lost * (scale(old) / scale(byte)));
         }
     }
+    put_rows(s, &mut part, k, head, Bits(new).map(|row| (row, false)));
+    Meta { v_mean: meta.v_mean, ..Meta::open(d, slack) }.write(part.meta);
+}
 
-    // Rows that only the base knows carry its error, grown by what re-encoding them lost.
-    let slack = base.map_or(0.0, |tile| {
-        let lost = LEFT[planes] + tile.meta.slack;
-        (0..d).fold(tile.meta.slack, |slack, c| {
-            let (old, new) = (scale(tile.k_scales[c]), scale(scales[c]));
-            if scales[c] > tile.k_scales[c] { slack.max(lost * (old / new)) } else { slack }
-        })
-    });
-    let whole = if to == TILE { digit_sums(k0, half, skip) } else { (8 * d as u32, 64 * d as u32) };
-    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack, v_mean: 0 }.write(meta);
+/// Writes V of the tokens `new` over a tile in any state. Its mean stays: any will do.
+pub(super) fn rewrite_values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, new: u128) {
+    let mut part = PartMut::new(s, part);
+    for row in Bits(new) {
+        put_v(s, &mut part, v, head, row, false);
+    }
 }
 
 /// Largest sum of magnitudes and of squares of a token's plane-0 digits.
@@ -366,49 +463,53 @@ fn digit_sums(k0: &[u8], half: usize, skip: usize) -> (u32, u32) {
     most
 }
 
-#[allow(clippy::too_many_arguments)]
-fn encode_v(
-    s: &Shape,
-    source: &Source,
-    head: usize,
-    skip: usize,
-    from: usize,
-    to: usize,
-    v_planes: &mut [u8],
-    v_scales: &mut [u8],
-) {
-    let (d, half, planes) = (s.dim_v, s.dim_v / 2, s.planes_v);
-    let mut x = [0.0f32; MAX_DIM];
-    let x = &mut x[..d];
-    let mut codes = [ZERO; MAX_DIM];
-    let codes = &mut codes[..d];
+/// V of [`encode`].
+pub(super) fn encode_values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, skip: usize, from: usize, to: usize) {
+    let mut part = PartMut::new(s, part);
     for row in from..to {
-        v_scales[row] = 0;
-        codes.fill(ZERO);
-        if row >= skip {
-            source.v.read(row, head, x);
-            let byte =
-                super::scale::smallest(f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))));
-            v_scales[row] = byte;
-            let factor = inverse(byte);
-            for (code, &v) in codes.iter_mut().zip(x.iter()) {
-                *code = code_of(v, factor);
-            }
+        put_v(s, &mut part, v, head, row, row < skip);
+    }
+    // The mean is that of the values as stored, so that it does not depend on where the rows came from.
+    part.v_mean.fill(0);
+    if to == TILE && skip < TILE {
+        let byte = encode_mean(s, skip, v, head, &mut part);
+        Meta { v_mean: byte, ..Meta::read(part.meta) }.write(part.meta);
+    }
+}
+
+/// Encodes a V row; `zero`: as zeros.
+#[inline(always)]
+fn put_v(s: &Shape, part: &mut PartMut, v: &Rows, head: usize, row: usize, zero: bool) {
+    let (d, half, planes) = (s.dim_v, s.dim_v / 2, s.planes_v);
+    let (mut x, mut codes) = ([0.0f32; MAX_DIM], [ZERO; MAX_DIM]);
+    let (x, codes) = (&mut x[..d], &mut codes[..d]);
+    part.v_scales[row] = 0;
+    if !zero {
+        v.read(row, head, x);
+        let byte = super::scale::smallest(f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))));
+        part.v_scales[row] = byte;
+        let factor = inverse(byte);
+        for (code, &v) in codes.iter_mut().zip(x.iter()) {
+            *code = code_of(v, factor);
         }
-        for p in 0..planes {
-            let at = (row * planes + p) * half;
-            pack(codes, p, &mut v_planes[at..at + half]);
-        }
+    }
+    for p in 0..planes {
+        let at = (row * planes + p) * half;
+        pack(codes, p, &mut part.v[at..at + half]);
     }
 }
 
 /// Stores the mean of the V rows of a whole tile: binary32 sums in the order of the tokens. Returns its scale byte.
-fn encode_mean(s: &Shape, skip: usize, v_planes: &[u8], v_scales: &[u8], v_mean: &mut [u8]) -> u8 {
+fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut) -> u8 {
     let (d, row_bytes) = (s.dim_v, s.planes_v * s.dim_v / 2);
     let (mut sums, mut x) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
     let (sums, x) = (&mut sums[..d], &mut x[..d]);
     for row in skip..TILE {
-        decode_v(&v_planes[row * row_bytes..(row + 1) * row_bytes], v_scales[row], s.planes_v, x);
+        if s.planes_v == 0 {
+            v.read(row, head, x);
+        } else {
+            decode_v(&part.v[row * row_bytes..(row + 1) * row_bytes], part.v_scales[row], s.planes_v, x);
+        }
         for (sum, x) in sums.iter_mut().zip(x.iter()) {
             *sum += x;
         }
@@ -417,7 +518,7 @@ fn encode_mean(s: &Shape, skip: usize, v_planes: &[u8], v_scales: &[u8], v_mean:
     let byte = super::scale::smallest(sums.iter().fold(0.0f32, |m, sum| m.max((sum / n).abs())));
     // Sixteenths of the scale: two digits.
     let factor = inverse(byte) * (1.0 / 256.0);
-    for (code, sum) in v_mean.iter_mut().zip(sums.iter()) {
+    for (code, sum) in part.v_mean.iter_mut().zip(sums.iter()) {
         *code = (sum / n * factor).round_ties_even() as i8 as u8;
     }
     byte

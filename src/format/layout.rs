@@ -1,6 +1,6 @@
 //! Where the bytes of a page lie, for each of the three formats, and how rows get into them.
 
-use super::{Dtype, MAX_DIM, PLANES, Rows, TILE, aligned, published, raw};
+use super::{Dtype, MAX_DIM, PLANES, Rows, RowsMut, TILE, aligned, published, raw};
 use crate::{Error, Result};
 
 /// How a cache stores its rows.
@@ -102,25 +102,34 @@ impl Layout {
         &mut page[head * self.part..(head + 1) * self.part]
     }
 
+    /// What lies beside rows that the engine keeps itself: plane 0 of K, and all scales.
+    pub fn index(shape: Shape) -> Layout {
+        Layout::new(Format::Aligned, Shape { planes_k: 1, planes_v: 0, ..shape })
+    }
+
     /// Fails, naming the place, if a row among `first..first + n` of `k` or `v` cannot be stored.
     pub fn check(&self, k: &Rows, v: &Rows, n: usize) -> Result<()> {
+        self.check_rows("key", k, 0..n)?;
+        self.check_rows("value", v, 0..n)
+    }
+
+    /// The same of some rows of one of them.
+    pub fn check_rows(&self, name: &str, rows: &Rows, some: impl Iterator<Item = usize>) -> Result<()> {
         let mut x = [0.0f32; MAX_DIM];
-        for (name, rows) in [("key", k), ("value", v)] {
-            let x = &mut x[..rows.dim()];
-            for row in 0..n {
-                for head in 0..self.shape.n_kv_heads {
-                    rows.read(row, head, x);
-                    // As integers, magnitudes order as they should, with infinity and NaN above all numbers.
-                    let peak = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
-                    if !peak.is_finite() {
-                        return Err(Error::NonFinite(format!("{name}: NaN or infinity in row {row}, head {head}")));
-                    }
-                    if self.format == Format::Aligned && peak > super::PEAK_LIMIT {
-                        let limit = super::PEAK_LIMIT;
-                        return Err(Error::Range(format!(
-                            "{name}: magnitude {peak:e} in row {row}, head {head}: the format holds at most {limit:e}"
-                        )));
-                    }
+        let x = &mut x[..rows.dim()];
+        for row in some {
+            for head in 0..self.shape.n_kv_heads {
+                rows.read(row, head, x);
+                // As integers, magnitudes order as they should, with infinity and NaN above all numbers.
+                let peak = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
+                if !peak.is_finite() {
+                    return Err(Error::NonFinite(format!("{name}: NaN or infinity in row {row}, head {head}")));
+                }
+                if self.format == Format::Aligned && peak > super::PEAK_LIMIT {
+                    let limit = super::PEAK_LIMIT;
+                    return Err(Error::Range(format!(
+                        "{name}: magnitude {peak:e} in row {row}, head {head}: the format holds at most {limit:e}"
+                    )));
                 }
             }
         }
@@ -143,6 +152,59 @@ impl Layout {
                 Format::Aligned => aligned::encode(shape, part, base, source, head, skip, from, to),
                 Format::Published => published::encode(shape, part, source, head, from, to),
                 Format::Raw => raw::encode(shape, part, source, head, from, to),
+            }
+        }
+    }
+
+    /// A page of zeros, none of them a row.
+    pub fn blank(&self, page: &mut [u8]) {
+        match self.format {
+            Format::Aligned => {
+                for head in 0..self.shape.n_kv_heads {
+                    aligned::blank(&self.shape, self.part_mut(page, head));
+                }
+            }
+            _ => page.fill(0),
+        }
+    }
+
+    /// Encodes K of a whole tile, as [`Layout::encode`] would.
+    pub fn encode_keys(&self, page: &mut [u8], k: &Rows, skip: usize) {
+        debug_assert!(self.format == Format::Aligned);
+        for head in 0..self.shape.n_kv_heads {
+            aligned::encode_keys(&self.shape, self.part_mut(page, head), None, k, head, skip, 0, TILE);
+        }
+    }
+
+    /// The same of V.
+    pub fn encode_values(&self, page: &mut [u8], v: &Rows, skip: usize) {
+        debug_assert!(self.format == Format::Aligned);
+        for head in 0..self.shape.n_kv_heads {
+            aligned::encode_values(&self.shape, self.part_mut(page, head), v, head, skip, 0, TILE);
+        }
+    }
+
+    /// Writes K of the tokens `new` over what is there. Of the others with rows, `written`, `k` holds those in `known`;
+    /// the rest is known by the page alone.
+    pub fn rewrite_keys(&self, page: &mut [u8], k: &Rows, new: u128, written: u128, known: u128) {
+        for head in 0..self.shape.n_kv_heads {
+            let part = self.part_mut(page, head);
+            match self.format {
+                Format::Aligned => aligned::rewrite_keys(&self.shape, part, k, head, new, written, known),
+                Format::Raw => raw::write_keys(&self.shape, part, k, head, new),
+                Format::Published => unreachable!("appended only"),
+            }
+        }
+    }
+
+    /// The same of V.
+    pub fn rewrite_values(&self, page: &mut [u8], v: &Rows, new: u128) {
+        for head in 0..self.shape.n_kv_heads {
+            let part = self.part_mut(page, head);
+            match self.format {
+                Format::Aligned => aligned::rewrite_values(&self.shape, part, v, head, new),
+                Format::Raw => raw::write_values(&self.shape, part, v, head, new),
+                Format::Published => unreachable!("appended only"),
             }
         }
     }
@@ -199,15 +261,47 @@ impl Layout {
 
     /// Copies row 0 of `k` and `v` into row `row` of such a block.
     pub fn keep(&self, block: &mut [u8], n: usize, row: usize, k: Rows, v: Rows) {
+        self.keep_key(block, n, row, k);
+        self.keep_value(block, n, row, v);
+    }
+
+    /// The same of K alone.
+    pub fn keep_key(&self, block: &mut [u8], n: usize, row: usize, k: Rows) {
         assert!(row < n && block.len() >= self.kept_bytes(n));
-        let heads = self.shape.n_kv_heads;
-        let (k_block, v_block) = block.split_at_mut(self.kept_split(n));
-        for (to, rows) in [(k_block, k), (v_block, v)] {
-            let bytes = rows.dim() * rows.dtype().size();
-            for head in 0..heads {
-                let at = (row * heads + head) * bytes;
-                to[at..at + bytes].copy_from_slice(rows.bytes(0, head));
+        self.keep_row(&mut block[..self.kept_split(n)], row, k);
+    }
+
+    /// The same of V alone.
+    pub fn keep_value(&self, block: &mut [u8], n: usize, row: usize, v: Rows) {
+        assert!(row < n && block.len() >= self.kept_bytes(n));
+        self.keep_row(&mut block[self.kept_split(n)..], row, v);
+    }
+
+    /// Writes values of one head into a block of one row, rounded to the layer's dtypes (and at most to their limits).
+    pub fn keep_values(&self, block: &mut [u8], head: usize, k: &[f32], v: &[f32]) {
+        assert!(block.len() >= self.kept_bytes(1) && (block.as_ptr() as usize).is_multiple_of(64));
+        let s = &self.shape;
+        let (to_k, to_v) = block.split_at_mut(self.kept_split(1));
+        for (to, dtype, x) in [(to_k, s.dtype_k, k), (to_v, s.dtype_v, v)] {
+            let limit = if dtype == Dtype::F16 { f32::from(half::f16::MAX) } else { f32::MAX };
+            let mut clamped = [0.0; MAX_DIM];
+            let clamped = &mut clamped[..x.len()];
+            for (to, x) in clamped.iter_mut().zip(x) {
+                *to = x.clamp(-limit, limit);
             }
+            let stride = (x.len() * dtype.size()) as isize;
+            // SAFETY: exclusively borrowed, aligned, and large enough for every head: asserted above.
+            let mut rows = unsafe { RowsMut::new(to.as_mut_ptr(), stride, stride, dtype, x.len()) };
+            assert!(head < s.n_kv_heads);
+            rows.write(0, head, clamped);
+        }
+    }
+
+    fn keep_row(&self, to: &mut [u8], row: usize, rows: Rows) {
+        let bytes = rows.dim() * rows.dtype().size();
+        for head in 0..self.shape.n_kv_heads {
+            let at = (row * self.shape.n_kv_heads + head) * bytes;
+            to[at..at + bytes].copy_from_slice(rows.bytes(0, head));
         }
     }
 }

@@ -70,3 +70,26 @@ pub fn decode(stored: u16, planes: usize) -> f32 {
     let prefix = i32::from(stored >> low) - (OFFSET >> low);
     prefix as f32 * (1.0 / (1 << (4 * (planes - 1))) as f32) + CENTRE[planes]
 }
+
+/// Tokens of a tile, as bits: those that are set, from the lowest.
+#[derive(Debug, Clone, Copy)]
+pub struct Bits(pub u128);
+
+impl Iterator for Bits {
+    type Item = usize;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        let i = self.0.trailing_zeros() as usize;
+        self.0 &= self.0.wrapping_sub(1);
+        (i < TILE).then_some(i)
+    }
+}
+
+/// Tokens `from..to` of a tile, as bits.
+#[inline(always)]
+pub fn range_bits(from: usize, to: usize) -> u128 {
+    debug_assert!(from <= to && to <= TILE);
+    let below = |n: usize| if n == TILE { u128::MAX } else { (1 << n) - 1 };
+    below(to) & !below(from)
+}

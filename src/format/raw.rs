@@ -1,7 +1,7 @@
 //! Rows as the caller gave them: `[token][dim]` of K, then of V, per tile and KV head.
 
 use super::layout::align;
-use super::{Rows, Shape, Source, TILE};
+use super::{Bits, Rows, Shape, Source, TILE};
 
 pub(super) struct Offsets {
     v: usize,
@@ -34,10 +34,21 @@ impl<'a> Tile<'a> {
 
 pub(super) fn encode(s: &Shape, part: &mut [u8], source: &Source, head: usize, from: usize, to: usize) {
     let (k, v) = part.split_at_mut(Offsets::new(s).v);
-    for (to_bytes, rows) in [(k, source.k), (v, source.v)] {
-        let bytes = rows.dim() * rows.dtype().size();
-        for row in from..to {
-            to_bytes[row * bytes..(row + 1) * bytes].copy_from_slice(rows.bytes(row, head));
-        }
+    write(k, &source.k, head, from..to);
+    write(v, &source.v, head, from..to);
+}
+
+pub(super) fn write_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, new: u128) {
+    write(&mut part[..Offsets::new(s).v], k, head, Bits(new));
+}
+
+pub(super) fn write_values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, new: u128) {
+    write(&mut part[Offsets::new(s).v..], v, head, Bits(new));
+}
+
+fn write(to: &mut [u8], rows: &Rows, head: usize, some: impl Iterator<Item = usize>) {
+    let bytes = rows.dim() * rows.dtype().size();
+    for row in some {
+        to[row * bytes..(row + 1) * bytes].copy_from_slice(rows.bytes(row, head));
     }
 }

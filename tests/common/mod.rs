@@ -3,7 +3,7 @@
 
 use alignedkv::backend::cpu::{Cpu, Isa};
 use alignedkv::backend::{Attention, Floats, Mode, QueryRow, Stats};
-use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, Placement, StepSequence};
 use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -134,6 +134,7 @@ impl Single {
     pub fn new(format: Format, shape: Shape, exact_head: usize) -> Single {
         let lossless = format != Format::Aligned;
         let config = Config {
+            placement: Placement::Append,
             format,
             layers: vec![shape],
             max_sequences: 4,
@@ -164,8 +165,10 @@ impl Single {
         let (n_q, heads) = (ranges.len(), s.n_q_heads);
         let reader = self.cache.read(self.sequence, 0)?;
         let views = [reader.view()];
-        let rows: Vec<QueryRow> =
-            ranges.iter().map(|&(from, to)| QueryRow { sequence: 0, from, to, dense: how.dense }).collect();
+        let rows: Vec<QueryRow> = ranges
+            .iter()
+            .map(|&(from, to)| QueryRow { sequence: 0, from, to, n: to.saturating_sub(from), dense: how.dense })
+            .collect();
         let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
         let mut o = Output {
             out: vec![0.0; n_q * heads * s.dim_v],
@@ -186,6 +189,10 @@ impl Single {
                 q: q.rows(),
                 out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
                 scale: how.scale,
+                softcap: 0.0,
+                mask: None,
+                slopes: None,
+                sinks: None,
                 tolerance: how.tolerance,
                 mode: how.mode,
                 lse: Some(Floats::new(o.lse.as_mut_ptr())),

@@ -3,10 +3,24 @@
 use super::fold::score_rounding;
 use super::math::{self, Lane128};
 use super::simd::{LANES, Simd};
-use super::unit::{Unit, Worker};
+use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
 use crate::alignment::{ScoreError, Sums};
 use crate::cache::SequenceView;
-use crate::format::{CENTRE, Format, LEFT, MAX_DIM, PEAK, Shape, TILE, aligned, published, raw, scale};
+use crate::format::{Bits, CENTRE, Format, LEFT, MAX_DIM, PEAK, Rows, Shape, TILE, aligned, published, raw, scale};
+
+/// What scores of a tile are uncertain by, and at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Uncertain {
+    pub bound: f32,
+    pub rms: f32,
+    pub reach: f32,
+}
+
+impl Uncertain {
+    pub fn score(&self) -> ScoreError {
+        ScoreError { bound: self.bound, rms: self.rms }
+    }
+}
 
 /// A tile in f32, K by channels (so that lanes are tokens), and what its values are uncertain by.
 #[derive(Clone, Copy)]
@@ -27,12 +41,18 @@ impl Decoded {
     pub fn exact<S: Simd>(&mut self, view: &SequenceView, kv_head: usize) {
         let Some((k, v)) = view.exact else { return };
         self.v_unit[view.n_exact..].fill(0.0);
-        self.rows::<S>(
-            &view.layout.shape,
-            view.n_exact,
-            |i, out| k.read(i, kv_head, out),
-            |i, out| v.read(i, kv_head, out),
-        );
+        self.given::<S>(view, &k, &v, 0, kv_head, view.n_exact);
+    }
+
+    /// The first `n` of rows as the caller gave them. What was never written is not read.
+    #[inline(always)]
+    fn given<S: Simd>(&mut self, view: &SequenceView, k: &Rows, v: &Rows, tile: usize, kv_head: usize, n: usize) {
+        let written = view.written(tile);
+        let read = |rows: &Rows, i: usize, out: &mut [f32]| match written >> i & 1 {
+            1 => rows.read(i, kv_head, out),
+            _ => out.fill(0.0),
+        };
+        self.rows::<S>(&view.layout.shape, n, |i, out| read(k, i, out), |i, out| read(v, i, out));
     }
 
     /// The first `n` tokens of a page.
@@ -41,6 +61,9 @@ impl Decoded {
         let shape = &view.layout.shape;
         let part = view.layout.part(view.page(tile), kv_head);
         self.v_unit[n..].fill(0.0);
+        if let Some((k, v)) = view.attached {
+            return self.given::<S>(view, &k.skip(tile * TILE), &v.skip(tile * TILE), tile, kv_head, n);
+        }
         match view.layout.format {
             Format::Aligned => self.aligned::<S>(shape, &aligned::Tile::new(shape, part), n),
             Format::Published => {
@@ -141,9 +164,9 @@ impl Decoded {
         }
     }
 
-    /// Scores of tokens `from..to` of the tile, -inf elsewhere, and what they are uncertain by.
+    /// Scores of the tokens `seen` of the tile, -inf elsewhere, and what they are uncertain by.
     #[inline(always)]
-    pub fn scores<S: Simd>(&self, q: &[f32], from: usize, to: usize, s: &mut Lane128) -> ScoreError {
+    pub fn scores<S: Simd>(&self, q: &[f32], seen: u128, s: &mut Lane128) -> Uncertain {
         let d = q.len();
         // Chains of an eighth of the channels: rounding errors do not pile up over all of them.
         let part = d.div_ceil(8);
@@ -158,8 +181,7 @@ impl Decoded {
             }
             sum.store(s);
         }
-        s[..from].fill(f32::NEG_INFINITY);
-        s[to..].fill(f32::NEG_INFINITY);
+        math::hide::<S>(s, seen);
         let (mut worst, mut square) = (S::splat(0.0), S::splat(0.0));
         for (q, unit) in q.chunks(LANES).zip(self.k_unit.as_chunks().0) {
             let mut block = [0.0; LANES];
@@ -171,21 +193,20 @@ impl Decoded {
         let (worst, square) = (math::fold_sum(worst), math::fold_sum(square));
         // Scores are at most this: if it overflows, so must the bound.
         let reach = worst * (1.0 + 1e-5) * PEAK;
-        ScoreError {
+        Uncertain {
             bound: reach * ((self.left_k + score_rounding(d)) / PEAK),
             rms: square.sqrt() * self.left_k * 0.577_350_3,
+            reach,
         }
     }
 
-    /// Adds tokens `from..to` with scores `s` to a row's sums and output.
+    /// Adds the tokens `seen` with logits `s` to a row's sums and output.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     pub fn attend<S: Simd>(
         &self,
         s: &Lane128,
         error: ScoreError,
-        from: usize,
-        to: usize,
+        seen: u128,
         sums: &mut Sums,
         out: &mut [f32],
         tile_out: &mut [f32],
@@ -196,9 +217,9 @@ impl Decoded {
         let tokens = math::sums::<S>(&e, &self.v_unit);
         sums.add_scores(error, tokens);
         sums.add_values(self.left_v, 0.0, tokens);
-        sums.note(to - from, self.v_unit[from..to].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK);
+        sums.note(seen.count_ones() as usize, math::max_of(&self.v_unit, seen) * PEAK);
         tile_out.fill(0.0);
-        for i in from..to {
+        for i in Bits(seen) {
             math::axpy::<S>(e[i], &self.v[i][..out.len()], tile_out);
         }
         math::axpy::<S>(1.0, tile_out, out);
@@ -227,37 +248,43 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     sums.fill(Sums::EMPTY);
     outs.fill(0.0);
     let (first, last) = unit.tiles(split);
+    let rows = unit.row..unit.row + unit.n_rows;
+    let mut bent = [0.0; TILE];
     // The exact rows come first, as a tile of their own.
     let exact = split == 0 && unit.from < view.n_exact;
     for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
-        let (start, lowest, highest) = if tile < 0 {
-            w.scratch.tile.exact::<S>(view, unit.kv_head);
-            (0, 0, view.n_exact)
-        } else {
-            let start = (first + tile as usize) * TILE;
-            let (lowest, highest) = (start.max(view.n_exact).max(unit.from), (start + TILE).min(unit.to));
-            if lowest >= highest {
-                continue;
-            }
-            w.scratch.tile.page::<S>(view, first + tile as usize, unit.kv_head, highest - start);
-            (start, lowest, highest)
+        let is_exact = tile < 0;
+        let tile = if is_exact { 0 } else { first + tile as usize };
+        let seen = |row: usize| match is_exact {
+            true => seen_exact(call, row, view),
+            false => seen_paged(call, row, view, tile),
         };
-        for r in 0..unit.n_rows {
-            let row = &call.rows[unit.row + r];
-            let (from, to) = (lowest.max(row.from), highest.min(row.to));
-            if from >= to {
+        let any = rows.clone().fold(0, |any, row| any | seen(row));
+        if any == 0 {
+            continue;
+        }
+        if is_exact {
+            w.scratch.tile.exact::<S>(view, unit.kv_head);
+        } else {
+            w.scratch.tile.page::<S>(view, tile, unit.kv_head, TILE - any.leading_zeros() as usize);
+        }
+        for (r, row) in rows.clone().enumerate() {
+            let seen = seen(row);
+            if seen == 0 {
                 continue;
             }
-            w.stats.count_dense(view, tile < 0, to - from);
+            w.stats.count_dense(view, is_exact, seen.count_ones() as usize);
             for h in 0..g {
-                let at = r * g + h;
+                let (at, head) = (r * g + h, unit.kv_head * g + h);
                 let q = &w.scratch.q[at * d..(at + 1) * d];
                 let mut s = [0.0; TILE];
-                let error = w.scratch.tile.scores::<S>(q, from - start, to - start, &mut s);
+                let mut error = w.scratch.tile.scores::<S>(q, seen, &mut s);
                 w.check(error.bound, math::max::<S>(&s));
+                error.bound += bend_error(call, row, head, tile, error.reach);
+                let logits = logits::<S>(call, row, head, tile, &s, &mut bent);
                 let out = &mut outs[at * dv..(at + 1) * dv];
                 let tile_out = &mut w.scratch.tile_out[..dv];
-                w.scratch.tile.attend::<S>(&s, error, from - start, to - start, &mut sums[at], out, tile_out);
+                w.scratch.tile.attend::<S>(logits, error.score(), seen, &mut sums[at], out, tile_out);
             }
         }
     }

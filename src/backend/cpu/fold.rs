@@ -87,6 +87,7 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
         q_worst: if vanishing { peak * d as f32 * PEAK } else { 0.51 * step * (sum + d as f32) },
         q_rms: step * 0.288_675_13 * squares.sqrt(),
         slack: meta.slack + score_rounding(d),
+        bend: 0.0,
     };
 }
 

@@ -1,7 +1,7 @@
 //! Vector arithmetic over tiles and rows. Sums run in 16 lanes and are folded as a tree.
 
 use super::simd::{LANES, Simd};
-use crate::format::TILE;
+use crate::format::{Bits, TILE};
 
 /// A tile's worth of floats: one per token.
 pub type Lane128 = [f32; TILE];
@@ -63,6 +63,43 @@ pub fn blocks_mut(x: &mut Lane128) -> &mut [[f32; LANES]] {
     x.as_chunks_mut().0
 }
 
+/// Makes all but the tokens `seen` -inf.
+#[inline(always)]
+pub fn hide<S: Simd>(s: &mut Lane128, seen: u128) {
+    if seen == u128::MAX {
+        return;
+    }
+    for (b, s) in blocks_mut(s).iter_mut().enumerate() {
+        let bits = (seen >> (LANES * b)) as u16;
+        if bits != u16::MAX {
+            S::load(s).keep(bits, S::splat(f32::NEG_INFINITY)).store(s);
+        }
+    }
+}
+
+/// Error of [`bend`] through a cap, in units of the cap: that of `exp` twice, and a few roundings.
+pub const CAP_ROUNDING: f32 = 1e-6;
+
+/// `cap * tanh(s / cap)` (`s` itself if `cap` is 0), plus `added`; -inf stays what it is.
+#[inline(always)]
+pub fn bend<S: Simd>(s: &Lane128, cap: f32, added: &Lane128, out: &mut Lane128) {
+    let hidden = S::splat(f32::NEG_INFINITY);
+    for ((s, added), out) in blocks(s).iter().zip(blocks(added)).zip(blocks_mut(out)) {
+        let s = S::load(s);
+        let seen = s.above(f32::MIN);
+        let mut y = s;
+        if cap > 0.0 {
+            let x = s.div(S::splat(cap));
+            // tanh of a magnitude: (1 - t) / (1 + t), t = e^-2x; the sign is that of x.
+            let t = exp(x.abs().mul(S::splat(-2.0)));
+            let one = S::splat(1.0);
+            let tanh = one.sub(t).div(one.add(t)).mul(S::splat(cap));
+            y = tanh.keep(x.above(0.0), S::splat(0.0).sub(tanh));
+        }
+        y.add(S::load(added)).keep(seen, hidden).store(out);
+    }
+}
+
 /// Largest of a tile.
 #[inline(always)]
 pub fn max<S: Simd>(x: &Lane128) -> f32 {
@@ -71,6 +108,15 @@ pub fn max<S: Simd>(x: &Lane128) -> f32 {
         most = S::load(x).max(most);
     }
     fold_max(most)
+}
+
+/// Largest of some tokens' numbers, all 0 or more.
+#[inline(always)]
+pub fn max_of(x: &Lane128, tokens: u128) -> f32 {
+    if tokens == u128::MAX {
+        return x.iter().fold(0.0f32, |m, &x| m.max(x));
+    }
+    Bits(tokens).fold(0.0f32, |m, i| m.max(x[i]))
 }
 
 /// `e = exp(s - max)`.

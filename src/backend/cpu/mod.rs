@@ -119,6 +119,15 @@ fn finish(w: &mut Worker, unit: &Unit) {
             }
         }
     }
+    if let Some(sinks) = call.sinks {
+        for at in 0..n {
+            // A token more, whose value is 0: nothing is known less well for it.
+            let (a, _) = w.scratch.total[at].merge(&Sums::sink(sinks[unit.kv_head * g + at % g]));
+            for total in &mut w.scratch.total_out[at * dv..(at + 1) * dv] {
+                *total *= a;
+            }
+        }
+    }
     let limit = if call.out.dtype() == Dtype::F16 { 65519.0 } else { f32::MAX };
     for at in 0..n {
         let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);

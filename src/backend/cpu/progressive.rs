@@ -4,24 +4,17 @@ use super::fold::fold;
 use super::math::{self, Lane128};
 use super::scan::WORD;
 use super::simd::Simd;
-use super::unit::{Unit, Worker};
+use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
 use super::workspace::{Partial, SPLIT};
-use crate::alignment::{ScoreError, Share, Sums};
+use crate::alignment::{ScoreError, Share, Sums, TileError};
+use crate::backend::Attention;
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
-use crate::format::{CENTRE, LEFT, MAX_DIM, PEAK, PLANES, TILE};
-use std::ops::Range;
+use crate::format::{Bits, CENTRE, LEFT, MAX_DIM, PEAK, PLANES, Rows, TILE};
 
-/// Tokens of a tile that the row sees through its planes, as indices in the tile.
-fn seen(unit: &Unit, view: &SequenceView, tile: usize) -> (usize, usize) {
-    let start = tile * TILE;
-    let from = start.max(view.n_exact).max(unit.from);
-    (from - start, (start + TILE).min(unit.to).max(from) - start)
-}
-
-/// True if the split has exact rows to attend.
-fn has_exact(unit: &Unit, view: &SequenceView, split: usize) -> bool {
-    split == 0 && unit.from < view.n_exact.min(unit.to)
+/// Tokens that the row sees through the exact rows in this split.
+fn exact_tokens(call: &Attention, unit: &Unit, view: &SequenceView, split: usize) -> u128 {
+    if split == 0 { seen_exact(call, unit.row, view) } else { 0 }
 }
 
 #[inline(always)]
@@ -44,61 +37,75 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let partials = w.partials_mut(split);
     partials.fill(Partial { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 });
 
-    let exact = has_exact(unit, view, split);
-    if exact {
+    let mut bent = [0.0; TILE];
+    let head = |h: usize| unit.kv_head * g + h;
+    let exact = exact_tokens(call, unit, view, split);
+    if exact != 0 {
         w.scratch.tile.exact::<S>(view, unit.kv_head);
         let (scores, _) = w.scores(0);
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
-            let to = view.n_exact.min(unit.to);
-            let error = w.scratch.tile.scores::<S>(q, unit.from, to, &mut scores[h]);
-            partials[h].max = math::max::<S>(&scores[h]);
-            w.check(error.bound, partials[h].max);
+            let error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
+            w.check(error.bound, math::max::<S>(&scores[h]));
+            let logits = logits::<S>(call, unit.row, head(h), 0, &scores[h], &mut bent);
+            partials[h].max = math::max::<S>(logits);
         }
     }
     for tile in first..last {
-        let (from, to) = seen(unit, view, tile);
+        let seen = seen_paged(call, unit.row, view, tile);
+        if seen == 0 {
+            continue;
+        }
         let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
             fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
         }
         let words = &w.scratch.words[..d / 8 * g * WORD];
+        let n_blocks = (TILE - seen.leading_zeros() as usize).div_ceil(LANES);
         // SAFETY: the worker's scan is that of an instruction set that this machine has.
-        unsafe { (w.scan)(t.k0, words, d / 2, to.div_ceil(LANES), &mut w.scratch.integers[..g]) };
+        unsafe { (w.scan)(t.k0, words, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
         let (scores, errors) = w.scores(tile + 1);
         for h in 0..g {
             let folded = &w.scratch.folded[h];
             folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
-            scores[h][..from].fill(f32::NEG_INFINITY);
-            scores[h][to..].fill(f32::NEG_INFINITY);
-            errors[h] = folded.error;
-            let max = math::max::<S>(&scores[h]);
+            math::hide::<S>(&mut scores[h], seen);
+            let reach = folded.error.worst * PEAK;
+            let bend = bend_error(call, unit.row, head(h), tile, reach);
+            errors[h] = TileError { bend, ..folded.error };
+            let logits = logits::<S>(call, unit.row, head(h), tile, &scores[h], &mut bent);
+            let max = math::max::<S>(logits);
             partials[h].max = partials[h].max.max(max);
-            let worst = folded.error.worst;
-            w.check(worst * PEAK, max);
+            w.check(reach, max);
         }
     }
 
-    if exact {
-        add_partials::<S>(partials, w.scores(0).0, &w.scratch.tile.v_unit);
+    if exact != 0 {
+        for h in 0..g {
+            let logits = logits::<S>(call, unit.row, head(h), 0, &w.scores(0).0[h], &mut bent);
+            add_partial::<S>(&mut partials[h], logits, &w.scratch.tile.v_unit);
+        }
     }
     for tile in first..last {
-        let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
-        add_partials::<S>(partials, w.scores(tile + 1).0, &v_units::<S>(&t));
+        if seen_paged(call, unit.row, view, tile) != 0 {
+            let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
+            let units = v_units::<S>(&t);
+            for h in 0..g {
+                let logits = logits::<S>(call, unit.row, head(h), tile, &w.scores(tile + 1).0[h], &mut bent);
+                add_partial::<S>(&mut partials[h], logits, &units);
+            }
+        }
     }
 }
 
-/// Adds a tile's weights to what the scan says of each head.
+/// Adds a tile's weights to what the scan says of a head.
 #[inline(always)]
-fn add_partials<S: Simd>(partials: &mut [Partial], scores: &[Lane128], units: &Lane128) {
-    for (partial, s) in partials.iter_mut().zip(scores) {
-        let mut e = [0.0; TILE];
-        math::weights::<S>(s, partial.max, &mut e);
-        let [sum, weighted, _] = math::sums::<S>(&e, units);
-        partial.sum += sum;
-        partial.weighted += weighted * f64::from(PEAK);
-    }
+fn add_partial<S: Simd>(partial: &mut Partial, logits: &Lane128, units: &Lane128) {
+    let mut e = [0.0; TILE];
+    math::weights::<S>(logits, partial.max, &mut e);
+    let [sum, weighted, _] = math::sums::<S>(&e, units);
+    partial.sum += sum;
+    partial.weighted += weighted * f64::from(PEAK);
 }
 
 /// How many of the limits each lane exceeds.
@@ -115,14 +122,15 @@ fn exceeded<S: Simd>(x: S, limits: &[f32]) -> S {
 #[inline(always)]
 fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
     let partials = || (0..unit.n_splits()).map(|split| &w.partials(split)[h]);
-    let max = partials().fold(f32::NEG_INFINITY, |m, p| m.max(p.max));
-    let (mut sum, mut weighted) = (0.0, 0.0);
+    let sink = w.call.sinks.map(|sinks| sinks[unit.kv_head * w.call.shape.group() + h]);
+    let max = partials().fold(sink.unwrap_or(f32::NEG_INFINITY), |m, p| m.max(p.max));
+    let (mut sum, mut weighted) = (sink.map_or(0.0, |s| (f64::from(s) - f64::from(max)).exp()), 0.0);
     for p in partials().filter(|p| p.max > f32::NEG_INFINITY) {
         let factor = (f64::from(p.max) - f64::from(max)).exp();
         sum += factor * p.sum;
         weighted += factor * p.weighted;
     }
-    (max, Share::new(w.call.mode, w.call.tolerance, unit.to - unit.from, sum, weighted))
+    (max, Share::new(w.call.mode, w.call.tolerance, w.call.rows[unit.row].n, sum, weighted))
 }
 
 /// Planes that the tokens of a tile read: at most what is stored.
@@ -139,20 +147,6 @@ struct Reads {
 impl Reads {
     /// Plane 0 of K, as the scan has it.
     const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], more_k: 0, some_v: 0 };
-}
-
-/// The bits that are set, from the lowest.
-struct Bits(u128);
-
-impl Iterator for Bits {
-    type Item = usize;
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<usize> {
-        let i = self.0.trailing_zeros() as usize;
-        self.0 &= self.0.wrapping_sub(1);
-        (i < TILE).then_some(i)
-    }
 }
 
 /// Weight of the last of `1 + digits` digits.
@@ -173,61 +167,87 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             w.shares.heads[h] = Some(share(w, unit, h));
         }
     }
+    let call = w.call;
+    let tile_of = |tile: usize| Tile::new(call.shape, view.layout.part(view.page(tile), unit.kv_head));
+    let mut seen = [0; SPLIT];
     let mut reads = [Reads::SCANNED; SPLIT];
     for tile in first..last {
-        let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
-        reads[tile - first] = align::<S>(w, &t, tile);
-        prefetch(&t, &reads[tile - first]);
-    }
-    for tile in first..last {
-        let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
-        refine_keys::<S>(w, &t, tile, &reads[tile - first]);
-    }
-
-    // Refined scores may be far from the scan's: weights are relative to what the largest is now.
-    let exact = has_exact(unit, view, split);
-    let (sums, outs) = w.state(unit, split);
-    outs.fill(0.0);
-    for (h, sums) in sums.iter_mut().enumerate() {
-        let tiles = if exact { Some(0) } else { None }.into_iter().chain(first + 1..last + 1);
-        *sums = Sums::at(tiles.fold(f32::NEG_INFINITY, |m, index| m.max(math::max::<S>(&w.scores(index).0[h]))));
-    }
-    if exact {
-        let to = view.n_exact.min(unit.to);
-        w.scratch.tile.exact::<S>(view, unit.kv_head);
-        w.stats.count_dense(view, true, to - unit.from);
-        let (scores, _) = w.scores(0);
-        for h in 0..g {
-            let q = &w.scratch.q[h * d..(h + 1) * d];
-            let error = w.scratch.tile.scores::<S>(q, unit.from, to, &mut scores[h]);
-            let (out, tile_out) = (&mut outs[h * dv..(h + 1) * dv], &mut w.scratch.tile_out[..dv]);
-            w.scratch.tile.attend::<S>(&scores[h], error, unit.from, to, &mut sums[h], out, tile_out);
+        seen[tile - first] = seen_paged(call, unit.row, view, tile);
+        if seen[tile - first] != 0 {
+            let t = tile_of(tile);
+            reads[tile - first] = align::<S>(w, unit, view, &t, tile);
+            match view.attached {
+                None => prefetch(&t, &reads[tile - first]),
+                Some((k, v)) => {
+                    prefetch_rows(&k.skip(tile * TILE), &v.skip(tile * TILE), unit.kv_head, &reads[tile - first])
+                }
+            }
         }
     }
     for tile in first..last {
-        let (from, to) = seen(unit, view, tile);
-        if from < to {
-            let t = Tile::new(w.call.shape, view.layout.part(view.page(tile), unit.kv_head));
-            sum::<S>(w, &t, tile, from..to, &reads[tile - first], sums, outs);
-            count(w, view, from..to, &reads[tile - first]);
+        match view.attached {
+            None => refine_keys::<S>(w, &tile_of(tile), tile, &reads[tile - first]),
+            Some((k, _)) => read_keys::<S>(w, &k.skip(tile * TILE), unit.kv_head, tile, &reads[tile - first]),
+        }
+    }
+
+    // Refined scores may be far from the scan's: weights are relative to what the largest is now.
+    let exact = exact_tokens(call, unit, view, split);
+    let mut bent = [0.0; TILE];
+    let (sums, outs) = w.state(unit, split);
+    outs.fill(0.0);
+    for (h, sums) in sums.iter_mut().enumerate() {
+        let head = unit.kv_head * g + h;
+        let mut max = f32::NEG_INFINITY;
+        if exact != 0 {
+            max = math::max::<S>(logits::<S>(call, unit.row, head, 0, &w.scores(0).0[h], &mut bent));
+        }
+        for tile in (first..last).filter(|tile| seen[tile - first] != 0) {
+            let scores = &w.scores(tile + 1).0[h];
+            max = max.max(math::max::<S>(logits::<S>(call, unit.row, head, tile, scores, &mut bent)));
+        }
+        *sums = Sums::at(max);
+    }
+    if exact != 0 {
+        w.scratch.tile.exact::<S>(view, unit.kv_head);
+        w.stats.count_dense(view, true, exact.count_ones() as usize);
+        let (scores, _) = w.scores(0);
+        for h in 0..g {
+            let head = unit.kv_head * g + h;
+            let q = &w.scratch.q[h * d..(h + 1) * d];
+            let mut error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
+            error.bound += bend_error(call, unit.row, head, 0, error.reach);
+            let logits = logits::<S>(call, unit.row, head, 0, &scores[h], &mut bent);
+            let (out, tile_out) = (&mut outs[h * dv..(h + 1) * dv], &mut w.scratch.tile_out[..dv]);
+            w.scratch.tile.attend::<S>(logits, error.score(), exact, &mut sums[h], out, tile_out);
+        }
+    }
+    for tile in first..last {
+        if seen[tile - first] != 0 {
+            let (seen, reads) = (seen[tile - first], &reads[tile - first]);
+            sum::<S>(w, unit, view, &tile_of(tile), tile, seen, reads, sums, outs);
+            count(w, view, seen, reads);
         }
     }
 }
 
 /// Who is read how finely: over the group, the maximum of what its heads need.
 #[inline(always)]
-fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize) -> Reads {
+fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: usize) -> Reads {
+    let g = w.call.shape.group();
     let (scores, errors) = w.scores(tile + 1);
+    let mut bent = [0.0; TILE];
     let units = v_units::<S>(t);
     let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
     let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
-    for (h, share) in w.shares.heads[..w.call.shape.group()].iter().enumerate() {
+    for (h, share) in w.shares.heads[..g].iter().enumerate() {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&errors[h], mean);
         let mut e = [0.0; TILE];
-        math::weights::<S>(&scores[h], *max, &mut e);
+        let logits = logits::<S>(w.call, unit.row, unit.kv_head * g + h, tile, &scores[h], &mut bent);
+        math::weights::<S>(logits, *max, &mut e);
         let (offset_k, offset_v) = (S::splat(limits.offset_k), S::splat(limits.offset_v));
         let offset = offset_k.max(offset_v);
         let mut most = S::splat(0.0);
@@ -250,9 +270,17 @@ fn align<S: Simd>(w: &Worker, t: &Tile, tile: usize) -> Reads {
         return reads;
     }
     let stored = |planes: usize| S::splat(planes as f32);
-    let (most_k, most_v) = (stored(w.call.shape.planes_k), stored(w.call.shape.planes_v));
+    let (most_k, most_v) = match view.attached {
+        None => (stored(w.call.shape.planes_k), stored(w.call.shape.planes_v)),
+        Some(_) => (stored(PLANES), stored(PLANES)),
+    };
     for (b, (k, v)) in math::blocks(&planes_k).iter().zip(math::blocks(&planes_v)).enumerate() {
-        let (k, v) = (S::load(k).min(most_k), S::load(v).min(most_v));
+        let (mut k, mut v) = (S::load(k).min(most_k), S::load(v).min(most_v));
+        if view.attached.is_some() {
+            // Beyond the index there are whole rows.
+            k = most_k.keep(k.above(1.0), k);
+            v = most_v.keep(v.above(0.0), v);
+        }
         reads.k.as_chunks_mut().0[b] = k.to_bytes();
         reads.v.as_chunks_mut().0[b] = v.to_bytes();
         reads.more_k |= u128::from(k.above(1.0)) << (16 * b);
@@ -286,6 +314,40 @@ fn prefetch(t: &Tile, reads: &Reads) {
     let _ = (t, reads);
 }
 
+/// The same of the engine's rows.
+#[inline(always)]
+fn prefetch_rows(k: &Rows, v: &Rows, kv_head: usize, reads: &Reads) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        for (rows, tokens) in [(k, reads.more_k), (v, reads.some_v)] {
+            for i in Bits(tokens) {
+                for line in rows.bytes(i, kv_head).chunks(64) {
+                    // SAFETY: a prefetch is a hint: it reads nothing.
+                    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+                }
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (k, v, kv_head, reads);
+}
+
+/// Scores from the engine's own rows.
+#[inline(always)]
+fn read_keys<S: Simd>(w: &mut Worker, k: &Rows, kv_head: usize, tile: usize, reads: &Reads) {
+    let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
+    let (scores, _) = w.scores(tile + 1);
+    let mut values = [0.0f32; MAX_DIM];
+    let values = &mut values[..d];
+    for i in Bits(reads.more_k) {
+        k.read(i, kv_head, values);
+        for h in 0..g {
+            scores[h][i] = math::dot::<S>(&w.scratch.q[h * d..(h + 1) * d], values);
+        }
+    }
+}
+
 /// Adds further digits of K to the scores. (Tokens that are not seen are never listed: their weight is 0.)
 #[inline(always)]
 fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
@@ -311,11 +373,14 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
 
 /// Adds a tile to sums and outputs: V of tokens that read any, the tile's mean for the others.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn sum<S: Simd>(
     w: &mut Worker,
+    unit: &Unit,
+    view: &SequenceView,
     t: &Tile,
     tile: usize,
-    seen: Range<usize>,
+    seen: u128,
     reads: &Reads,
     sums: &mut [Sums],
     outs: &mut [f32],
@@ -325,12 +390,15 @@ fn sum<S: Simd>(
     let units = v_units::<S>(t);
     let mut mean = [0.0f32; MAX_DIM];
     let mean_peak = t.mean(&mut mean[..dv]);
-    let peak = units[seen.clone()].iter().fold(0.0f32, |m, &u| m.max(u)) * PEAK;
+    let n_seen = seen.count_ones() as usize;
+    let peak = math::max_of(&units, seen) * PEAK;
+    let mut bent = [0.0; TILE];
     let tile_out = &mut w.scratch.tile_out[..g * dv];
     tile_out.fill(0.0);
     for h in 0..g {
         let (e, error, sums) = (&mut w.scratch.e[h], &errors[h], &mut sums[h]);
-        math::weights::<S>(&scores[h], sums.max, e);
+        let logits = logits::<S>(w.call, unit.row, unit.kv_head * g + h, tile, &scores[h], &mut bent);
+        math::weights::<S>(logits, sums.max, e);
         // By planes of K and by planes of V: sums of e, e * vs, (e * vs)^2 of the tokens that read more than plane 0.
         let (mut by_k, mut by_v) = ([[0.0f64; 3]; PLANES + 1], [[0.0f64; 3]; PLANES + 1]);
         let mut n = [0usize; PLANES + 1];
@@ -345,30 +413,45 @@ fn sum<S: Simd>(
             rest[i] = 0.0;
         }
         let scanned = math::sums::<S>(&rest, &units);
-        n[1] += seen.len() - n.iter().sum::<usize>();
+        n[1] += n_seen - n.iter().sum::<usize>();
         for i in 0..3 {
             by_k[1][i] += scanned[i];
             by_v[0][i] += scanned[i];
         }
         // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
         for k in (1..=PLANES).filter(|&k| n[k] > 0) {
-            sums.add_scores(ScoreError { bound: error.bound(k), rms: error.rms(k) }, by_k[k]);
+            let score = match view.attached {
+                Some(_) if k > 1 => error.of_rows(),
+                _ => ScoreError { bound: error.bound(k), rms: error.rms(k) },
+            };
+            sums.add_scores(score, by_k[k]);
         }
         for (v, &class) in by_v.iter().enumerate().filter(|(_, class)| class[0] > 0.0) {
-            sums.add_values(LEFT[v], if v == 0 { mean_peak } else { 0.0 }, class);
+            let left = if v > 0 && view.attached.is_some() { 0.0 } else { LEFT[v] };
+            sums.add_values(left, if v == 0 { mean_peak } else { 0.0 }, class);
         }
-        sums.note(seen.len(), peak);
+        sums.note(n_seen, peak);
         if mean_peak > 0.0 {
             math::axpy::<S>(by_v[0][0] as f32, &mean[..dv], &mut tile_out[h * dv..(h + 1) * dv]);
         }
     }
     let mut values = [0.0f32; MAX_DIM];
     let values = &mut values[..dv];
+    let rows = view.attached.map(|(_, v)| v.skip(tile * TILE));
     for i in Bits(reads.some_v) {
-        let n = usize::from(reads.v[i]);
-        math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
+        let unit_v = match &rows {
+            Some(rows) => {
+                rows.read(i, unit.kv_head, values);
+                1.0
+            }
+            None => {
+                let n = usize::from(reads.v[i]);
+                math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
+                units[i]
+            }
+        };
         for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
-            math::axpy::<S>(w.scratch.e[h][i] * units[i], values, out);
+            math::axpy::<S>(w.scratch.e[h][i] * unit_v, values, out);
         }
     }
     if mean_peak > 0.0 || reads.some_v != 0 {
@@ -377,17 +460,21 @@ fn sum<S: Simd>(
 }
 
 /// What reading a tile cost, its mean of V included.
-fn count(w: &mut Worker, view: &SequenceView, seen: Range<usize>, reads: &Reads) {
-    let (half_k, half_v) = (w.call.shape.dim_k as u64 / 2, w.call.shape.dim_v as u64 / 2);
+fn count(w: &mut Worker, view: &SequenceView, seen: u128, reads: &Reads) {
+    let shape = w.call.shape;
+    let (half_k, half_v) = (shape.dim_k as u64 / 2, shape.dim_v as u64 / 2);
+    let (row_k, row_v) = ((shape.dim_k * shape.dtype_k.size()) as u64, (shape.dim_v * shape.dtype_v.size()) as u64);
     let stats = &mut w.stats;
-    stats.tokens += seen.len() as u64;
-    stats.count_scales(view, seen.len());
+    let n = seen.count_ones() as usize;
+    stats.tokens += n as u64;
+    stats.count_scales(view, n);
     stats.bytes_v += 2 * half_v;
     stats.bytes_scales += 2 * half_v;
-    for i in seen {
-        stats.planes_k[usize::from(reads.k[i])] += 1;
-        stats.planes_v[usize::from(reads.v[i])] += 1;
-        stats.bytes_k += u64::from(reads.k[i]) * half_k;
-        stats.bytes_v += u64::from(reads.v[i]) * half_v;
+    for i in Bits(seen) {
+        let (k, v) = (u64::from(reads.k[i]), u64::from(reads.v[i]));
+        stats.planes_k[k as usize] += 1;
+        stats.planes_v[v as usize] += 1;
+        stats.bytes_k += if view.attached.is_none() { k * half_k } else { half_k + if k > 1 { row_k } else { 0 } };
+        stats.bytes_v += if view.attached.is_none() { v * half_v } else { if v > 0 { row_v } else { 0 } };
     }
 }

@@ -24,6 +24,9 @@ pub unsafe trait Simd: Copy {
     /// Smaller of each lane.
     fn min(self, other: Self) -> Self;
     fn abs(self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// Lanes whose bit is set, of the others `other`.
+    fn keep(self, bits: u16, other: Self) -> Self;
     /// `self` where `x > limit`, 0 elsewhere.
     fn where_above(self, x: Self, limit: Self) -> Self;
     /// Bit l is set where lane l is above the limit.
@@ -90,6 +93,14 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     fn abs(self) -> Self {
         Scalar(self.0.map(f32::abs))
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.map(other, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn keep(self, bits: u16, other: Self) -> Self {
+        Scalar(std::array::from_fn(|l| if bits >> l & 1 == 1 { self.0[l] } else { other.0[l] }))
     }
     #[inline(always)]
     fn where_above(self, x: Self, limit: Self) -> Self {
@@ -197,6 +208,24 @@ mod x86 {
             unsafe {
                 let sign = _mm256_set1_ps(-0.0);
                 Avx2(_mm256_andnot_ps(sign, self.0), _mm256_andnot_ps(sign, self.1))
+            }
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn keep(self, bits: u16, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+                let set = |bits: u16| {
+                    let bits = _mm256_and_si256(_mm256_set1_epi32(i32::from(bits)), lanes);
+                    _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lanes))
+                };
+                let (low, high) = (set(bits & 0xff), set(bits >> 8));
+                Avx2(_mm256_blendv_ps(other.0, self.0, low), _mm256_blendv_ps(other.1, self.1, high))
             }
         }
         #[inline(always)]
@@ -331,6 +360,16 @@ mod x86 {
         fn abs(self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_abs_ps(self.0)) }
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_div_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        fn keep(self, bits: u16, other: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_mask_blend_ps(bits, other.0, self.0)) }
         }
         #[inline(always)]
         fn where_above(self, x: Self, limit: Self) -> Self {

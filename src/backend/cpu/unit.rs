@@ -1,14 +1,17 @@
 //! Pieces of work: a unit is some query rows of one sequence on one KV head, a split a stretch of its context.
 
+use super::math::{self, Lane128};
 use super::scan::Scan;
+use super::simd::Simd;
 use super::workspace::{Partial, SPLIT, ThreadScratch, UnitScratch, dense_rows};
 use crate::alignment::{Share, Sums, TileError};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
 use crate::format::aligned::Meta;
-use crate::format::{Format, MAX_GROUP, TILE};
+use crate::format::{Format, MAX_GROUP, TILE, range_bits};
 use crate::{Error, Result};
+use half::slice::HalfFloatSliceExt;
 
 /// How a unit is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +80,68 @@ impl Unit {
         let last = ((split + 1) * SPLIT).min(self.to.div_ceil(TILE));
         (first, last.max(first))
     }
+}
+
+/// Tokens of a tile that a query row sees.
+#[inline(always)]
+pub fn seen(call: &Attention, row: usize, view: &SequenceView, tile: usize) -> u128 {
+    let (start, r) = (tile * TILE, &call.rows[row]);
+    let from = r.from.clamp(start, start + TILE) - start;
+    let to = r.to.clamp(start + from, start + TILE) - start;
+    let bits = range_bits(from, to) & view.written(tile);
+    call.mask.map_or(bits, |mask| bits & mask.seen(row, tile))
+}
+
+/// Those of them that attend through the exact rows. (At most a tile's worth.)
+#[inline(always)]
+pub fn seen_exact(call: &Attention, row: usize, view: &SequenceView) -> u128 {
+    if view.n_exact == 0 { 0 } else { seen(call, row, view, 0) & range_bits(0, view.n_exact) }
+}
+
+/// Those that attend through a page.
+#[inline(always)]
+pub fn seen_paged(call: &Attention, row: usize, view: &SequenceView, tile: usize) -> u128 {
+    let seen = seen(call, row, view, tile);
+    if tile == 0 { seen & !range_bits(0, view.n_exact) } else { seen }
+}
+
+/// What the softmax of a query row and head sees of a tile: scores, capped and with what the mask adds. `bent` is where
+/// they go if that changes anything.
+#[inline(always)]
+pub fn logits<'s, S: Simd>(
+    call: &Attention,
+    row: usize,
+    head: usize,
+    tile: usize,
+    scores: &'s Lane128,
+    bent: &'s mut Lane128,
+) -> &'s Lane128 {
+    let added = call.mask.and_then(|mask| mask.added(row, tile));
+    if call.softcap == 0.0 && added.is_none() {
+        return scores;
+    }
+    let mut bias = [0.0; TILE];
+    if let Some((added, _)) = added {
+        added.convert_to_f32_slice(&mut bias);
+        let slope = call.slopes.map_or(1.0, |slopes| slopes[head]);
+        for x in &mut bias {
+            *x *= slope;
+        }
+    }
+    math::bend::<S>(scores, call.softcap, &bias, bent);
+    bent
+}
+
+/// What [`logits`] adds to the error of a score that is at most `reach`.
+#[inline(always)]
+pub fn bend_error(call: &Attention, row: usize, head: usize, tile: usize, reach: f32) -> f32 {
+    let mut error = call.softcap * math::CAP_ROUNDING;
+    if let Some((_, peak)) = call.mask.and_then(|mask| mask.added(row, tile)) {
+        let slope = call.slopes.map_or(1.0, |slopes| slopes[head]);
+        // Half a unit in the last place of the product, and of the sum.
+        error += f32::EPSILON * (2.0 * (peak * slope).abs() + reach);
+    }
+    error
 }
 
 /// What the heads of a unit may leave out, from the scans of all its splits.
@@ -175,7 +240,7 @@ impl Stats {
         let (s, n64) = (&view.layout.shape, n as u64);
         self.tokens += n64;
         let (dk, dv) = (s.dim_k as u64, s.dim_v as u64);
-        if exact || view.layout.format != Format::Aligned {
+        if exact || view.layout.format != Format::Aligned || view.attached.is_some() {
             let (k, v) = (n64 * dk * s.dtype_k.size() as u64, n64 * dv * s.dtype_v.size() as u64);
             self.bytes_k += k;
             self.bytes_v += v;

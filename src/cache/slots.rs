@@ -1,0 +1,444 @@
+//! Slots: cells that the engine places, written in any order, and the index beside rows that it keeps itself.
+//!
+//! A stream is a table of tiles that all exist from the start, so that writing needs no memory. K scales of a tile are
+//! shared by its cells: they grow as rows demand it, and shrink when all of its rows can be encoded anew, because they
+//! have all been written while the tile was kept as given (or because the engine has them).
+
+use super::memory::{Block, Kind, Memory, reserve};
+use super::reader::{Pages, SequenceView};
+use crate::format::{Format, Layout, MAX_DIM, Rows, TILE, range_bits};
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// The cells of one layer.
+#[derive(Debug)]
+pub struct SlotLayer {
+    layout: Layout,
+    n_slots: usize,
+    /// First cells of every stream that are kept as given.
+    exact_head: usize,
+    /// `[stream][tile]`.
+    tiles: Vec<SlotTile>,
+    /// `[stream]`: the first cells' rows; none if the engine has them.
+    heads: Vec<Block>,
+    kept: Vec<Kept>,
+    /// Tiles written so far: what is oldest has the lowest.
+    clock: u64,
+    /// The engine's rows, once they are named.
+    attached: Option<(Rows<'static>, Rows<'static>)>,
+    is_index: bool,
+}
+
+/// A tile of cells.
+#[derive(Debug)]
+pub(super) struct SlotTile {
+    pub page: Block,
+    pub k: Cells,
+    pub v: Cells,
+    /// Index of its kept rows.
+    kept: Option<usize>,
+}
+
+/// What is known of the K or the V rows of a tile.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Cells {
+    /// Cells with rows.
+    pub written: u128,
+    /// Of these: kept as given.
+    fresh: u128,
+    /// Rows written over others since the whole tile was last encoded.
+    stale: u32,
+}
+
+/// Rows of a tile as given, K and V.
+#[derive(Debug)]
+struct Kept {
+    block: Block,
+    tile: Option<usize>,
+    used: u64,
+}
+
+/// Tiles whose rows are kept as given while others are written: a sixteenth, and two per stream at least.
+fn n_kept(n_streams: usize, n_tiles: usize) -> usize {
+    (n_tiles / 16).max(2 * n_streams).min(n_tiles)
+}
+
+impl Cells {
+    /// True if all of `whole` should be encoded together now, since all can, and it has not been done, or too many rows
+    /// have been written over others since. `known` = cells whose rows are at hand after writing `new`.
+    fn note(&mut self, new: u128, known: u128, whole: u128) -> bool {
+        let complete = |cells: u128| cells & whole == whole;
+        let was = complete(self.written) && complete(self.fresh);
+        self.stale += (new & self.written).count_ones();
+        self.written |= new;
+        self.fresh = known & self.written;
+        let all = new & whole == whole || complete(self.fresh) && (!was || self.stale >= TILE as u32);
+        if all {
+            self.stale = 0;
+        }
+        all
+    }
+
+    fn forget(&mut self, cells: u128) {
+        self.written &= !cells;
+        self.fresh &= !cells;
+    }
+}
+
+impl SlotTile {
+    /// Cells with both rows: the others are not seen.
+    pub fn written(&self) -> u128 {
+        self.k.written & self.v.written
+    }
+}
+
+impl SlotLayer {
+    /// Takes all the memory that the cells will ever need. `is_index`: the engine keeps the rows.
+    pub(super) fn new(
+        memory: &Arc<Memory>,
+        layout: Layout,
+        n_streams: usize,
+        n_slots: usize,
+        exact_head: usize,
+        is_index: bool,
+    ) -> Result<SlotLayer> {
+        let n_tiles = n_streams * n_slots.div_ceil(TILE);
+        let lossy = layout.format == Format::Aligned && !is_index;
+        let n_kept = if lossy { n_kept(n_streams, n_tiles) } else { 0 };
+        let head_bytes = layout.kept_bytes(exact_head);
+        let n_heads = if lossy && exact_head > 0 { n_streams } else { 0 };
+        let bytes = |n: usize, bytes: usize| n.saturating_mul(bytes);
+        let total = bytes(n_tiles, layout.page_bytes()).saturating_add(bytes(n_kept, layout.kept_bytes(TILE)));
+        memory.check(total.saturating_add(bytes(n_heads, head_bytes)))?;
+        let (mut tiles, mut heads, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+        reserve(&mut tiles, n_tiles)?;
+        reserve(&mut heads, n_heads)?;
+        reserve(&mut kept, n_kept)?;
+        for _ in 0..n_tiles {
+            let page = Block::of(memory, Kind::Page, layout.page_bytes())?;
+            tiles.push(SlotTile { page, k: Cells::default(), v: Cells::default(), kept: None });
+        }
+        for _ in 0..n_heads {
+            let mut head = Block::of(memory, Kind::Kept, head_bytes)?;
+            head.fill(0);
+            heads.push(head);
+        }
+        for _ in 0..n_kept {
+            kept.push(Kept { block: Block::of(memory, Kind::Kept, layout.kept_bytes(TILE))?, tile: None, used: 0 });
+        }
+        Ok(SlotLayer { layout, n_slots, exact_head, tiles, heads, kept, clock: 0, attached: None, is_index })
+    }
+
+    /// Layout of its pages.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// True if the engine keeps the rows.
+    pub fn is_index(&self) -> bool {
+        self.is_index
+    }
+
+    /// All slots.
+    pub fn n_slots(&self) -> usize {
+        self.n_slots * self.n_streams()
+    }
+
+    fn tiles_per_stream(&self) -> usize {
+        self.n_slots.div_ceil(TILE)
+    }
+
+    fn n_streams(&self) -> usize {
+        self.tiles.len() / self.tiles_per_stream()
+    }
+
+    /// Cells that are seen.
+    pub(super) fn n_written(&self) -> u64 {
+        self.tiles.iter().map(|t| u64::from(t.written().count_ones())).sum()
+    }
+
+    /// Tile and row in the tile of a slot.
+    fn place(&self, slot: usize) -> (usize, usize) {
+        let (stream, cell) = (slot / self.n_slots, slot % self.n_slots);
+        (stream * self.tiles_per_stream() + cell / TILE, cell % TILE)
+    }
+
+    /// Rows of a tile that its page does not hold.
+    fn skip(&self, tile: usize) -> usize {
+        if tile.is_multiple_of(self.tiles_per_stream()) { self.exact_head } else { 0 }
+    }
+
+    /// First slot of a tile.
+    fn first_slot(&self, tile: usize) -> usize {
+        tile / self.tiles_per_stream() * self.n_slots + tile % self.tiles_per_stream() * TILE
+    }
+
+    /// Names the engine's rows and forgets all cells.
+    pub fn attach(&mut self, k: Rows<'static>, v: Rows<'static>) {
+        self.attached = Some((k, v));
+        self.invalidate(0, self.n_slots());
+    }
+
+    /// The engine's rows, if they are its own; an error if they have not been named yet.
+    pub fn attached(&self) -> Result<Option<(Rows<'static>, Rows<'static>)>> {
+        match self.attached {
+            None if self.is_index => {
+                Err(Error::Argument("layer has no rows yet: expected akv_attach_rows before".to_owned()))
+            }
+            rows => Ok(rows),
+        }
+    }
+
+    /// Writes rows to slots, all within bounds; rows that are the engine's own are read from there. They have passed
+    /// [`Layout::check_rows`].
+    pub fn write(&mut self, slots: &[usize], k: Option<Rows>, v: Option<Rows>) {
+        let mut done = 0;
+        while done < slots.len() {
+            let (tile, _) = self.place(slots[done]);
+            let n = slots[done..].iter().take_while(|&&slot| self.place(slot).0 == tile).count();
+            let (k, v) = (k.map(|k| k.skip(done)), v.map(|v| v.skip(done)));
+            self.write_tile(tile, &slots[done..done + n], k, v);
+            done += n;
+        }
+    }
+
+    /// Rows of some cells of a tile.
+    fn write_tile(&mut self, index: usize, slots: &[usize], k: Option<Rows>, v: Option<Rows>) {
+        let head = range_bits(0, self.skip(index));
+        let new = slots.iter().fold(0, |new, &slot| new | 1 << self.place(slot).1);
+        let tile = &mut self.tiles[index];
+        if tile.k.written | tile.v.written == 0 {
+            self.layout.blank(&mut tile.page);
+            (tile.k, tile.v) = (Cells::default(), Cells::default());
+        }
+        if self.layout.format == Format::Raw {
+            let rows = slots.iter().map(|&slot| slot % self.n_slots % TILE).enumerate();
+            for (i, row) in rows {
+                // As if the row lay at its place in a tile.
+                if let Some(k) = k {
+                    self.layout.rewrite_keys(&mut tile.page, &k.skip(i.wrapping_sub(row)), 1 << row, 0, 0);
+                    tile.k.written |= 1 << row;
+                }
+                if let Some(v) = v {
+                    self.layout.rewrite_values(&mut tile.page, &v.skip(i.wrapping_sub(row)), 1 << row);
+                    tile.v.written |= 1 << row;
+                }
+            }
+        } else if let Some((k, v)) = self.attached {
+            let first = self.first_slot(index);
+            let (k, v) = (k.skip(first), v.skip(first));
+            encode(&self.layout, &mut self.tiles[index], head, new, Some((k, u128::MAX)), Some((v, u128::MAX)));
+        } else {
+            let kept = self.keep(index);
+            let (stream, n_head) = (index / self.tiles_per_stream(), self.exact_head);
+            for (i, &slot) in slots.iter().enumerate() {
+                let row = slot % self.n_slots % TILE;
+                let (block, n) = match head >> row & 1 {
+                    1 => (&mut self.heads[stream], n_head),
+                    _ => (&mut self.kept[kept].block, TILE),
+                };
+                if let Some(k) = k {
+                    self.layout.keep_key(block, n, row, k.skip(i));
+                }
+                if let Some(v) = v {
+                    self.layout.keep_value(block, n, row, v.skip(i));
+                }
+            }
+            let (kept_k, kept_v) = self.layout.kept(&self.kept[kept].block, TILE);
+            let tile = &mut self.tiles[index];
+            let (known_k, known_v) = (tile.k.fresh | new, tile.v.fresh | new);
+            encode(&self.layout, tile, head, new, k.map(|_| (kept_k, known_k)), v.map(|_| (kept_v, known_v)));
+        }
+    }
+
+    /// The tile's kept rows: its own, or those of the tile that has not been written for longest.
+    fn keep(&mut self, index: usize) -> usize {
+        self.clock += 1;
+        let kept = self.tiles[index].kept.unwrap_or_else(|| {
+            let oldest = (0..self.kept.len()).min_by_key(|&i| self.kept[i].used).unwrap_or(0);
+            self.close(oldest);
+            oldest
+        });
+        (self.kept[kept].tile, self.kept[kept].used) = (Some(index), self.clock);
+        self.tiles[index].kept = Some(kept);
+        kept
+    }
+
+    /// Takes kept rows from their tile, which is encoded anew from them if that helps.
+    fn close(&mut self, kept: usize) {
+        let Some(index) = self.kept[kept].tile.take() else { return };
+        let whole = !range_bits(0, self.skip(index));
+        let tile = &mut self.tiles[index];
+        let (k, v) = self.layout.kept(&self.kept[kept].block, TILE);
+        let skip = whole.trailing_zeros() as usize;
+        if tile.k.stale > 0 && tile.k.fresh & whole == whole {
+            self.layout.encode_keys(&mut tile.page, &k, skip);
+        }
+        if tile.v.stale > 0 && tile.v.fresh & whole == whole {
+            self.layout.encode_values(&mut tile.page, &v, skip);
+        }
+        tile.kept = None;
+        for cells in [&mut tile.k, &mut tile.v] {
+            (cells.fresh, cells.stale) = (0, 0);
+        }
+    }
+
+    /// Forgets `n` slots.
+    pub fn invalidate(&mut self, first: usize, n: usize) {
+        for (tile, cells) in self.stretch(first, n) {
+            let tile = &mut self.tiles[tile];
+            tile.k.forget(cells);
+            tile.v.forget(cells);
+        }
+    }
+
+    /// Tiles of a stretch of slots, and their cells in it.
+    fn stretch(&self, first: usize, n: usize) -> impl Iterator<Item = (usize, u128)> + use<> {
+        let (per_stream, n_slots) = (self.tiles_per_stream(), self.n_slots);
+        let (mut at, end) = (first, first + n);
+        std::iter::from_fn(move || {
+            let (stream, cell) = (at / n_slots, at % n_slots);
+            let from = cell % TILE;
+            let to = TILE.min(from + end - at).min(from + n_slots - cell);
+            at += to - from;
+            (to > from).then(|| (stream * per_stream + cell / TILE, range_bits(from, to)))
+        })
+    }
+
+    /// A row as it was given, if it is kept, or as attention sees it with all stored planes; zeros if there is none.
+    pub fn read(&self, slot: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+        let (index, row) = self.place(slot);
+        let tile = &self.tiles[index];
+        self.layout.decode(&tile.page, head, row, k, v);
+        if row < self.skip(index) && !self.heads.is_empty() {
+            let (rows_k, rows_v) = self.layout.kept(&self.heads[index / self.tiles_per_stream()], self.exact_head);
+            rows_k.read(row, head, k);
+            rows_v.read(row, head, v);
+        } else if let Some(kept) = tile.kept {
+            let (rows_k, rows_v) = self.layout.kept(&self.kept[kept].block, TILE);
+            if tile.k.fresh >> row & 1 == 1 {
+                rows_k.read(row, head, k);
+            }
+            if tile.v.fresh >> row & 1 == 1 {
+                rows_v.read(row, head, v);
+            }
+        }
+        for (cells, x) in [(tile.k, k), (tile.v, v)] {
+            if cells.written >> row & 1 == 0 {
+                x.fill(0.0);
+            }
+        }
+    }
+
+    /// Memory for a row, which [`SlotLayer::copy`] needs.
+    pub fn spare_row(&self) -> Result<Block> {
+        Block::new(self.tiles[0].page.memory(), self.layout.kept_bytes(1))
+    }
+
+    /// Copies slots; the two stretches do not overlap.
+    pub fn copy(&mut self, from: usize, to: usize, n: usize, spare: &mut Block) {
+        let mut done = 0;
+        while done < n {
+            let ((a, row_a), (b, row_b)) = (self.place(from + done), self.place(to + done));
+            let left = |slot: usize| TILE.min(self.n_slots - slot % self.n_slots);
+            let (left_a, left_b) = (left(from + done), left(to + done));
+            if row_a + row_b == 0 && left_a == left_b && n - done >= left_a && self.skip(a) == self.skip(b) {
+                self.copy_tile(a, b);
+                done += left_a;
+            } else {
+                self.copy_row(from + done, to + done, spare);
+                done += 1;
+            }
+        }
+    }
+
+    /// As it is stored, with its rows as given if they are kept.
+    fn copy_tile(&mut self, from: usize, to: usize) {
+        if let Some(kept) = self.tiles[to].kept {
+            self.close(kept);
+        }
+        if self.tiles[from].kept.is_some() {
+            let b = self.keep(to);
+            // Unless they just had to make room.
+            if let Some(a) = self.tiles[from].kept {
+                let [a, b] = self.kept.get_disjoint_mut([a, b]).unwrap_or_else(|_| unreachable!("two tiles"));
+                b.block.copy_from_slice(&a.block);
+            } else {
+                self.close(b);
+            }
+        }
+        if self.skip(from) > 0 && !self.heads.is_empty() {
+            let heads = [from, to].map(|tile| tile / self.tiles_per_stream());
+            let [a, b] = self.heads.get_disjoint_mut(heads).unwrap_or_else(|_| unreachable!("two streams"));
+            b.copy_from_slice(a);
+        }
+        let [a, b] = self.tiles.get_disjoint_mut([from, to]).unwrap_or_else(|_| unreachable!("two tiles"));
+        b.page.copy_from_slice(&a.page);
+        (b.k, b.v) = (a.k, a.v);
+        if b.kept.is_none() {
+            for cells in [&mut b.k, &mut b.v] {
+                (cells.fresh, cells.stale) = (0, 0);
+            }
+        }
+    }
+
+    /// As it would be read in the layer's dtypes.
+    fn copy_row(&mut self, from: usize, to: usize, row: &mut Block) {
+        let shape = self.layout.shape;
+        let (index, at) = self.place(from);
+        let (has_k, has_v) = (self.tiles[index].k.written >> at & 1, self.tiles[index].v.written >> at & 1);
+        self.invalidate(to, 1);
+        let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
+        let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
+        for head in 0..shape.n_kv_heads {
+            self.read(from, head, k, v);
+            self.layout.keep_values(row, head, k, v);
+        }
+        let (rows_k, rows_v) = self.layout.kept(row, 1);
+        self.write(&[to], (has_k == 1).then_some(rows_k), (has_v == 1).then_some(rows_v));
+    }
+
+    /// What one layer's stream shows of its first `n_kv` cells.
+    pub fn view(&self, stream: usize, n_kv: usize) -> SequenceView<'_> {
+        let first = stream * self.tiles_per_stream();
+        let tiles = &self.tiles[first..first + n_kv.div_ceil(TILE)];
+        let attached = self.attached.map(|(k, v)| (k.skip(stream * self.n_slots), v.skip(stream * self.n_slots)));
+        let head = self.heads.get(stream).map(|head| self.layout.kept(head, self.exact_head));
+        let exact = head.or(attached).filter(|_| self.exact_head.min(n_kv) > 0);
+        SequenceView {
+            layout: &self.layout,
+            len: n_kv,
+            n_exact: if exact.is_some() { self.exact_head.min(n_kv) } else { 0 },
+            exact,
+            pages: Pages::Slots(tiles),
+            attached,
+        }
+    }
+}
+
+/// Encodes the rows `new` of K, V or both into a tile's page; of the cells in the second of each pair, rows are at hand.
+fn encode(
+    layout: &Layout,
+    tile: &mut SlotTile,
+    head: u128,
+    new: u128,
+    k: Option<(Rows, u128)>,
+    v: Option<(Rows, u128)>,
+) {
+    let (skip, whole) = (head.trailing_ones() as usize, !head);
+    if let Some((k, known)) = k {
+        let before = tile.k.written;
+        if tile.k.note(new, known, whole) {
+            layout.encode_keys(&mut tile.page, &k, skip);
+        } else {
+            layout.rewrite_keys(&mut tile.page, &k, new & whole, before & whole, known);
+        }
+    }
+    if let Some((v, known)) = v {
+        if tile.v.note(new, known, whole) {
+            layout.encode_values(&mut tile.page, &v, skip);
+        } else {
+            layout.rewrite_values(&mut tile.page, &v, new & whole);
+        }
+    }
+}
