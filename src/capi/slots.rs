@@ -206,10 +206,11 @@ unsafe fn attend(
 /// slot that is there twice holds the later row. All rows are checked first: on error nothing is written. Writing takes
 /// no memory and cannot fail for lack of it.
 ///
-/// Scales only grow while a tile of 128 cells is written to; a tile whose cells have all been written since it last was
-/// closed gets the scales of its rows alone, as if it had been appended. Rows of the last written tiles (64, or a
-/// sixteenth of the cache if that is more) are kept as given meanwhile; a write to another one reopens it: rows that
-/// outgrow its scales re-encode what is there, and what that loses is in every later certificate.
+/// Scales only grow while a tile of 128 cells is written to; one whose cells have all been written since it last was
+/// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last written
+/// tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write to a closed
+/// one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every later
+/// certificate.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is running).
 ///
