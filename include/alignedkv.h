@@ -234,7 +234,8 @@ typedef struct akv_layer_desc {
     int32_t planes_k;
     // The same of V.
     int32_t planes_v;
-    // Sliding window: a row at position p sees positions above p - window; 0 = none.
+    // Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
+    // whose masks say it.
     int32_t window;
     // Layers whose page tables are shared; 0 (the only one built).
     int32_t group;
@@ -252,7 +253,7 @@ typedef struct akv_cache_desc {
     uint32_t flags;
     // AKV_FORMAT_*.
     int32_t format;
-    // AKV_APPEND, AKV_SLOTS or AKV_ATTACHED.
+    // AKV_APPEND, AKV_SLOTS (not AKV_FORMAT_PUBLISHED) or AKV_ATTACHED (AKV_FORMAT_ALIGNED only).
     int32_t placement;
     // AKV_NAN_*.
     int32_t nan_policy;
@@ -751,6 +752,12 @@ akv_status akv_attach_rows(struct akv_cache *cache,
 // dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 //
 // `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
+//
+// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows, so
+// that it can read more than the rows alone would have been.
+//
+// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of another
+// context), AKV_E_BUSY (the layer is being written, or the mask set).
 akv_status akv_slots_attention(struct akv_cache *cache,
                                int32_t layer,
                                const struct akv_span *spans,
@@ -775,7 +782,7 @@ akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_
 // contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
 // there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
 // whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
-// size; nothing is set then.
+// size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
 akv_status akv_mask_set(struct akv_mask *mask,
                         int64_t first_row,
                         int64_t rows,

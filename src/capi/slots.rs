@@ -361,6 +361,12 @@ pub unsafe extern "C" fn akv_attach_rows(
 ///
 /// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
 ///
+/// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows, so
+/// that it can read more than the rows alone would have been.
+///
+/// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of another
+/// context), AKV_E_BUSY (the layer is being written, or the mask set).
+///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
@@ -440,7 +446,7 @@ pub unsafe extern "C" fn akv_mask_create(
 /// contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
 /// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
 /// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
-/// size; nothing is set then.
+/// size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

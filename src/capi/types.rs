@@ -231,7 +231,8 @@ pub struct akv_layer_desc {
     pub planes_k: i32,
     /// The same of V.
     pub planes_v: i32,
-    /// Sliding window: a row at position p sees positions above p - window; 0 = none.
+    /// Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
+    /// whose masks say it.
     pub window: i32,
     /// Layers whose page tables are shared; 0 (the only one built).
     pub group: i32,
@@ -251,7 +252,7 @@ pub struct akv_cache_desc {
     pub flags: u32,
     /// AKV_FORMAT_*.
     pub format: i32,
-    /// AKV_APPEND, AKV_SLOTS or AKV_ATTACHED.
+    /// AKV_APPEND, AKV_SLOTS (not AKV_FORMAT_PUBLISHED) or AKV_ATTACHED (AKV_FORMAT_ALIGNED only).
     pub placement: i32,
     /// AKV_NAN_*.
     pub nan_policy: i32,
