@@ -263,8 +263,9 @@ typedef struct akv_cache_desc {
     const struct akv_layer_desc *layers;
     // Most sequences alive at once; 0 = 65536.
     uint32_t max_sequences;
-    // First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as given and attended exactly, since attention sinks would
-    // coarsen the scales of their tile: up to 128; 0 = 4, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
+    // First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as
+    // given and attended exactly, since attention sinks would coarsen the scales of their tile: up to 128; 0 = 4,
+    // AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     uint32_t exact_head;
     // Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
     // 128; 0 = 64, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
