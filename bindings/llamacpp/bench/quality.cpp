@@ -1,7 +1,9 @@
 // What a KV scheme does to a model's predictions inside llama.cpp: windows of held-out text, the first half of each
 // prefilled, the rest decoded token by token and compared with the same model on an f32 cache without flash attention.
 // usage: quality --model M.gguf --text TEXT --json OUT.json [--device libggml-alignedkv.so] [--windows 16] [--window 2048]
-//                [--greedy 256] [--threads 1]
+//                [--greedy 256] [--threads 1] [--shift N]
+// --shift: every N decoded tokens the oldest N, the first 16 apart, are removed and the others move up, as in a chat that
+// outgrows its context; in the truth, too.
 // MIT OR Apache-2.0.
 #include "common.hpp"
 
@@ -13,7 +15,7 @@
 namespace {
 
 struct settings {
-    int windows, window, greedy, threads;
+    int windows, window, greedy, threads, shift;
     int half() const { return window / 2; }
 };
 
@@ -45,6 +47,12 @@ void decode(llama_context * context, const llama_token * tokens, int n) {
     if (llama_decode(context, llama_batch_get_one(copy.data(), n)) != 0) fail("llama_decode");
 }
 
+void shift_context(llama_memory_t memory, int n) {
+    constexpr int keep = 16;
+    llama_memory_seq_rm(memory, 0, keep, keep + n);
+    llama_memory_seq_add(memory, 0, keep + n, -1, -n);
+}
+
 struct reads {
     double bytes_k = 0, bytes_v = 0, elements_k = 0, elements_v = 0;
 };
@@ -61,6 +69,7 @@ predictions run(llama_context * context, const device & akv, const scheme & s, c
 
         auto & logprob = out.logprob.emplace_back();
         for (int t = set.half(); t + 1 < set.window; t++) {
+            if (set.shift && (t - set.half()) % set.shift == 0) shift_context(memory, set.shift);
             decode(context, window + t, 1);
             const auto row = log_softmax(llama_get_logits_ith(context, -1), n_vocab);
             logprob.insert(logprob.end(), row.begin(), row.end());
@@ -134,9 +143,9 @@ void number(FILE * f, const char * key, double x) {
 void write_json(const std::string & path, const settings & set, const std::vector<scheme> & schemes,
                 const std::vector<result> & results) {
     FILE * f = create(path);
-    fprintf(f, "{\"windows\": %d, \"window\": %d, \"decoded_from\": %d, \"greedy\": %d, \"threads\": %d, \"cpu\": \"%s\", "
+    fprintf(f, "{\"windows\": %d, \"window\": %d, \"decoded_from\": %d, \"greedy\": %d, \"threads\": %d, \"shift\": %d, \"cpu\": \"%s\", "
                "\"ggml_isa\": \"%s\",\n \"schemes\": [\n",
-            set.windows, set.window, set.half(), set.greedy, set.threads, cpu_name().c_str(), ggml_isa().c_str());
+            set.windows, set.window, set.half(), set.greedy, set.threads, set.shift, cpu_name().c_str(), ggml_isa().c_str());
     for (size_t i = 0; i < schemes.size(); i++) {
         const scheme & s = schemes[i];
         const result & r = results[i];
@@ -168,11 +177,14 @@ int main(int argc, char ** argv) {
     ggml_backend_load_all();
     const device   akv(argument(argc, argv, "--device"));
     const settings set = {argument(argc, argv, "--windows", 16), argument(argc, argv, "--window", 2048),
-                          argument(argc, argv, "--greedy", 256), argument(argc, argv, "--threads", 1)};
+                          argument(argc, argv, "--greedy", 256), argument(argc, argv, "--threads", 1),
+                          argument(argc, argv, "--shift", 0)};
     const std::string model_path = argument(argc, argv, "--model"), text_path = argument(argc, argv, "--text");
     const std::string json_path = argument(argc, argv, "--json");
     if (model_path.empty() || text_path.empty() || json_path.empty()) fail("--model, --text and --json are needed");
-    if (set.windows < 1 || set.window < 4 || set.greedy < 0 || set.greedy > set.half()) fail("--windows, --window, --greedy");
+    if (set.windows < 1 || set.window < 4 || set.greedy < 0 || set.greedy > set.half() || set.shift < 0 ||
+        set.shift > set.half() / 2)
+        fail("--windows, --window, --greedy, --shift");
 
     const model_ptr cpu_model = load_model(model_path, nullptr);
     const model_ptr akv_model = akv.dev ? load_model(model_path, akv.dev) : model_ptr(nullptr, llama_model_free);
