@@ -15,7 +15,7 @@ CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-oracle bench install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-oracle test-llamacpp bench bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -46,6 +46,12 @@ test-sanitize: | setup-test ## the C tests again under AddressSanitizer and Unde
 test-oracle: | setup-test ## the library against its definition in NumPy
 	cargo build --release --lib
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so
+
+test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
+	bindings/llamacpp/ci.sh test
+
+bench-llamacpp: | setup-test ## quality and speed inside llama.cpp, written to benches/results
+	bindings/llamacpp/ci.sh bench
 
 bench: all ## criterion benchmarks (BENCH=name picks some)
 	cargo bench -- $(BENCH)

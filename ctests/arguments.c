@@ -683,7 +683,8 @@ static void slots_attention(void) {
     SLOTS_ATTENTION(AKV_E_ARGUMENT, "sink_logits[3]", d.sink_logits = bad_slopes);
     SLOTS_ATTENTION(AKV_E_HANDLE, "mask", d.mask = gone);
     SLOTS_ATTENTION(AKV_E_HANDLE, "mask", d.mask = (akv_mask *)cells);
-    SLOTS_ATTENTION(AKV_E_ARGUMENT, "mask", d.mask = foreign_mask);
+    SLOTS_ATTENTION(AKV_E_HANDLE, "mask", d.mask = foreign_mask);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "alibi_slopes", d.alibi_slopes = slopes); /* of nothing */
     SLOTS_ATTENTION(AKV_E_ARGUMENT, "mask", d.mask = few_rows);
     SLOTS_ATTENTION(AKV_E_ARGUMENT, "mask", d.mask = few_cells);
     SLOTS_ATTENTION(AKV_E_ARGUMENT, "stream", d.stream = q);
@@ -877,9 +878,8 @@ static void limits(void) {
         OK(akv_batch_destroy(steps));
         OK(akv_cache_destroy(small));
     } else CHECK(status == AKV_E_MEMORY, "%s", last_error());
-    /* Cells take theirs when they are made; so do masks. */
+    /* Cells take theirs when they are made. */
     REFUSED(akv_cache_create(poor, &good_cells, (akv_cache **)&written.handle), AKV_E_MEMORY, "memory");
-    REFUSED(akv_mask_create(poor, 100, 10000, (akv_mask **)&written.handle), AKV_E_MEMORY, "memory");
     OK(akv_context_destroy(poor));
     free(rows);
 }

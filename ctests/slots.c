@@ -206,7 +206,7 @@ static void engine_attend(engine *e, int layer, const step *s, int nth) {
     pthread_barrier_t barrier;
     member m[8];
     size_t bytes, align;
-    void *workspace;
+    void *workspace = NULL;
     OK(akv_slots_workspace(e->cache, CELLS, nth, &bytes, &align));
     REQUIRE(posix_memalign(&workspace, align, bytes) == 0, "%zu bytes", bytes);
     long before = e->allocations;
@@ -263,7 +263,7 @@ static void under_way(int placement) {
     pthread_t thread;
     pthread_barrier_t barrier;
     size_t bytes, align;
-    void *workspace;
+    void *workspace = NULL;
     akv_attention_desc desc = call(e), other = desc;
     akv_span span = {.n_q = s.n, .n_kv = s.n_kv};
     akv_usage usage = {.struct_size = sizeof usage};
