@@ -170,6 +170,7 @@ static void caches(void) {
     CACHE(AKV_E_ARGUMENT, "format", d.format = 3);
     CACHE(AKV_E_ARGUMENT, "placement", d.placement = -1);
     CACHE(AKV_E_ARGUMENT, "n_slots", d.placement = AKV_SLOTS);
+    CACHE(AKV_E_ARGUMENT, "n_slots", d.placement = AKV_ATTACHED);
     CACHE(AKV_E_ARGUMENT, "format", d.placement = AKV_ATTACHED, d.n_slots = 1, d.format = AKV_FORMAT_RAW);
     CACHE(AKV_E_ARGUMENT, "nan_policy", d.nan_policy = 3);
     CACHE(AKV_E_UNSUPPORTED, "nan_policy", d.nan_policy = AKV_NAN_PROPAGATE);
@@ -433,8 +434,340 @@ static void attention(void) {
     REFUSED(akv_merge_states(context, &part, 1, 1, 2, 8, &sum, q), AKV_E_ARGUMENT, "stream");
 }
 
-/* What needs placements that are not built. */
-static void unbuilt(void) {
+/* ---- cells and masks */
+
+enum { N_STREAMS = 2, N_SLOTS = 200, SLOTS = N_STREAMS * N_SLOTS, MASK_KV = 200 };
+
+static akv_cache *cells, *attached; /* AKV_SLOTS; AKV_ATTACHED, whose layer 0 has rows and layer 1 none */
+static akv_mask *mask;
+static const int64_t slots[ROWS] = {5, 399};
+static const akv_span spans[2] = {{.stream = 0, .n_q = 1, .n_kv = 130}, {.stream = 1, .n_q = 1, .n_kv = MASK_KV}};
+static uint16_t hidden[ROWS * MASK_KV];
+static float engine_k[SLOTS * HEADS * DIM], engine_v[SLOTS * HEADS * DIM_V];
+
+/* Everything that the caches hold, as calls show it. */
+typedef struct {
+    akv_usage usage[2];
+    float key[SLOTS * HEADS * DIM], value[SLOTS * HEADS * DIM_V], out[2][ROWS * Q_HEADS * DIM_V];
+} contents;
+
+static void look_inside(contents *c) {
+    akv_rows k = {.data = c->key}, v = {.data = c->value};
+    memset(c, 0, sizeof *c);
+    OK(akv_slots_read(cells, 0, 0, SLOTS, &k, &v, NULL));
+    for (int i = 0; i < 2; i++) {
+        akv_attention_desc d = {.struct_size = sizeof d, .q = {.data = q}, .out = {.data = c->out[i]}, .mask = mask, .mode = AKV_EXACT};
+        c->usage[i].struct_size = sizeof c->usage[i];
+        OK(akv_slots_attention(i ? attached : cells, 0, spans, 2, &d));
+        OK(akv_cache_usage(i ? attached : cells, &c->usage[i]));
+    }
+}
+
+static akv_cache_desc good_cells = {.struct_size = sizeof good_cells, .placement = AKV_SLOTS, .n_layers = 1, .layers = &good_layer,
+                                    .n_streams = N_STREAMS, .n_slots = N_SLOTS};
+#define CELLS(...) CACHE_AND(akv_cache_desc, good_cells, NULL, __VA_ARGS__)
+#define WRITE_KEY(...) SPOILT(akv_rows, good_key, akv_slots_write(cells, 0, slots, ROWS, &d, &good_value, NULL), __VA_ARGS__)
+#define WRITE_VALUE(...) SPOILT(akv_rows, good_value, akv_slots_write(cells, 0, slots, ROWS, NULL, &d, NULL), __VA_ARGS__)
+#define READ_KEY(...) SPOILT(akv_rows, key_out, akv_slots_read(cells, 0, 4, ROWS, &d, &value_out, NULL), __VA_ARGS__)
+#define ATTACH_KEY(...) SPOILT(akv_rows, engine_key, akv_attach_rows(attached, 0, &d, &engine_value), __VA_ARGS__)
+#define ATTACH_VALUE(...) SPOILT(akv_rows, engine_value, akv_attach_rows(attached, 0, &engine_key, &d), __VA_ARGS__)
+#define SLOTS_ATTENTION(...) SPOILT(akv_attention_desc, good_attention, akv_slots_attention(cells, 0, spans, 2, &d), __VA_ARGS__)
+#define SPAN(...)                                                                                                              \
+    do {                                                                                                                       \
+        akv_span s[2] = {spans[0], spans[1]};                                                                                  \
+        SPOILT(akv_attention_desc, good_attention, akv_slots_attention(cells, 0, s, 2, &d), __VA_ARGS__);                      \
+    } while (0)
+
+static void slots_writing(void) {
+    static const int64_t negative[ROWS] = {5, -1}, beyond[ROWS] = {5, SLOTS}, far[ROWS] = {INT64_MAX, 0};
+    REFUSED(akv_slots_write(NULL, 0, slots, ROWS, &good_key, &good_value, NULL), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_write((akv_cache *)context, 0, slots, ROWS, &good_key, &good_value, NULL), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_write(cache, 0, slots, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_slots_write(cells, 1, slots, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_write(cells, -1, slots, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_write(cells, 0, NULL, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "slots");
+    REFUSED(akv_slots_write(cells, 0, (const int64_t *)((const char *)slots + 4), 1, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "slots");
+    REFUSED(akv_slots_write(cells, 0, slots, INT64_MAX, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "");
+    REFUSED(akv_slots_write(cells, 0, slots, -1, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "n is");
+    REFUSED(akv_slots_write(cells, 0, negative, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "slots[1] is -1");
+    REFUSED(akv_slots_write(cells, 0, beyond, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "slots[1] is 400");
+    REFUSED(akv_slots_write(cells, 0, far, ROWS, &good_key, &good_value, NULL), AKV_E_ARGUMENT, "slots[0]");
+    REFUSED(akv_slots_write(cells, 0, slots, ROWS, &good_key, &good_value, &q), AKV_E_ARGUMENT, "stream");
+    WRITE_KEY(AKV_E_ARGUMENT, "key->data", d.data = NULL);
+    WRITE_KEY(AKV_E_ARGUMENT, "key->data", d.data = (char *)key + 2);
+    WRITE_KEY(AKV_E_ARGUMENT, "key->dtype", d.dtype = AKV_F16);
+    WRITE_KEY(AKV_E_ARGUMENT, "key->dtype", d.dtype = 3);
+    WRITE_KEY(AKV_E_ARGUMENT, "key->reserved", d.reserved = -1);
+    WRITE_KEY(AKV_E_ARGUMENT, "key->stride_row", d.stride_row = 3);
+    WRITE_KEY(AKV_E_ARGUMENT, "key->stride_head", d.stride_head = -128);
+    WRITE_KEY(AKV_E_ARGUMENT, "key", d.stride_head = INT64_MAX & ~3);
+    WRITE_VALUE(AKV_E_ARGUMENT, "value->data", d.data = NULL);
+    WRITE_VALUE(AKV_E_ARGUMENT, "value->dtype", d.dtype = AKV_BF16);
+    WRITE_VALUE(AKV_E_ARGUMENT, "value->stride_row", d.stride_row = DIM_V * 4 - 4);
+    static const float bad[] = {NAN, INFINITY, -INFINITY, 3.2e10f, -3.4e38f};
+    for (int i = 0; i < 5; i++) {
+        float keep = key[ROWS * HEADS * DIM - 1];
+        key[ROWS * HEADS * DIM - 1] = bad[i];
+        WRITE_KEY(i < 3 ? AKV_E_NONFINITE : AKV_E_RANGE, "key", (void)d);
+        key[ROWS * HEADS * DIM - 1] = keep;
+        keep = value[ROWS * HEADS * DIM_V - 1];
+        value[ROWS * HEADS * DIM_V - 1] = bad[i];
+        WRITE_VALUE(i < 3 ? AKV_E_NONFINITE : AKV_E_RANGE, "value", (void)d);
+        value[ROWS * HEADS * DIM_V - 1] = keep;
+    }
+    REFUSED(akv_slots_write(attached, 0, slots, ROWS, &good_key, NULL, NULL), AKV_E_ARGUMENT, "key");
+    REFUSED(akv_slots_write(attached, 0, slots, ROWS, NULL, &good_value, NULL), AKV_E_ARGUMENT, "value");
+    REFUSED(akv_slots_write(attached, 0, beyond, ROWS, NULL, NULL, NULL), AKV_E_ARGUMENT, "slots[1]");
+    REFUSED(akv_slots_write(attached, 1, slots, ROWS, NULL, NULL, NULL), AKV_E_ARGUMENT, "akv_attach_rows");
+    float keep = engine_k[SLOTS * HEADS * DIM - 1];
+    for (int i = 0; i < 3; i++) { /* in slot 399 */
+        engine_k[SLOTS * HEADS * DIM - 1] = bad[i];
+        REFUSED(akv_slots_write(attached, 0, slots, ROWS, NULL, NULL, NULL), AKV_E_NONFINITE, "");
+    }
+    engine_k[SLOTS * HEADS * DIM - 1] = keep;
+
+    REFUSED(akv_slots_read(NULL, 0, 0, 1, &key_out, &value_out, NULL), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_read(cache, 0, 0, 1, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_slots_read(attached, 0, 0, 1, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "AKV_ATTACHED");
+    REFUSED(akv_slots_read(cells, 1, 0, 1, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_read(cells, 0, -1, 1, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "first");
+    REFUSED(akv_slots_read(cells, 0, 0, -1, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "n is");
+    REFUSED(akv_slots_read(cells, 0, SLOTS, 1, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "");
+    REFUSED(akv_slots_read(cells, 0, SLOTS - 1, ROWS, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "n");
+    REFUSED(akv_slots_read(cells, 0, 1, INT64_MAX, &key_out, &value_out, NULL), AKV_E_ARGUMENT, "n");
+    REFUSED(akv_slots_read(cells, 0, 0, 1, &key_out, &value_out, &q), AKV_E_ARGUMENT, "stream");
+    READ_KEY(AKV_E_ARGUMENT, "key->data", d.data = NULL);
+    READ_KEY(AKV_E_ARGUMENT, "key->data", d.data = (char *)d.data + 1);
+    READ_KEY(AKV_E_ARGUMENT, "key->dtype", d.dtype = 7);
+    READ_KEY(AKV_E_ARGUMENT, "key->reserved", d.reserved = 7);
+    READ_KEY(AKV_E_ARGUMENT, "key->stride_row", d.stride_row = 30);
+    READ_KEY(AKV_E_ARGUMENT, "key->stride_head", d.stride_head = -4);
+    READ_KEY(AKV_E_ARGUMENT, "key", d.stride_row = INT64_MAX & ~3);
+    READ_KEY(AKV_E_ARGUMENT, "overlap", d.data = written.value);
+    READ_KEY(AKV_E_RANGE, "", d.dtype = AKV_F16); /* row 4 holds 1e6 */
+
+    static const int64_t wrong[][2] = {{-1, 1}, {0, -1}, {SLOTS, 1}, {0, SLOTS + 1}, {1, INT64_MAX}, {INT64_MAX, INT64_MAX}, {INT64_MIN, 1}};
+    for (int i = 0; i < 7; i++) REFUSED(akv_slots_invalidate(cells, -1, wrong[i][0], wrong[i][1]), AKV_E_ARGUMENT, "");
+    REFUSED(akv_slots_invalidate(NULL, 0, 0, 1), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_invalidate(cache, 0, 0, 1), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_slots_invalidate(cells, -2, 0, 1), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_invalidate(cells, 1, 0, 1), AKV_E_ARGUMENT, "layer");
+
+    static const int64_t copies[][3] = {{-1, 20, 1}, {20, -1, 1}, {0, 20, -1}, {0, 390, 11}, {390, 0, 11}, {0, INT64_MAX, 1}, {INT64_MAX, 0, INT64_MAX}};
+    for (int i = 0; i < 7; i++) REFUSED(akv_slots_copy(cells, 0, copies[i][0], copies[i][1], copies[i][2]), AKV_E_ARGUMENT, "");
+    REFUSED(akv_slots_copy(cells, 0, 0, 10, 11), AKV_E_ARGUMENT, "overlap");
+    REFUSED(akv_slots_copy(cells, 0, 10, 0, 11), AKV_E_ARGUMENT, "overlap");
+    REFUSED(akv_slots_copy(cells, 0, 4, 4, 1), AKV_E_ARGUMENT, "overlap");
+    REFUSED(akv_slots_copy(NULL, 0, 0, 20, 1), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_copy(cache, 0, 0, 20, 1), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_slots_copy(attached, 0, 0, 20, 1), AKV_E_ARGUMENT, "AKV_ATTACHED");
+    REFUSED(akv_slots_copy(cells, -2, 0, 20, 1), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_copy(cells, 1, 0, 20, 1), AKV_E_ARGUMENT, "layer");
+    /* Nothing to do is done. */
+    OK(akv_slots_write(cells, 0, NULL, 0, &good_key, &good_value, NULL));
+    OK(akv_slots_read(cells, 0, SLOTS, 0, &key_out, &value_out, NULL));
+    OK(akv_slots_read(cells, 0, 0, 1, NULL, NULL, NULL));
+    OK(akv_slots_invalidate(cells, 0, SLOTS, 0));
+    OK(akv_slots_copy(cells, 0, 7, 7, 0));
+}
+
+static void attaching(void) {
+    akv_rows engine_key = {.data = engine_k}, engine_value = {.data = engine_v};
+    REFUSED(akv_attach_rows(NULL, 0, &engine_key, &engine_value), AKV_E_HANDLE, "cache");
+    REFUSED(akv_attach_rows(cache, 0, &engine_key, &engine_value), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_attach_rows(cells, 0, &engine_key, &engine_value), AKV_E_ARGUMENT, "AKV_SLOTS");
+    REFUSED(akv_attach_rows(attached, 2, &engine_key, &engine_value), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_attach_rows(attached, -1, &engine_key, &engine_value), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_attach_rows(attached, 0, NULL, &engine_value), AKV_E_ARGUMENT, "key");
+    REFUSED(akv_attach_rows(attached, 0, &engine_key, NULL), AKV_E_ARGUMENT, "value");
+    ATTACH_KEY(AKV_E_ARGUMENT, "key->data", d.data = NULL);
+    ATTACH_KEY(AKV_E_ARGUMENT, "key->data", d.data = (char *)engine_k + 1);
+    ATTACH_KEY(AKV_E_ARGUMENT, "key->dtype", d.dtype = AKV_F16);
+    ATTACH_KEY(AKV_E_ARGUMENT, "key->reserved", d.reserved = 1);
+    ATTACH_KEY(AKV_E_ARGUMENT, "key->stride_row", d.stride_row = 7);
+    ATTACH_KEY(AKV_E_ARGUMENT, "key->stride_head", d.stride_head = -DIM * 4);
+    ATTACH_KEY(AKV_E_ARGUMENT, "key", d.stride_row = INT64_MAX & ~3);
+    ATTACH_VALUE(AKV_E_ARGUMENT, "value->data", d.data = NULL);
+    ATTACH_VALUE(AKV_E_ARGUMENT, "value->dtype", d.dtype = 12);
+    ATTACH_VALUE(AKV_E_ARGUMENT, "value->stride_row", d.stride_row = DIM_V);
+}
+
+static void masks(void) {
+    akv_mask *gone;
+    OK(akv_mask_create(context, 1, 1, &gone));
+    OK(akv_mask_destroy(gone));
+    REFUSED(akv_mask_destroy(gone), AKV_E_HANDLE, "mask");
+    REFUSED(akv_mask_destroy(NULL), AKV_E_HANDLE, "mask");
+    REFUSED(akv_mask_destroy((akv_mask *)cells), AKV_E_HANDLE, "mask");
+    REFUSED(akv_mask_create(NULL, 1, 1, (akv_mask **)&written.handle), AKV_E_HANDLE, "context");
+    REFUSED(akv_mask_create((akv_context *)cells, 1, 1, (akv_mask **)&written.handle), AKV_E_HANDLE, "context");
+    REFUSED(akv_mask_create(context, -1, 1, (akv_mask **)&written.handle), AKV_E_ARGUMENT, "max_rows");
+    REFUSED(akv_mask_create(context, 1, -1, (akv_mask **)&written.handle), AKV_E_ARGUMENT, "max_kv");
+    REFUSED(akv_mask_create(context, INT64_MAX, INT64_MAX, (akv_mask **)&written.handle), AKV_E_ARGUMENT, "max_");
+    REFUSED(akv_mask_create(context, 1, 1, NULL), AKV_E_ARGUMENT, "out");
+    REFUSED(akv_mask_create(context, 1, 1, (akv_mask **)((char *)&written.handle + 1)), AKV_E_ARGUMENT, "out");
+
+    REFUSED(akv_mask_set(NULL, 0, 1, 1, hidden, 0, NULL), AKV_E_HANDLE, "mask");
+    REFUSED(akv_mask_set(gone, 0, 1, 1, hidden, 0, NULL), AKV_E_HANDLE, "mask");
+    REFUSED(akv_mask_set(mask, -1, 1, 1, hidden, 0, NULL), AKV_E_ARGUMENT, "first_row");
+    REFUSED(akv_mask_set(mask, 0, -1, 1, hidden, 0, NULL), AKV_E_ARGUMENT, "rows");
+    REFUSED(akv_mask_set(mask, 0, 1, -1, hidden, 0, NULL), AKV_E_ARGUMENT, "n_kv");
+    REFUSED(akv_mask_set(mask, 0, ROWS + 1, 1, hidden, 0, NULL), AKV_E_CAPACITY, "rows");
+    REFUSED(akv_mask_set(mask, 1, ROWS, 1, hidden, 0, NULL), AKV_E_CAPACITY, "rows");
+    REFUSED(akv_mask_set(mask, INT64_MAX, INT64_MAX, 1, hidden, 0, NULL), AKV_E_CAPACITY, "row");
+    REFUSED(akv_mask_set(mask, 0, 1, MASK_KV + 1, hidden, 0, NULL), AKV_E_CAPACITY, "n_kv");
+    REFUSED(akv_mask_set(mask, 0, 1, 1, NULL, 0, NULL), AKV_E_ARGUMENT, "f16");
+    REFUSED(akv_mask_set(mask, 0, 1, 1, (char *)hidden + 1, 0, NULL), AKV_E_ARGUMENT, "f16");
+    REFUSED(akv_mask_set(mask, 0, 2, 10, hidden, 18, NULL), AKV_E_ARGUMENT, "stride");
+    REFUSED(akv_mask_set(mask, 0, 2, 10, hidden, 21, NULL), AKV_E_ARGUMENT, "stride");
+    REFUSED(akv_mask_set(mask, 0, 2, 10, hidden, -20, NULL), AKV_E_ARGUMENT, "stride");
+    REFUSED(akv_mask_set(mask, 0, 2, 10, hidden, INT64_MAX - 1, NULL), AKV_E_ARGUMENT, "");
+    REFUSED(akv_mask_set(mask, 0, 1, 1, hidden, 0, &q), AKV_E_ARGUMENT, "stream");
+    static const uint16_t bad[] = {0x7c00, 0x7e00, 0xfe00, 0x7c01}; /* +inf and NaNs */
+    static uint16_t other_values[ROWS * MASK_KV];
+    for (int i = 0; i < 4; i++) {
+        other_values[ROWS * MASK_KV - 1] = bad[i]; /* rows before it are not set either: look_inside would show it */
+        REFUSED(akv_mask_set(mask, 0, ROWS, MASK_KV, other_values, 0, NULL), AKV_E_ARGUMENT, "f16");
+    }
+}
+
+static void never(void *user) {
+    (void)user;
+    CHECK(0, "a refused call entered the barrier");
+}
+
+static void slots_attention(void) {
+    akv_context *elsewhere;
+    akv_mask *foreign_mask, *few_rows, *few_cells, *gone;
+    akv_threads two = {.ith = 0, .nth = 2}, odd = {.ith = 1, .nth = 1};
+    const int64_t zeros[ROWS] = {0};
+    const uint64_t tree[ROWS] = {0};
+    float slopes[Q_HEADS] = {0}, bad_slopes[Q_HEADS] = {0, 0, 0, NAN};
+    OK(akv_context_create(&good_context, &elsewhere));
+    OK(akv_mask_create(elsewhere, ROWS, MASK_KV, &foreign_mask));
+    OK(akv_mask_create(context, ROWS - 1, MASK_KV, &few_rows));
+    OK(akv_mask_create(context, ROWS, MASK_KV - 1, &few_cells));
+    OK(akv_mask_create(context, ROWS, MASK_KV, &gone));
+    OK(akv_mask_destroy(gone));
+    CHECK(akv_context_destroy(elsewhere) == AKV_E_BUSY, "destroyed under its mask");
+    REFUSED(akv_slots_attention(NULL, 0, spans, 2, &good_attention), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_attention(cache, 0, spans, 2, &good_attention), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_slots_attention(cells, 1, spans, 2, &good_attention), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_attention(cells, -1, spans, 2, &good_attention), AKV_E_ARGUMENT, "layer");
+    REFUSED(akv_slots_attention(attached, 1, spans, 2, &good_attention), AKV_E_ARGUMENT, "akv_attach_rows");
+    REFUSED(akv_slots_attention(cells, 0, NULL, 2, &good_attention), AKV_E_ARGUMENT, "spans");
+    REFUSED(akv_slots_attention(cells, 0, (const akv_span *)((const char *)spans + 4), 1, &good_attention), AKV_E_ARGUMENT, "spans");
+    REFUSED(akv_slots_attention(cells, 0, spans, -1, &good_attention), AKV_E_ARGUMENT, "n_spans");
+    REFUSED(akv_slots_attention(cells, 0, spans, 2, NULL), AKV_E_ARGUMENT, "desc");
+    SPAN(AKV_E_ARGUMENT, "spans[1].stream", s[1].stream = N_STREAMS);
+    SPAN(AKV_E_ARGUMENT, "spans[0].stream", s[0].stream = -1);
+    SPAN(AKV_E_ARGUMENT, "spans[0].n_q", s[0].n_q = -1);
+    SPAN(AKV_E_ARGUMENT, "spans[1].n_kv", s[1].n_kv = -1);
+    SPAN(AKV_E_ARGUMENT, "spans[1].n_kv", s[1].n_kv = N_SLOTS + 1);
+    SPAN(AKV_E_ARGUMENT, "", s[0].n_q = s[1].n_q = INT32_MAX);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "struct_size", d.struct_size = 0);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "flags", d.flags = 1);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "visibility", d.visibility = AKV_FULL);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "window", d.window = 10);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "kv_from", d.kv_from = zeros);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "kv_to", d.kv_to = zeros);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "tree", d.tree = tree);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "mode", d.mode = -1);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "tolerance", d.tolerance = INFINITY);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "scale", d.scale = NAN);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "logit_softcap", d.logit_softcap = -1);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "logit_softcap", d.logit_softcap = NAN);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "alibi_slopes", d.mask = mask; d.alibi_slopes = (float *)((char *)slopes + 1));
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "alibi_slopes[3]", d.mask = mask; d.alibi_slopes = bad_slopes);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "sink_logits", d.sink_logits = (float *)((char *)slopes + 2));
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "sink_logits[3]", d.sink_logits = bad_slopes);
+    SLOTS_ATTENTION(AKV_E_HANDLE, "mask", d.mask = gone);
+    SLOTS_ATTENTION(AKV_E_HANDLE, "mask", d.mask = (akv_mask *)cells);
+    SLOTS_ATTENTION(AKV_E_HANDLE, "mask", d.mask = foreign_mask);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "alibi_slopes", d.alibi_slopes = slopes); /* of nothing */
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "mask", d.mask = few_rows);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "mask", d.mask = few_cells);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "stream", d.stream = q);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "q->data", d.q.data = NULL);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "q->stride_row", d.q.stride_row = 2);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "out->data", d.out.data = (char *)written.out + 1);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "out->dtype", d.out.dtype = -1);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "overlap", d.out.data = q);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "overlap", d.lse = written.out);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "overlap", d.lse = written.lse; d.bound = written.lse);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "bound", d.bound = (float *)((char *)written.bound + 2));
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "stats", d.stats = (akv_stats *)((char *)&written.stats + 4));
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "ith", d.threads = &odd);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "barrier", d.threads = &two);
+    two.barrier = never;
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "workspace", d.threads = &two);
+    SLOTS_ATTENTION(AKV_E_ARGUMENT, "workspace", d.workspace = key; d.workspace_bytes = 1);
+    float keep = q[Q_HEADS * DIM + 3];
+    q[Q_HEADS * DIM + 3] = -INFINITY;
+    SLOTS_ATTENTION(AKV_E_NONFINITE, "q", d.lse = written.lse);
+    q[Q_HEADS * DIM + 3] = keep;
+
+    REFUSED(akv_slots_workspace(NULL, 1, 1, &written.bytes, &written.align), AKV_E_HANDLE, "cache");
+    REFUSED(akv_slots_workspace(cache, 1, 1, &written.bytes, &written.align), AKV_E_ARGUMENT, "AKV_APPEND");
+    REFUSED(akv_slots_workspace(cells, -1, 1, &written.bytes, &written.align), AKV_E_ARGUMENT, "max_kv");
+    REFUSED(akv_slots_workspace(cells, 1, -1, &written.bytes, &written.align), AKV_E_ARGUMENT, "max_threads");
+    REFUSED(akv_slots_workspace(cells, 1, 1025, &written.bytes, &written.align), AKV_E_ARGUMENT, "max_threads");
+    REFUSED(akv_slots_workspace(cells, 1, 1, NULL, &written.align), AKV_E_ARGUMENT, "bytes");
+    REFUSED(akv_slots_workspace(cells, 1, 1, &written.bytes, NULL), AKV_E_ARGUMENT, "align");
+    OK(akv_mask_destroy(few_rows));
+    OK(akv_mask_destroy(few_cells));
+    OK(akv_mask_destroy(foreign_mask));
+    OK(akv_context_destroy(elsewhere));
+}
+
+static void placements(void) {
+    static contents first, last;
+    akv_cache_desc d = good_cells;
+    akv_layer_desc two[2] = {good_layer, good_layer};
+    akv_rows engine_key = {.data = engine_k}, engine_value = {.data = engine_v};
+    akv_batch_desc bounds = {.struct_size = sizeof bounds};
+    int64_t all[SLOTS];
+    int32_t path = 0;
+    CELLS(AKV_E_ARGUMENT, "n_slots", d.n_slots = 0);
+    CELLS(AKV_E_ARGUMENT, "n_slots", d.n_slots = (uint64_t)1 << 31);
+    CELLS(AKV_E_ARGUMENT, "n_slots", d.n_slots = UINT64_MAX);
+    CELLS(AKV_E_ARGUMENT, "n_streams", d.n_streams = 65537);
+    CELLS(AKV_E_ARGUMENT, "placement", d.placement = 3);
+    CACHE(AKV_E_ARGUMENT, "n_slots", d.n_slots = 1);
+    SPOILT(akv_cache_desc, good_cells, akv_cache_create(context, &d, (akv_cache **)&written.handle), AKV_E_CAPACITY, "max_bytes", d.max_bytes = 10000);
+
+    for (int i = 0; i < SLOTS; i++) all[i] = i;
+    for (int i = 0; i < SLOTS * HEADS * DIM; i++) engine_k[i] = (float)normal();
+    for (int i = 0; i < SLOTS * HEADS * DIM_V; i++) engine_v[i] = (float)normal();
+    engine_k[4 * HEADS * DIM + 1] = 1e6f;
+    OK(akv_supports(context, &d, &good_attention, &path));
+    CHECK(path == (AKV_PATH_PROGRESSIVE | AKV_PATH_DENSE), "path %d", path);
+    OK(akv_cache_create(context, &d, &cells));
+    OK(akv_slots_write(cells, 0, all, SLOTS, &engine_key, &engine_value, NULL));
+    d.placement = AKV_ATTACHED, d.n_layers = 2, d.layers = two;
+    OK(akv_cache_create(context, &d, &attached));
+    OK(akv_attach_rows(attached, 0, &engine_key, &engine_value));
+    OK(akv_slots_write(attached, 0, all, SLOTS, NULL, NULL, NULL));
+    OK(akv_mask_create(context, ROWS, MASK_KV, &mask));
+    for (int i = 0; i < ROWS * MASK_KV; i++) hidden[i] = i % 3 ? 0 : 0xfc00;
+    OK(akv_mask_set(mask, 0, ROWS, MASK_KV, hidden, 0, NULL));
+    look_inside(&first);
+
+    REFUSED(akv_batch_create(cells, &bounds, (akv_batch **)&written.handle), AKV_E_ARGUMENT, "AKV_SLOTS");
+    REFUSED(akv_batch_create(attached, &bounds, (akv_batch **)&written.handle), AKV_E_ARGUMENT, "AKV_ATTACHED");
+    REFUSED(akv_sequence_create(cells, &written.sequence), AKV_E_ARGUMENT, "AKV_SLOTS");
+    REFUSED(akv_sequence_create(attached, &written.sequence), AKV_E_ARGUMENT, "AKV_ATTACHED");
+    slots_writing();
+    attaching();
+    masks();
+    slots_attention();
+    look_inside(&last);
+    CHECK(memcmp(&first, &last, sizeof first) == 0, "a call that failed changed cells or masks");
+
+    OK(akv_mask_destroy(mask));
+    OK(akv_cache_destroy(attached));
+    OK(akv_cache_destroy(cells));
+    CHECK(akv_slots_write(cells, 0, all, 1, NULL, NULL, NULL) == AKV_E_HANDLE, "a cache that is gone");
 }
 
 /* The last error is the thread's own, is cut without fuss, and outlives successful calls. */
@@ -545,6 +878,8 @@ static void limits(void) {
         OK(akv_batch_destroy(steps));
         OK(akv_cache_destroy(small));
     } else CHECK(status == AKV_E_MEMORY, "%s", last_error());
+    /* Cells take theirs when they are made. */
+    REFUSED(akv_cache_create(poor, &good_cells, (akv_cache **)&written.handle), AKV_E_MEMORY, "memory");
     OK(akv_context_destroy(poor));
     free(rows);
 }
@@ -588,7 +923,7 @@ int main(void) {
     batches();
     appending();
     attention();
-    unbuilt();
+    placements();
     errors();
     foreign();
     limits();

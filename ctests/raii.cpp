@@ -45,6 +45,52 @@ static akv_cache_desc cache_of(const akv_layer_desc &layer) {
     return d;
 }
 
+// Rows in cells, a mask, and attention over what it shows: that of the rows alone.
+static void cells(const akv::Context &context, const akv_layer_desc &layer) {
+    constexpr int n_slots = 200, n = 40;
+    auto d = cache_of(layer);
+    d.placement = AKV_SLOTS;
+    d.n_slots = n_slots;
+    akv::Cache cache(context, d);
+    akv::Mask mask(context, 1, n_slots);
+    std::vector<float> k(n * heads * dim), v(k.size()), back(v.size()), q(q_heads * dim), out(q.size());
+    for (std::size_t i = 0; i < k.size(); i++) k[i] = std::sin(0.7f * float(i)), v[i] = std::cos(0.3f * float(i));
+    for (std::size_t i = 0; i < q.size(); i++) q[i] = std::sin(0.11f * float(i));
+    std::vector<std::int64_t> slots;
+    std::vector<akv::f16> shown(n_slots, akv::f16{0xfc00});
+    for (int i = 0; i < n; i++) slots.push_back(100 + i);
+    cache.slots_write(0, slots.data(), n, akv::rows(k.data()), akv::rows(v.data()));
+    const akv_rows value = akv::rows_mut(back.data());
+    cache.slots_read(0, 100, n, nullptr, &value);
+    CHECK(back == v);
+    float lse[q_heads];
+    auto call = akv::desc<akv_attention_desc>();
+    call.q = akv::rows(q.data());
+    call.out = akv::rows_mut(out.data());
+    call.lse = lse;
+    call.mask = mask.get();
+    const akv_span span = {0, 1, n_slots};
+    cache.slots_attention(0, span, call); // until it is set, rows see nothing
+    CHECK(std::isinf(lse[0]) && out == std::vector<float>(out.size()));
+    shown[107].bits = 0;
+    mask.set(shown.data(), 1, n_slots);
+    cache.slots_attention(0, span, call);
+    for (int h = 0; h < q_heads; h++)
+        for (int c = 0; c < dim; c++)
+            CHECK(std::fabs(out[std::size_t(h * dim + c)] - v[std::size_t((7 * heads + h * heads / q_heads) * dim + c)]) < 1e-2f);
+    CHECK(cache.slots_workspace(n_slots, 2) > 0);
+    CHECK(thrown("slots[0]", [&] {
+              slots[0] = n_slots;
+              cache.slots_write(0, slots.data(), 1, akv::rows(k.data()), akv::rows(v.data()));
+          }) == AKV_E_ARGUMENT);
+    cache.slots_copy(-1, 100, 10, n);
+    cache.slots_invalidate(-1, 100, n);
+    CHECK(thrown("AKV_SLOTS", [&] { cache.attach_rows(0, akv::rows(k.data()), akv::rows(v.data())); }) == AKV_E_ARGUMENT);
+    akv::Mask moved(std::move(mask));
+    CHECK(!mask.get() && moved.get());
+    CHECK(thrown("n_kv", [&] { moved.set(shown.data(), 1, n_slots + 1); }) == AKV_E_CAPACITY);
+}
+
 int main() {
     akv_layer_desc layer{};
     layer.n_q_heads = q_heads;
@@ -137,6 +183,7 @@ int main() {
         CHECK(thrown("max_", [&] { other.workspace(); }) == AKV_E_ARGUMENT);
     }
     CHECK(cache.usage().n_sequences == 0 && cache.usage().pages_used == 0);
+    cells(context, layer);
     std::printf("raii: %ld checks, %ld failed\n", count, failures);
     return failures != 0;
 }

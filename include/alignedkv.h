@@ -234,7 +234,8 @@ typedef struct akv_layer_desc {
     int32_t planes_k;
     // The same of V.
     int32_t planes_v;
-    // Sliding window: a row at position p sees positions above p - window; 0 = none.
+    // Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
+    // whose masks say it.
     int32_t window;
     // Layers whose page tables are shared; 0 (the only one built).
     int32_t group;
@@ -252,7 +253,7 @@ typedef struct akv_cache_desc {
     uint32_t flags;
     // AKV_FORMAT_*.
     int32_t format;
-    // AKV_APPEND, AKV_SLOTS or AKV_ATTACHED.
+    // AKV_APPEND, AKV_SLOTS (not AKV_FORMAT_PUBLISHED) or AKV_ATTACHED (AKV_FORMAT_ALIGNED only).
     int32_t placement;
     // AKV_NAN_*.
     int32_t nan_policy;
@@ -262,8 +263,9 @@ typedef struct akv_cache_desc {
     const struct akv_layer_desc *layers;
     // Most sequences alive at once; 0 = 65536.
     uint32_t max_sequences;
-    // First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as given and attended exactly, since attention sinks would
-    // coarsen the scales of their tile: up to 128; 0 = 4, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
+    // First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as
+    // given and attended exactly, since attention sinks would coarsen the scales of their tile: up to 128; 0 = 4,
+    // AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     uint32_t exact_head;
     // Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
     // 128; 0 = 64, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
@@ -702,10 +704,11 @@ akv_status akv_merge_states(struct akv_context *context,
 // slot that is there twice holds the later row. All rows are checked first: on error nothing is written. Writing takes
 // no memory and cannot fail for lack of it.
 //
-// Scales only grow while a tile of 128 cells is written to; a tile whose cells have all been written since it last was
-// closed gets the scales of its rows alone, as if it had been appended. Rows of the last written tiles (64, or a
-// sixteenth of the cache if that is more) are kept as given meanwhile; a write to another one reopens it: rows that
-// outgrow its scales re-encode what is there, and what that loses is in every later certificate.
+// Scales only grow while a tile of 128 cells is written to; one whose cells have all been written since it last was
+// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last written
+// tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write to a closed
+// one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every later
+// certificate.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is running).
 akv_status akv_slots_write(struct akv_cache *cache,
@@ -750,6 +753,12 @@ akv_status akv_attach_rows(struct akv_cache *cache,
 // dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 //
 // `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
+//
+// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows, so
+// that it can read more than the rows alone would have been.
+//
+// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of another
+// context), AKV_E_BUSY (the layer is being written, or the mask set).
 akv_status akv_slots_attention(struct akv_cache *cache,
                                int32_t layer,
                                const struct akv_span *spans,
@@ -774,7 +783,7 @@ akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_
 // contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
 // there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
 // whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
-// size; nothing is set then.
+// size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
 akv_status akv_mask_set(struct akv_mask *mask,
                         int64_t first_row,
                         int64_t rows,

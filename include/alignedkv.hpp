@@ -2,7 +2,7 @@
 //
 // - Failing calls throw akv::error. Destructors do not throw: destroy in reverse order of creation, as members and
 //   locals do, and nothing is left behind.
-// - Context, Cache, Batch and Sequence own what they stand for: movable, not copyable. get() gives the C handle.
+// - Context, Cache, Batch, Sequence and Mask own what they stand for: movable, not copyable. get() gives the C handle.
 // - akv::desc<T>() is a descriptor with its sizes set and everything else at its default.
 // - akv::rows(pointer, ...) and akv::rows_mut(pointer, ...) make akv_rows; the element type tells the dtype.
 // - Nothing here allocates, apart from the text of an error.
@@ -22,6 +22,15 @@
 //   call.out = akv::rows_mut(out);
 //   batch.attention(0, call);
 //   step.commit();
+//
+// Where the engine's cells are the truth, a mask stands for sequences and steps:
+//
+//   akv::Cache cache(context, desc);                 // placement AKV_SLOTS, n_slots cells
+//   akv::Mask mask(context, max_rows, n_slots);
+//   mask.set(values, n_q, n_kv);                     // once per step
+//   cache.slots_write(0, slots, n_q, k, v);
+//   call.mask = mask.get();
+//   cache.slots_attention(0, span, call);
 
 #ifndef ALIGNEDKV_HPP
 #define ALIGNEDKV_HPP
@@ -158,6 +167,53 @@ public:
         auto u = desc<akv_usage>();
         check(akv_cache_usage(get(), &u));
         return u;
+    }
+
+    // Cells (AKV_SLOTS, AKV_ATTACHED): rows written to slots; without them, the attached rows of the slots have changed.
+    void slots_write(int32_t layer, const int64_t *slots, int64_t n, const akv_rows *key, const akv_rows *value) {
+        check(akv_slots_write(get(), layer, slots, n, key, value, nullptr));
+    }
+    void slots_write(int32_t layer, const int64_t *slots, int64_t n, const akv_rows &key, const akv_rows &value) {
+        slots_write(layer, slots, n, &key, &value);
+    }
+    void slots_write(int32_t layer, const int64_t *slots, int64_t n) { slots_write(layer, slots, n, nullptr, nullptr); }
+    void slots_read(int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value) const {
+        check(akv_slots_read(get(), layer, first, n, key, value, nullptr));
+    }
+    // In one layer, or (-1) in all.
+    void slots_invalidate(int32_t layer, int64_t first, int64_t n) {
+        check(akv_slots_invalidate(get(), layer, first, n));
+    }
+    void slots_copy(int32_t layer, int64_t from, int64_t to, int64_t n) {
+        check(akv_slots_copy(get(), layer, from, to, n));
+    }
+    void attach_rows(int32_t layer, const akv_rows &key, const akv_rows &value) {
+        check(akv_attach_rows(get(), layer, &key, &value));
+    }
+    void slots_attention(int32_t layer, const akv_span *spans, int32_t n_spans, const akv_attention_desc &d) {
+        check(akv_slots_attention(get(), layer, spans, n_spans, &d));
+    }
+    void slots_attention(int32_t layer, const akv_span &span, const akv_attention_desc &d) {
+        slots_attention(layer, &span, 1, d);
+    }
+    // Bytes of workspace of an attention call over cells; they must be aligned to 64.
+    size_t slots_workspace(int64_t max_kv, int32_t max_threads = 0) const {
+        size_t bytes = 0, align = 0;
+        check(akv_slots_workspace(get(), max_kv, max_threads, &bytes, &align));
+        return bytes;
+    }
+};
+
+// Who sees which cell: set once per step, for all layers and caches of its context.
+class Mask : public detail::handle<akv_mask, akv_mask_destroy> {
+public:
+    Mask(const Context &context, int64_t max_rows, int64_t max_kv) {
+        check(akv_mask_create(context.get(), max_rows, max_kv, &p_));
+    }
+
+    // From values [rows][n_kv]; the stride counts elements, 0 = contiguous.
+    void set(const f16 *values, int64_t rows, int64_t n_kv, int64_t stride = 0, int64_t first_row = 0) {
+        check(akv_mask_set(get(), first_row, rows, n_kv, values, stride * static_cast<int64_t>(sizeof(f16)), nullptr));
     }
 };
 

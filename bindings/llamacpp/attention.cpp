@@ -105,7 +105,8 @@ akv_attention_desc attention_node::sketch(const settings & set) const {
     desc.logit_softcap = softcap;
     desc.tolerance     = set.tolerance;
     desc.mode          = set.mode;
-    desc.alibi_slopes  = max_bias > 0 ? &present : nullptr;
+    desc.alibi_slopes  = mask && max_bias > 0 ? &present : nullptr;
+    desc.mask          = mask ? (const akv_mask *) &present : nullptr;
     desc.sink_logits   = sinks ? &present : nullptr;
     return desc;
 }
@@ -233,6 +234,7 @@ bool attention::run(const attention_node & node, layer & l, const row_view & k, 
     call c = {};
     c.cache = l.cache();
     c.desc  = node.sketch(l.set());
+    c.desc.mask = nullptr;
     c.desc.q.data = node.q->data;
     c.desc.q.stride_row  = int64_t(node.q->nb[1]);
     c.desc.q.stride_head = int64_t(node.q->nb[2]);
@@ -254,7 +256,7 @@ bool attention::run(const attention_node & node, layer & l, const row_view & k, 
     c.desc.out.stride_row  = node.n_heads * c.desc.out.stride_head;
 
     std::vector<float> slopes;
-    if (node.max_bias > 0) {
+    if (node.mask && node.max_bias > 0) {
         slopes = alibi_slopes(node.n_heads, node.max_bias);
         c.desc.alibi_slopes = slopes.data();
     }

@@ -151,7 +151,7 @@ std::unique_ptr<layer> layer::create(storage & home, const settings & set, const
     return made;
 }
 
-// Moves in, or indexes, what has been written so far. Rows of zeros need not: cells without rows are zeros.
+// Moves in, or indexes, what has been written so far (and, of its pages, what has not: it is zero and nobody sees it).
 bool layer::fill() {
     if (attached_) {
         const akv_rows k = rows_at(rows_[key], 0), v = rows_at(rows_[value], 0);
@@ -167,7 +167,7 @@ bool layer::fill() {
     for (int64_t slot = 0; slot < rows_[key].n_slots(); slot++) {
         for (const row_layout & l : rows_) {
             const char * row = l.row(slot);
-            if (home_.touched(row, l.row_bytes()) && !all_zero(row, l.row_bytes())) {
+            if (home_.touched(row, l.row_bytes())) {
                 live.push_back(slot);
                 break;
             }

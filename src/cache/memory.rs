@@ -13,6 +13,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 /// Blocks start on cache lines.
 const ALIGN: usize = 64;
 
+/// From here on a block of the system's is made by `calloc`, which leaves fresh pages untouched until they are used: a
+/// cache of cells takes its memory at once, long before its rows come. (Over-aligned memory is zeroed by hand.)
+const LARGE: usize = 1 << 15;
+
 /// Where memory comes from.
 #[derive(Debug, Clone, Default)]
 pub enum Allocator {
@@ -52,6 +56,20 @@ impl Allocator {
     /// Zeroed bytes, aligned to [`ALIGN`]; `bytes` > 0.
     fn alloc(&self, bytes: usize) -> Option<NonNull<u8>> {
         match self {
+            Allocator::System if bytes >= LARGE => {
+                let layout =
+                    std::alloc::Layout::from_size_align(bytes.checked_add(ALIGN)?, align_of::<usize>()).ok()?;
+                // SAFETY: the size is not 0.
+                let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+                let ahead = ALIGN - start.as_ptr() as usize % ALIGN;
+                // SAFETY: `ahead` is a multiple of a `usize`'s alignment, from its size to ALIGN: `bytes` bytes fit
+                // after it, and before them the note for `dealloc`.
+                unsafe {
+                    let p = start.add(ahead);
+                    p.cast::<usize>().sub(1).write(ahead);
+                    Some(p)
+                }
+            }
             Allocator::System => {
                 let layout = std::alloc::Layout::from_size_align(bytes, ALIGN).ok()?;
                 // SAFETY: the size is not 0.
@@ -72,6 +90,12 @@ impl Allocator {
     /// `p` came from `alloc(bytes)` of this allocator and is not used again.
     unsafe fn dealloc(&self, p: NonNull<u8>, bytes: usize) {
         match self {
+            // SAFETY: `alloc` made this layout, and noted before `p` how far it lies in it.
+            Allocator::System if bytes >= LARGE => unsafe {
+                let ahead = p.cast::<usize>().sub(1).read();
+                let layout = std::alloc::Layout::from_size_align_unchecked(bytes + ALIGN, align_of::<usize>());
+                dealloc(p.sub(ahead).as_ptr(), layout)
+            },
             Allocator::System => {
                 // SAFETY: `alloc` made this layout, and `p` with it.
                 unsafe { dealloc(p.as_ptr(), std::alloc::Layout::from_size_align_unchecked(bytes, ALIGN)) }

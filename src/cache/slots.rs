@@ -15,8 +15,10 @@ use std::sync::Arc;
 pub struct SlotLayer {
     layout: Layout,
     n_slots: usize,
-    /// First cells of every stream that are kept as given.
+    /// First cells of every stream that are kept as given, at most.
     exact_head: usize,
+    /// `[stream]`: how many are at the moment. Fewer once one of them holds a copy of what is known as stored only.
+    head_cells: Vec<usize>,
     /// `[stream][tile]`.
     tiles: Vec<SlotTile>,
     /// `[stream]`: the first cells' rows; none if the engine has them.
@@ -110,10 +112,12 @@ impl SlotLayer {
         let bytes = |n: usize, bytes: usize| n.saturating_mul(bytes);
         let total = bytes(n_tiles, layout.page_bytes()).saturating_add(bytes(n_kept, layout.kept_bytes(TILE)));
         memory.check(total.saturating_add(bytes(n_heads, head_bytes)))?;
-        let (mut tiles, mut heads, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tiles, mut heads, mut kept, mut head_cells) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         reserve(&mut tiles, n_tiles)?;
         reserve(&mut heads, n_heads)?;
         reserve(&mut kept, n_kept)?;
+        reserve(&mut head_cells, n_streams)?;
+        head_cells.resize(n_streams, exact_head);
         for _ in 0..n_tiles {
             let page = Block::of(memory, Kind::Page, layout.page_bytes())?;
             tiles.push(SlotTile { page, k: Cells::default(), v: Cells::default(), kept: None });
@@ -126,7 +130,18 @@ impl SlotLayer {
         for _ in 0..n_kept {
             kept.push(Kept { block: Block::of(memory, Kind::Kept, layout.kept_bytes(TILE))?, tile: None, used: 0 });
         }
-        Ok(SlotLayer { layout, n_slots, exact_head, tiles, heads, kept, clock: 0, attached: None, is_index })
+        Ok(SlotLayer {
+            layout,
+            n_slots,
+            exact_head,
+            head_cells,
+            tiles,
+            heads,
+            kept,
+            clock: 0,
+            attached: None,
+            is_index,
+        })
     }
 
     /// Layout of its pages.
@@ -165,7 +180,8 @@ impl SlotLayer {
 
     /// Rows of a tile that its page does not hold.
     fn skip(&self, tile: usize) -> usize {
-        if tile.is_multiple_of(self.tiles_per_stream()) { self.exact_head } else { 0 }
+        let per_stream = self.tiles_per_stream();
+        if tile.is_multiple_of(per_stream) { self.head_cells[tile / per_stream] } else { 0 }
     }
 
     /// First slot of a tile.
@@ -189,13 +205,13 @@ impl SlotLayer {
         }
     }
 
-    /// Writes rows to slots, all within bounds; rows that are the engine's own are read from there. They have passed
-    /// [`Layout::check_rows`].
-    pub fn write(&mut self, slots: &[usize], k: Option<Rows>, v: Option<Rows>) {
+    /// Writes rows to slots, as the caller lists them, all within bounds; rows that are the engine's own are read from
+    /// there. They have passed [`Layout::check_rows`].
+    pub fn write(&mut self, slots: &[i64], k: Option<Rows>, v: Option<Rows>) {
         let mut done = 0;
         while done < slots.len() {
-            let (tile, _) = self.place(slots[done]);
-            let n = slots[done..].iter().take_while(|&&slot| self.place(slot).0 == tile).count();
+            let (tile, _) = self.place(slots[done] as usize);
+            let n = slots[done..].iter().take_while(|&&slot| self.place(slot as usize).0 == tile).count();
             let (k, v) = (k.map(|k| k.skip(done)), v.map(|v| v.skip(done)));
             self.write_tile(tile, &slots[done..done + n], k, v);
             done += n;
@@ -203,16 +219,16 @@ impl SlotLayer {
     }
 
     /// Rows of some cells of a tile.
-    fn write_tile(&mut self, index: usize, slots: &[usize], k: Option<Rows>, v: Option<Rows>) {
+    fn write_tile(&mut self, index: usize, slots: &[i64], k: Option<Rows>, v: Option<Rows>) {
         let head = range_bits(0, self.skip(index));
-        let new = slots.iter().fold(0, |new, &slot| new | 1 << self.place(slot).1);
+        let new = slots.iter().fold(0, |new, &slot| new | 1 << self.place(slot as usize).1);
         let tile = &mut self.tiles[index];
         if tile.k.written | tile.v.written == 0 {
             self.layout.blank(&mut tile.page);
             (tile.k, tile.v) = (Cells::default(), Cells::default());
         }
         if self.layout.format == Format::Raw {
-            let rows = slots.iter().map(|&slot| slot % self.n_slots % TILE).enumerate();
+            let rows = slots.iter().map(|&slot| slot as usize % self.n_slots % TILE).enumerate();
             for (i, row) in rows {
                 // As if the row lay at its place in a tile.
                 if let Some(k) = k {
@@ -232,7 +248,7 @@ impl SlotLayer {
             let kept = self.keep(index);
             let (stream, n_head) = (index / self.tiles_per_stream(), self.exact_head);
             for (i, &slot) in slots.iter().enumerate() {
-                let row = slot % self.n_slots % TILE;
+                let row = slot as usize % self.n_slots % TILE;
                 let (block, n) = match head >> row & 1 {
                     1 => (&mut self.heads[stream], n_head),
                     _ => (&mut self.kept[kept].block, TILE),
@@ -277,7 +293,8 @@ impl SlotLayer {
         if tile.v.stale > 0 && tile.v.fresh & whole == whole {
             self.layout.encode_values(&mut tile.page, &v, skip);
         }
-        tile.kept = None;
+        // Free: whoever needs rows next takes these.
+        (tile.kept, self.kept[kept].used) = (None, 0);
         for cells in [&mut tile.k, &mut tile.v] {
             (cells.fresh, cells.stale) = (0, 0);
         }
@@ -285,10 +302,14 @@ impl SlotLayer {
 
     /// Forgets `n` slots.
     pub fn invalidate(&mut self, first: usize, n: usize) {
-        for (tile, cells) in self.stretch(first, n) {
-            let tile = &mut self.tiles[tile];
+        let per_stream = self.tiles_per_stream();
+        for (index, cells) in self.stretch(first, n) {
+            let tile = &mut self.tiles[index];
             tile.k.forget(cells);
             tile.v.forget(cells);
+            if tile.k.written | tile.v.written == 0 && index.is_multiple_of(per_stream) {
+                self.head_cells[index / per_stream] = self.exact_head;
+            }
         }
     }
 
@@ -382,20 +403,62 @@ impl SlotLayer {
         }
     }
 
-    /// As it would be read in the layer's dtypes.
-    fn copy_row(&mut self, from: usize, to: usize, row: &mut Block) {
-        let shape = self.layout.shape;
-        let (index, at) = self.place(from);
-        let (has_k, has_v) = (self.tiles[index].k.written >> at & 1, self.tiles[index].v.written >> at & 1);
+    /// As it would be read in the layer's dtypes. What is known as stored only is known no better afterwards.
+    fn copy_row(&mut self, from: usize, to: usize, spare: &mut Block) {
+        let ((a, row_a), (b, row_b)) = (self.place(from), self.place(to));
+        let (tile, kept) = (&self.tiles[a], row_a < self.skip(a) || self.layout.format == Format::Raw);
+        let has = |cells: &Cells| cells.written >> row_a & 1 == 1;
+        let stored = |cells: &Cells| has(cells) && !kept && cells.fresh >> row_a & 1 == 0;
+        let (has_k, has_v, stored_k, stored_v) = (has(&tile.k), has(&tile.v), stored(&tile.k), stored(&tile.v));
         self.invalidate(to, 1);
+        if (stored_k || stored_v) && row_b < self.skip(b) {
+            self.shrink_head(b, row_b, spare);
+        }
+        self.take_row(from, spare);
+        let (rows_k, rows_v) = self.layout.kept(spare, 1);
+        self.write(&[to as i64], has_k.then_some(rows_k), has_v.then_some(rows_v));
+        if stored_k {
+            self.tiles[b].k.fresh &= !(1 << row_b);
+            for head in 0..self.layout.shape.n_kv_heads {
+                let slack = self.layout.lost_keys(&self.tiles[a].page, &self.tiles[b].page, head);
+                self.layout.add_slack(&mut self.tiles[b].page, head, slack);
+            }
+        }
+        if stored_v {
+            self.tiles[b].v.fresh &= !(1 << row_b);
+            for head in 0..self.layout.shape.n_kv_heads {
+                let value = self.layout.stored_value(&self.tiles[a].page, head, row_a);
+                self.layout.store_value(&mut self.tiles[b].page, head, row_b, &value);
+            }
+        }
+    }
+
+    /// A row as it would be read, in the layer's dtypes.
+    fn take_row(&self, slot: usize, into: &mut Block) {
+        let shape = self.layout.shape;
         let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
         let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
         for head in 0..shape.n_kv_heads {
-            self.read(from, head, k, v);
-            self.layout.keep_values(row, head, k, v);
+            self.read(slot, head, k, v);
+            self.layout.keep_values(into, head, k, v);
         }
-        let (rows_k, rows_v) = self.layout.kept(row, 1);
-        self.write(&[to], (has_k == 1).then_some(rows_k), (has_v == 1).then_some(rows_v));
+    }
+
+    /// Keeps only the first `n` cells of a stream apart from its first tile: the others go where all the others are.
+    fn shrink_head(&mut self, tile: usize, n: usize, spare: &mut Block) {
+        let stream = tile / self.tiles_per_stream();
+        for row in (n..self.head_cells[stream]).rev() {
+            let slot = self.first_slot(tile) + row;
+            let cells = [self.tiles[tile].k, self.tiles[tile].v].map(|cells| cells.written >> row & 1 == 1);
+            self.take_row(slot, spare);
+            self.invalidate(slot, 1);
+            self.head_cells[stream] = row;
+            let (k, v) = self.layout.kept(spare, 1);
+            if cells != [false; 2] {
+                self.write(&[slot as i64], cells[0].then_some(k), cells[1].then_some(v));
+            }
+        }
+        self.head_cells[stream] = n;
     }
 
     /// What one layer's stream shows of its first `n_kv` cells.
@@ -404,11 +467,12 @@ impl SlotLayer {
         let tiles = &self.tiles[first..first + n_kv.div_ceil(TILE)];
         let attached = self.attached.map(|(k, v)| (k.skip(stream * self.n_slots), v.skip(stream * self.n_slots)));
         let head = self.heads.get(stream).map(|head| self.layout.kept(head, self.exact_head));
-        let exact = head.or(attached).filter(|_| self.exact_head.min(n_kv) > 0);
+        let n_exact = self.head_cells[stream].min(n_kv);
+        let exact = head.or(attached).filter(|_| n_exact > 0);
         SequenceView {
             layout: &self.layout,
             len: n_kv,
-            n_exact: if exact.is_some() { self.exact_head.min(n_kv) } else { 0 },
+            n_exact: if exact.is_some() { n_exact } else { 0 },
             exact,
             pages: Pages::Slots(tiles),
             attached,

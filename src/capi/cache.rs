@@ -137,6 +137,10 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
     let layers = layers.iter().enumerate();
     let layers = layers.map(|(i, l)| shape(l, &format!("{name}->layers[{i}]"), format, n_layers));
     let layers = layers.collect::<Result<Vec<_>>>()?;
+    if let (Some(i), true) = (layers.iter().position(|l| l.window != 0), placement != Placement::Append) {
+        let expected = "0 with AKV_SLOTS and AKV_ATTACHED, whose masks say it";
+        return Err(wrong(format_args!("{name}->layers[{i}].window"), layers[i].window, expected));
+    }
     let exact_head = exact(at("exact_head"), desc.exact_head, 4)?;
     let exact_tail = exact(at("exact_tail"), desc.exact_tail, 64)?;
     // The other formats store every row as given: there is nothing to keep beside it.
@@ -304,6 +308,8 @@ mod tests {
         for (name, change) in cases {
             argument(with(|_| (), change), &format!("desc->layers[1].{name} is "));
         }
+        let slots = |d: &mut akv_cache_desc| (d.placement, d.n_slots) = (AKV_SLOTS, 8);
+        argument(with(slots, |l| l.window = 9), "desc->layers[1].window");
         argument(with(|d| d.format = AKV_FORMAT_PUBLISHED, |_| ()), "desc->layers[0].dtype_k");
         argument(with(|d| d.format = AKV_FORMAT_RAW, |l| l.planes_k = 2), "desc->layers[1].planes_k");
     }

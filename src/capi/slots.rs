@@ -82,13 +82,10 @@ unsafe fn write(
     let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
-    let ids = unsafe { array(slots, n, "slots") }?;
-    let mut slots = Vec::new();
-    slots.try_reserve_exact(n).map_err(|_| Error::Memory(format!("a list of {n} slots")))?;
-    for (i, &slot) in ids.iter().enumerate() {
-        let slot = usize::try_from(slot).ok().filter(|&slot| slot < cells.n_slots());
-        let expected = || format!("0 to {}", cells.n_slots() - 1);
-        slots.push(slot.ok_or_else(|| wrong(format_args!("slots[{i}]"), ids[i], expected()))?);
+    let slots = unsafe { array(slots, n, "slots") }?;
+    let last = cells.n_slots() as i64 - 1;
+    for (i, &slot) in slots.iter().enumerate() {
+        within(format_args!("slots[{i}]"), slot, 0..=last)?;
     }
     let (layout, shape) = (*cells.layout(), cells.layout().shape);
     if let Some((k, v)) = cells.attached()? {
@@ -97,9 +94,10 @@ unsafe fn write(
                 return Err(wrong(name, "not NULL", "NULL: AKV_ATTACHED has its rows from akv_attach_rows"));
             }
         }
-        layout.check_rows("attached key", &k, slots.iter().copied())?;
-        layout.check_rows("attached value", &v, slots.iter().copied())?;
-        cells.write(&slots, None, None);
+        let changed = || slots.iter().map(|&slot| slot as usize);
+        layout.check_rows("attached key", &k, changed())?;
+        layout.check_rows("attached value", &v, changed())?;
+        cells.write(slots, None, None);
         return Ok(());
     }
     // SAFETY: the caller's contract.
@@ -117,7 +115,7 @@ unsafe fn write(
             layout.check_rows(name, rows, 0..n)?;
         }
     }
-    cells.write(&slots, k, v);
+    cells.write(slots, k, v);
     Ok(())
 }
 
@@ -208,10 +206,11 @@ unsafe fn attend(
 /// slot that is there twice holds the later row. All rows are checked first: on error nothing is written. Writing takes
 /// no memory and cannot fail for lack of it.
 ///
-/// Scales only grow while a tile of 128 cells is written to; a tile whose cells have all been written since it last was
-/// closed gets the scales of its rows alone, as if it had been appended. Rows of the last written tiles (64, or a
-/// sixteenth of the cache if that is more) are kept as given meanwhile; a write to another one reopens it: rows that
-/// outgrow its scales re-encode what is there, and what that loses is in every later certificate.
+/// Scales only grow while a tile of 128 cells is written to; one whose cells have all been written since it last was
+/// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last written
+/// tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write to a closed
+/// one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every later
+/// certificate.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is running).
 ///
@@ -362,6 +361,12 @@ pub unsafe extern "C" fn akv_attach_rows(
 ///
 /// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
 ///
+/// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows, so
+/// that it can read more than the rows alone would have been.
+///
+/// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of another
+/// context), AKV_E_BUSY (the layer is being written, or the mask set).
+///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
@@ -441,7 +446,7 @@ pub unsafe extern "C" fn akv_mask_create(
 /// contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
 /// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
 /// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
-/// size; nothing is set then.
+/// size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

@@ -231,7 +231,8 @@ pub struct akv_layer_desc {
     pub planes_k: i32,
     /// The same of V.
     pub planes_v: i32,
-    /// Sliding window: a row at position p sees positions above p - window; 0 = none.
+    /// Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
+    /// whose masks say it.
     pub window: i32,
     /// Layers whose page tables are shared; 0 (the only one built).
     pub group: i32,
@@ -251,7 +252,7 @@ pub struct akv_cache_desc {
     pub flags: u32,
     /// AKV_FORMAT_*.
     pub format: i32,
-    /// AKV_APPEND, AKV_SLOTS or AKV_ATTACHED.
+    /// AKV_APPEND, AKV_SLOTS (not AKV_FORMAT_PUBLISHED) or AKV_ATTACHED (AKV_FORMAT_ALIGNED only).
     pub placement: i32,
     /// AKV_NAN_*.
     pub nan_policy: i32,
@@ -261,8 +262,9 @@ pub struct akv_cache_desc {
     pub layers: *const akv_layer_desc,
     /// Most sequences alive at once; 0 = 65536.
     pub max_sequences: u32,
-    /// First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as given and attended exactly, since attention sinks would
-    /// coarsen the scales of their tile: up to 128; 0 = 4, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
+    /// First tokens of every sequence (AKV_SLOTS and AKV_ATTACHED: first cells of every stream) whose rows are kept as
+    /// given and attended exactly, since attention sinks would coarsen the scales of their tile: up to 128; 0 = 4,
+    /// AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.
     pub exact_head: u32,
     /// Truncating a sequence by at most this many tokens is as if they had never been appended, bit for bit: up to
     /// 128; 0 = 64, AKV_NONE = none. Only AKV_FORMAT_ALIGNED needs it.

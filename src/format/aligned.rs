@@ -143,6 +143,13 @@ impl<'a> Tile<'a> {
         &self.v[row * bytes..(row + 1) * bytes]
     }
 
+    /// A token's V as it is stored.
+    pub fn stored_value(&self, row: usize) -> StoredValue {
+        let (mut planes, from) = ([0; PLANES * MAX_DIM / 2], self.v_row(row));
+        planes[..from.len()].copy_from_slice(from);
+        StoredValue { planes, scale: self.v_scales[row] }
+    }
+
     /// The first `planes` digits of a token's K channel, the others 0.
     #[inline(always)]
     fn k_stored(&self, row: usize, channel: usize, planes: usize) -> u16 {
@@ -445,6 +452,32 @@ pub(super) fn rewrite_values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, 
     for row in Bits(new) {
         put_v(s, &mut part, v, head, row, false);
     }
+}
+
+/// A token's planes and scale byte of V.
+pub struct StoredValue {
+    planes: [u8; PLANES * MAX_DIM / 2],
+    scale: u8,
+}
+
+/// Puts a token's V, as it is stored elsewhere, into a tile.
+pub(super) fn store_value(s: &Shape, part: &mut [u8], row: usize, value: &StoredValue) {
+    let (part, bytes) = (PartMut::new(s, part), s.planes_v * s.dim_v / 2);
+    part.v[row * bytes..(row + 1) * bytes].copy_from_slice(&value.planes[..bytes]);
+    part.v_scales[row] = value.scale;
+}
+
+/// The largest error of stored K in `from`, in units of the scales of `to`.
+pub(super) fn lost_keys(from: &Tile, to: &Tile, planes: usize) -> f32 {
+    let ratios = from.k_scales.iter().zip(to.k_scales).map(|(&from, &to)| scale(from) / scale(to));
+    (LEFT[planes] + from.meta.slack) * ratios.fold(0.0, f32::max) * (1.0 + f32::EPSILON)
+}
+
+/// Raises the slack of a tile.
+pub(super) fn add_slack(s: &Shape, part: &mut [u8], slack: f32) {
+    let part = PartMut::new(s, part);
+    let meta = Meta::read(part.meta);
+    Meta { slack: meta.slack.max(slack), ..meta }.write(part.meta);
 }
 
 /// Largest sum of magnitudes and of squares of a token's plane-0 digits.

@@ -209,6 +209,29 @@ impl Layout {
         }
     }
 
+    /// What a K row of `from`, decoded and encoded anew in `to`, had lost before that: in units of `to`'s scales.
+    pub fn lost_keys(&self, from: &[u8], to: &[u8], head: usize) -> f32 {
+        let tile = |page| aligned::Tile::new(&self.shape, self.part(page, head));
+        let lost = aligned::lost_keys(&tile(from), &tile(to), self.shape.planes_k);
+        // Rounding it to the caller's dtype, which can hold the row, moves it no further than it was off.
+        if self.shape.dtype_k == Dtype::F32 { lost } else { 2.0 * lost }
+    }
+
+    /// Raises the slack of a tile.
+    pub fn add_slack(&self, page: &mut [u8], head: usize, slack: f32) {
+        aligned::add_slack(&self.shape, self.part_mut(page, head), slack);
+    }
+
+    /// V of a token, as it is stored.
+    pub fn stored_value(&self, page: &[u8], head: usize, row: usize) -> aligned::StoredValue {
+        aligned::Tile::new(&self.shape, self.part(page, head)).stored_value(row)
+    }
+
+    /// Stores it in a tile.
+    pub fn store_value(&self, page: &mut [u8], head: usize, row: usize, value: &aligned::StoredValue) {
+        aligned::store_value(&self.shape, self.part_mut(page, head), row, value);
+    }
+
     /// Makes the page of a closed tile one of an open tile again: what is known of whole tiles only is forgotten.
     pub fn reopen(&self, page: &mut [u8]) {
         if self.format == Format::Aligned {

@@ -6,7 +6,7 @@ use super::simd::{LANES, Simd};
 use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
 use crate::alignment::{ScoreError, Sums};
 use crate::cache::SequenceView;
-use crate::format::{Bits, CENTRE, Format, LEFT, MAX_DIM, PEAK, Rows, Shape, TILE, aligned, published, raw, scale};
+use crate::format::{CENTRE, Format, LEFT, MAX_DIM, PEAK, Rows, Shape, TILE, aligned, published, raw, scale};
 
 /// What scores of a tile are uncertain by, and at most.
 #[derive(Debug, Clone, Copy)]
@@ -119,6 +119,8 @@ impl Decoded {
         let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, s.planes_k, s.planes_v);
         self.left_k = LEFT[pk] + tile.meta.slack;
         self.left_v = LEFT[pv];
+        // Scores go over whole lanes of channels: none of them may be what was in the memory before.
+        self.k_unit = [0.0; MAX_DIM];
         for (unit, &u) in self.k_unit.iter_mut().zip(tile.k_scales) {
             *unit = scale(u);
         }
@@ -164,24 +166,38 @@ impl Decoded {
         }
     }
 
-    /// Scores of the tokens `seen` of the tile, -inf elsewhere, and what they are uncertain by.
+    /// Products of R query heads with the first `blocks` * 16 tokens of the tile: K is read once for all of them.
     #[inline(always)]
-    pub fn scores<S: Simd>(&self, q: &[f32], seen: u128, s: &mut Lane128) -> Uncertain {
-        let d = q.len();
+    fn products<S: Simd, const R: usize>(&self, q: [&[f32]; R], blocks: usize, s: &mut [Lane128]) {
+        let d = q[0].len();
         // Chains of an eighth of the channels: rounding errors do not pile up over all of them.
         let part = d.div_ceil(8);
-        for (b, s) in math::blocks_mut(s).iter_mut().enumerate() {
-            let mut sum = S::splat(0.0);
-            for (q, k) in q.chunks(part).zip(self.k[..d].chunks(part)) {
-                let mut chain = S::splat(0.0);
-                for (&q, k) in q.iter().zip(k) {
-                    chain = chain.add(S::load(&math::blocks(k)[b]).mul(S::splat(q)));
+        for b in 0..blocks {
+            let mut sums = [S::splat(0.0); R];
+            let mut first = 0;
+            while first < d {
+                let last = (first + part).min(d);
+                let mut chains = [S::splat(0.0); R];
+                for (c, k) in self.k[first..last].iter().enumerate() {
+                    let k = S::load(&math::blocks(k)[b]);
+                    for (chain, q) in chains.iter_mut().zip(&q) {
+                        *chain = chain.add(k.mul(S::splat(q[first + c])));
+                    }
                 }
-                sum = sum.add(chain);
+                for (sum, chain) in sums.iter_mut().zip(chains) {
+                    *sum = sum.add(chain);
+                }
+                first = last;
             }
-            sum.store(s);
+            for (sum, s) in sums.into_iter().zip(s.iter_mut()) {
+                sum.store(&mut math::blocks_mut(s)[b]);
+            }
         }
-        math::hide::<S>(s, seen);
+    }
+
+    /// What scores of a query head are uncertain by.
+    #[inline(always)]
+    fn uncertain<S: Simd>(&self, q: &[f32]) -> Uncertain {
         let (mut worst, mut square) = (S::splat(0.0), S::splat(0.0));
         for (q, unit) in q.chunks(LANES).zip(self.k_unit.as_chunks().0) {
             let mut block = [0.0; LANES];
@@ -194,35 +210,71 @@ impl Decoded {
         // Scores are at most this: if it overflows, so must the bound.
         let reach = worst * (1.0 + 1e-5) * PEAK;
         Uncertain {
-            bound: reach * ((self.left_k + score_rounding(d)) / PEAK),
+            bound: reach * ((self.left_k + score_rounding(q.len())) / PEAK),
             rms: square.sqrt() * self.left_k * 0.577_350_3,
             reach,
         }
     }
 
-    /// Adds the tokens `seen` with logits `s` to a row's sums and output.
+    /// Scores of the tokens `seen` of the tile, -inf elsewhere, and what they are uncertain by.
     #[inline(always)]
-    pub fn attend<S: Simd>(
+    pub fn scores<S: Simd>(&self, q: &[f32], seen: u128, s: &mut Lane128) -> Uncertain {
+        self.products::<S, 1>([q], TILE / LANES, std::slice::from_mut(s));
+        math::hide::<S>(s, seen);
+        self.uncertain::<S>(q)
+    }
+
+    /// Adds the tokens `seen` with logits `s` to a row's sums; `e` gets their weights.
+    #[inline(always)]
+    fn weigh<S: Simd>(
         &self,
         s: &Lane128,
         error: ScoreError,
         seen: u128,
         sums: &mut Sums,
         out: &mut [f32],
-        tile_out: &mut [f32],
+        e: &mut Lane128,
     ) {
         raise(sums, math::max::<S>(s), out);
-        let mut e = [0.0f32; TILE];
-        math::weights::<S>(s, sums.max, &mut e);
-        let tokens = math::sums::<S>(&e, &self.v_unit);
+        math::weights::<S>(s, sums.max, e);
+        let tokens = math::sums::<S>(e, &self.v_unit);
         sums.add_scores(error, tokens);
         sums.add_values(self.left_v, 0.0, tokens);
         sums.note(seen.count_ones() as usize, math::max_of(&self.v_unit, seen) * PEAK);
-        tile_out.fill(0.0);
-        for i in Bits(seen) {
-            math::axpy::<S>(e[i], &self.v[i][..out.len()], tile_out);
+    }
+
+    /// Adds V of the first `n` tokens to R outputs, `[R][dim_v]`: it is read once for all of them.
+    #[inline(always)]
+    fn add_values<S: Simd, const R: usize>(&self, e: &[Lane128], n: usize, outs: &mut [f32]) {
+        let d = outs.len() / R;
+        let mut at = 0;
+        while at < d {
+            let count = LANES.min(d - at);
+            let mut sums = [S::splat(0.0); R];
+            for i in 0..n {
+                // Channels beyond dim_v may hold anything: their sums are not stored.
+                let v = S::load(&self.v[i].as_chunks().0[at / LANES]);
+                for (sum, e) in sums.iter_mut().zip(e) {
+                    *sum = sum.add(v.mul(S::splat(e[i])));
+                }
+            }
+            for (r, sum) in sums.into_iter().enumerate() {
+                let mut lanes = [0.0; LANES];
+                sum.store(&mut lanes);
+                for (x, sum) in outs[r * d + at..][..count].iter_mut().zip(lanes) {
+                    *x += sum;
+                }
+            }
+            at += LANES;
         }
-        math::axpy::<S>(1.0, tile_out, out);
+    }
+
+    /// Adds the tokens `seen` with logits `s` to a row's sums and output.
+    #[inline(always)]
+    pub fn attend<S: Simd>(&self, s: &Lane128, error: ScoreError, seen: u128, sums: &mut Sums, out: &mut [f32]) {
+        let mut e = [[0.0; TILE]];
+        self.weigh::<S>(s, error, seen, sums, out, &mut e[0]);
+        self.add_values::<S, 1>(&e, TILE - seen.leading_zeros() as usize, out);
     }
 }
 
@@ -241,7 +293,6 @@ fn raise(sums: &mut Sums, max: f32, out: &mut [f32]) {
 #[inline(always)]
 pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (call, g) = (w.call, w.call.shape.group());
-    let (d, dv) = (call.shape.dim_k, call.shape.dim_v);
     let view = &call.sequences[call.rows[unit.row].sequence];
     w.load_q(unit);
     let (sums, outs) = w.state(unit, split);
@@ -249,7 +300,6 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     outs.fill(0.0);
     let (first, last) = unit.tiles(split);
     let rows = unit.row..unit.row + unit.n_rows;
-    let mut bent = [0.0; TILE];
     // The exact rows come first, as a tile of their own.
     let exact = split == 0 && unit.from < view.n_exact;
     for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
@@ -259,33 +309,76 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             true => seen_exact(call, row, view),
             false => seen_paged(call, row, view, tile),
         };
-        let any = rows.clone().fold(0, |any, row| any | seen(row));
+        let mut any = 0;
+        for row in rows.clone() {
+            let seen = seen(row);
+            any |= seen;
+            if seen != 0 {
+                w.stats.count_dense(view, is_exact, seen.count_ones() as usize);
+            }
+        }
         if any == 0 {
             continue;
         }
+        let n = TILE - any.leading_zeros() as usize;
         if is_exact {
             w.scratch.tile.exact::<S>(view, unit.kv_head);
         } else {
-            w.scratch.tile.page::<S>(view, tile, unit.kv_head, TILE - any.leading_zeros() as usize);
+            w.scratch.tile.page::<S>(view, tile, unit.kv_head, n);
         }
-        for (r, row) in rows.clone().enumerate() {
-            let seen = seen(row);
-            if seen == 0 {
-                continue;
-            }
-            w.stats.count_dense(view, is_exact, seen.count_ones() as usize);
-            for h in 0..g {
-                let (at, head) = (r * g + h, unit.kv_head * g + h);
-                let q = &w.scratch.q[at * d..(at + 1) * d];
-                let mut s = [0.0; TILE];
-                let mut error = w.scratch.tile.scores::<S>(q, seen, &mut s);
-                w.check(error.bound, math::max::<S>(&s));
-                error.bound += bend_error(call, row, head, tile, error.reach);
-                let logits = logits::<S>(call, row, head, tile, &s, &mut bent);
-                let out = &mut outs[at * dv..(at + 1) * dv];
-                let tile_out = &mut w.scratch.tile_out[..dv];
-                w.scratch.tile.attend::<S>(logits, error.score(), seen, &mut sums[at], out, tile_out);
+        let mut at = 0;
+        while at < unit.n_rows * g {
+            let seen: [u128; HEADS] = std::array::from_fn(|i| match at + i < unit.n_rows * g {
+                true => seen(unit.row + (at + i) / g),
+                false => 0,
+            });
+            if seen == [0; HEADS] {
+                at += HEADS;
+            } else if at + HEADS <= unit.n_rows * g {
+                heads::<S, HEADS>(w, unit, at, tile, &seen, n, sums, outs);
+                at += HEADS;
+            } else {
+                heads::<S, 1>(w, unit, at, tile, &seen, n, sums, outs);
+                at += 1;
             }
         }
     }
+}
+
+/// Query heads that share what is read of a decoded tile.
+const HEADS: usize = 4;
+
+/// R query heads of a unit's rows from number `at` on, over the first `n` tokens of the tile that is decoded; `seen`: what
+/// each of them sees.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn heads<S: Simd, const R: usize>(
+    w: &mut Worker,
+    unit: &Unit,
+    at: usize,
+    tile: usize,
+    seen: &[u128],
+    n: usize,
+    sums: &mut [Sums],
+    outs: &mut [f32],
+) {
+    let (call, g) = (w.call, w.call.shape.group());
+    let (d, dv) = (call.shape.dim_k, call.shape.dim_v);
+    let (mut s, mut e, mut bent) = ([[0.0; TILE]; R], [[0.0; TILE]; R], [0.0; TILE]);
+    let q: [&[f32]; R] = std::array::from_fn(|i| &w.scratch.q[(at + i) * d..(at + i + 1) * d]);
+    w.scratch.tile.products::<S, R>(q, n.div_ceil(LANES), &mut s);
+    for i in 0..R {
+        if seen[i] == 0 {
+            continue;
+        }
+        let (row, head) = (unit.row + (at + i) / g, unit.kv_head * g + (at + i) % g);
+        math::hide::<S>(&mut s[i], seen[i]);
+        let mut error = w.scratch.tile.uncertain::<S>(&w.scratch.q[(at + i) * d..(at + i + 1) * d]);
+        w.check(error.bound, math::max::<S>(&s[i]));
+        error.bound += bend_error(call, row, head, tile, error.reach);
+        let logits = logits::<S>(call, row, head, tile, &s[i], &mut bent);
+        let out = &mut outs[(at + i) * dv..(at + i + 1) * dv];
+        w.scratch.tile.weigh::<S>(logits, error.score(), seen[i], &mut sums[at + i], out, &mut e[i]);
+    }
+    w.scratch.tile.add_values::<S, R>(&e, n, &mut outs[at * dv..(at + R) * dv]);
 }

@@ -14,6 +14,8 @@ const Q_LEVELS: f32 = 127.0 * 257.0;
 pub struct Folded {
     /// Channels.
     pub q: [f32; MAX_DIM],
+    /// Rounded: high and low digits of the channels.
+    pub digits: [[i8; MAX_DIM]; 2],
     /// Unit of the integer scores.
     pub step: f32,
     /// Sum of the rounded q, in steps.
@@ -31,6 +33,31 @@ impl Folded {
         for (s, i) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(blocks) {
             let digits = i.map(|i| i.wrapping_sub(self.q_sum.wrapping_mul(8)));
             S::from_i32(&digits).add(centre).mul(step).store(s);
+        }
+    }
+}
+
+impl Folded {
+    /// Adds to the scores of `tokens` a plane's digits, from the integer sums as above, of that weight, plus `centre`
+    /// steps.
+    #[inline(always)]
+    pub fn refine<S: Simd>(
+        &self,
+        integers: &[i32; TILE],
+        tokens: u128,
+        weight: f32,
+        centre: f32,
+        scores: &mut [f32; TILE],
+    ) {
+        let (step, weight, centre) = (S::splat(self.step), S::splat(weight), S::splat(centre));
+        let blocks = integers.as_chunks::<LANES>().0;
+        for (b, (s, i)) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(blocks).enumerate() {
+            let bits = (tokens >> (LANES * b)) as u16;
+            if bits != 0 {
+                let digits = i.map(|i| i.wrapping_sub(self.q_sum.wrapping_mul(8)));
+                let more = S::from_i32(&digits).mul(weight).add(centre).mul(step);
+                S::load(s).add(more.keep(bits, S::splat(0.0))).store(s);
+            }
         }
     }
 }
@@ -62,8 +89,8 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
     let (step, inverse) = if vanishing { (0.0, 0.0) } else { (peak / Q_LEVELS, Q_LEVELS / peak) };
     const MAGIC: f32 = 12_582_912.0;
     let mut q_sum = 0i32;
-    let (mut high, mut low) = ([0i8; MAX_DIM], [0i8; MAX_DIM]);
-    for ((h, l), &f) in high.iter_mut().zip(&mut low).zip(&out.q[..d]) {
+    let [high, low] = &mut out.digits;
+    for ((h, l), &f) in high.iter_mut().zip(low.iter_mut()).zip(&out.q[..d]) {
         // |f * inverse| < 2^15: the low bits of the sum are the integer.
         let r = (f * inverse + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
         // Wraps if q is beyond binary32, which `worst` tells.

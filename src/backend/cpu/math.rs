@@ -139,6 +139,107 @@ pub fn sums<S: Simd>(e: &Lane128, units: &Lane128) -> [f64; 3] {
     sums.map(|s| f64::from(fold_sum(s)))
 }
 
+/// The same of some tokens.
+#[inline(always)]
+pub fn sums_of<S: Simd>(e: &Lane128, units: &Lane128, tokens: u128) -> [f64; 3] {
+    let (mut sums, zero) = ([S::splat(0.0); 3], S::splat(0.0));
+    for (b, (e, u)) in blocks(e).iter().zip(blocks(units)).enumerate() {
+        let bits = (tokens >> (LANES * b)) as u16;
+        if bits != 0 {
+            let e = S::load(e).keep(bits, zero);
+            let x = e.mul(S::load(u));
+            sums = [sums[0].add(e), sums[1].add(x), sums[2].add(x.mul(x))];
+        }
+    }
+    [f64::from(fold_sum(sums[0])), f64::from(fold_sum(sums[1])), f64::from(fold_sum(sums[2]))]
+}
+
+/// `e *= units`.
+#[inline(always)]
+pub fn scale_by<S: Simd>(e: &mut Lane128, units: &Lane128) {
+    for (e, u) in blocks_mut(e).iter_mut().zip(blocks(units)) {
+        S::load(e).mul(S::load(u)).store(e);
+    }
+}
+
+/// Adds rows of V, read to `n` planes, to the outputs of all heads: `out[head] += sum of weights[head][token] * digits`,
+/// digits signed, in units of the first one's. `v` = planes of V of a tile.
+#[inline(always)]
+pub fn add_rows<S: Simd>(v: &[u8], half: usize, n: usize, tokens: &[u8], weights: &[Lane128], out: &mut [f32]) {
+    match n {
+        1 => add_planes::<S, 1>(v, half, tokens, weights, out),
+        2 => add_planes::<S, 2>(v, half, tokens, weights, out),
+        3 => add_planes::<S, 3>(v, half, tokens, weights, out),
+        _ => add_planes::<S, 4>(v, half, tokens, weights, out),
+    }
+}
+
+#[inline(always)]
+fn add_planes<S: Simd, const N: usize>(v: &[u8], half: usize, tokens: &[u8], weights: &[Lane128], out: &mut [f32]) {
+    // As many heads as their sums fit in registers.
+    let mut h = 0;
+    while h < weights.len() {
+        let (weights, out) = (&weights[h..], &mut out[h * 2 * half..]);
+        h += match weights.len() {
+            1 => add_heads::<S, N, 1>(v, half, tokens, weights, out),
+            2 | 3 => add_heads::<S, N, 2>(v, half, tokens, weights, out),
+            _ => add_heads::<S, N, 4>(v, half, tokens, weights, out),
+        };
+    }
+}
+
+#[inline(always)]
+fn add_heads<S: Simd, const N: usize, const H: usize>(
+    v: &[u8],
+    half: usize,
+    tokens: &[u8],
+    weights: &[Lane128],
+    out: &mut [f32],
+) -> usize {
+    let stride = v.len() / TILE;
+    assert!(weights.len() >= H && out.len() >= H * 2 * half && stride >= N * half);
+    // Digits are nibbles - 8; the last one's weight.
+    let (offset, unit) = (S::splat((0x8888 >> (16 - 4 * N)) as f32), S::splat(1.0 / (1u32 << (4 * (N - 1))) as f32));
+    let mut at = 0;
+    while at < half {
+        let count = LANES.min(half - at);
+        let mut sums = [[S::splat(0.0); 2]; H];
+        for &token in tokens {
+            let token = usize::from(token);
+            assert!(token < TILE);
+            let start = token * stride + at;
+            let (low, high) = if count == LANES {
+                // SAFETY: a block of each of N planes of a token's row, which lies in `v`.
+                unsafe { S::digits::<N>(v.as_ptr().add(start), half) }
+            } else {
+                let mut rest = [[0u8; LANES]; N];
+                for (p, rest) in rest.iter_mut().enumerate() {
+                    rest[..count].copy_from_slice(&v[start + p * half..][..count]);
+                }
+                // SAFETY: `rest` holds LANES bytes per plane.
+                unsafe { S::digits::<N>(rest.as_ptr().cast(), LANES) }
+            };
+            let (low, high) = (low.sub(offset), high.sub(offset));
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                let weight = S::splat(weights[token]);
+                sums[0] = sums[0].add(low.mul(weight));
+                sums[1] = sums[1].add(high.mul(weight));
+            }
+        }
+        for (h, sums) in sums.iter().enumerate() {
+            for (part, sum) in sums.iter().enumerate() {
+                let start = h * 2 * half + part * half + at;
+                let sum = lanes(sum.mul(unit));
+                for (x, sum) in out[start..start + count].iter_mut().zip(sum) {
+                    *x += sum;
+                }
+            }
+        }
+        at += LANES;
+    }
+    H
+}
+
 /// `N` elements from `at` on; those that are not there are 0.
 #[inline(always)]
 fn tail<T: Copy + Default>(x: &[T]) -> [T; LANES] {

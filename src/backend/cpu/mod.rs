@@ -12,6 +12,7 @@ mod merge;
 mod pool;
 mod progressive;
 mod published;
+mod refine;
 mod scan;
 mod simd;
 mod unit;
@@ -25,6 +26,7 @@ use crate::error::caught;
 use crate::format::{Dtype, Layout, MAX_DIM};
 use crate::{Error, Result};
 use pool::{Pool, SpinBarrier};
+use refine::Refine;
 use scan::Scan;
 use simd::Simd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -186,13 +188,13 @@ fn avx512(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
     step::<simd::Avx512>(w, unit, split, phase);
 }
 
-fn kernels(isa: Isa) -> (Step, Scan) {
+fn kernels(isa: Isa) -> (Step, Scan, Refine) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => (avx2, scan::avx2),
+        Isa::Avx2 => (avx2, scan::avx2, refine::avx2),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => (avx512, scan::avx512),
-        _ => (scalar, scan::scalar),
+        Isa::Avx512 => (avx512, scan::avx512, refine::avx512),
+        _ => (scalar, scan::scalar, refine::scalar),
     }
 }
 
@@ -346,10 +348,11 @@ impl Cpu {
             let mut arena = unsafe { Arena::new(units_start.wrapping_add(i * counting.used())) };
             UnitScratch::carve(&mut arena, call.shape, max_kv)
         };
-        let (step, scan) = kernels(self.isa);
+        let (step, scan, refine) = kernels(self.isa);
         let mut worker = Worker {
             call,
             scan,
+            refine,
             // SAFETY: this thread's own part of the workspace, which has room for all.
             scratch: unsafe {
                 ThreadScratch::carve(&mut Arena::new(threads_start.wrapping_add(ith * thread_bytes)), call.shape)

@@ -133,20 +133,28 @@ fn share(w: &Worker, unit: &Unit, h: usize) -> (f32, Share) {
     (max, Share::new(w.call.mode, w.call.tolerance, w.call.rows[unit.row].n, sum, weighted))
 }
 
-/// Planes that the tokens of a tile read: at most what is stored.
+/// Which tokens of a tile read how many planes.
 #[derive(Clone, Copy)]
 struct Reads {
-    k: [u8; TILE],
-    v: [u8; TILE],
-    /// Tokens that read more than one plane of K, as bits.
-    more_k: u128,
-    /// Tokens that read any of V.
-    some_v: u128,
+    /// `k[p]`: those that read p planes of K.
+    k: [u128; PLANES + 1],
+    /// The same of V.
+    v: [u128; PLANES + 1],
 }
 
 impl Reads {
     /// Plane 0 of K, as the scan has it.
-    const SCANNED: Reads = Reads { k: [1; TILE], v: [0; TILE], more_k: 0, some_v: 0 };
+    const SCANNED: Reads = Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0] };
+
+    /// Tokens that read more of K than the scan.
+    fn more_k(&self) -> u128 {
+        !self.k[1]
+    }
+
+    /// Tokens that read any of V.
+    fn some_v(&self) -> u128 {
+        !self.v[0]
+    }
 }
 
 /// Weight of the last of `1 + digits` digits.
@@ -171,23 +179,25 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let tile_of = |tile: usize| Tile::new(call.shape, view.layout.part(view.page(tile), unit.kv_head));
     let mut seen = [0; SPLIT];
     let mut reads = [Reads::SCANNED; SPLIT];
-    for tile in first..last {
-        seen[tile - first] = seen_paged(call, unit.row, view, tile);
-        if seen[tile - first] != 0 {
-            let t = tile_of(tile);
-            reads[tile - first] = align::<S>(w, unit, view, &t, tile);
+    // Rows that will be read lie anywhere, and memory answers late: they are asked for one tile ahead.
+    for next in first..last + 1 {
+        if next < last {
+            seen[next - first] = seen_paged(call, unit.row, view, next);
+        }
+        if next < last && seen[next - first] != 0 {
+            let t = tile_of(next);
+            reads[next - first] = align::<S>(w, unit, view, &t, next);
             match view.attached {
-                None => prefetch(&t, &reads[tile - first]),
-                Some((k, v)) => {
-                    prefetch_rows(&k.skip(tile * TILE), &v.skip(tile * TILE), unit.kv_head, &reads[tile - first])
-                }
+                None => prefetch_k(&t, &reads[next - first]),
+                Some((k, _)) => prefetch_rows(&k.skip(next * TILE), unit.kv_head, reads[next - first].more_k()),
             }
         }
-    }
-    for tile in first..last {
-        match view.attached {
-            None => refine_keys::<S>(w, &tile_of(tile), tile, &reads[tile - first]),
-            Some((k, _)) => read_keys::<S>(w, &k.skip(tile * TILE), unit.kv_head, tile, &reads[tile - first]),
+        if next > first {
+            let (tile, reads) = (next - 1, &reads[next - 1 - first]);
+            match view.attached {
+                None => refine_keys::<S>(w, &tile_of(tile), tile, reads),
+                Some((k, _)) => read_keys::<S>(w, &k.skip(tile * TILE), unit.kv_head, tile, reads),
+            }
         }
     }
 
@@ -218,13 +228,19 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             let mut error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
             error.bound += bend_error(call, unit.row, head, 0, error.reach);
             let logits = logits::<S>(call, unit.row, head, 0, &scores[h], &mut bent);
-            let (out, tile_out) = (&mut outs[h * dv..(h + 1) * dv], &mut w.scratch.tile_out[..dv]);
-            w.scratch.tile.attend::<S>(logits, error.score(), exact, &mut sums[h], out, tile_out);
+            let out = &mut outs[h * dv..(h + 1) * dv];
+            w.scratch.tile.attend::<S>(logits, error.score(), exact, &mut sums[h], out);
         }
     }
-    for tile in first..last {
-        if seen[tile - first] != 0 {
-            let (seen, reads) = (seen[tile - first], &reads[tile - first]);
+    for next in first..last + 1 {
+        if next < last {
+            match view.attached {
+                None => prefetch_v(&tile_of(next), &reads[next - first]),
+                Some((_, v)) => prefetch_rows(&v.skip(next * TILE), unit.kv_head, reads[next - first].some_v()),
+            }
+        }
+        if next > first && seen[next - 1 - first] != 0 {
+            let (tile, seen, reads) = (next - 1, seen[next - 1 - first], &reads[next - 1 - first]);
             sum::<S>(w, unit, view, &tile_of(tile), tile, seen, reads, sums, outs);
             count(w, view, seen, reads);
         }
@@ -239,7 +255,6 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
     let mut bent = [0.0; TILE];
     let units = v_units::<S>(t);
     let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
-    let mut reads = Reads::SCANNED;
     // Plane counts as floats, so that counting limits is adding lanes.
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
     for (h, share) in w.shares.heads[..g].iter().enumerate() {
@@ -267,70 +282,82 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
         }
     }
     if !any {
-        return reads;
+        return Reads::SCANNED;
     }
-    let stored = |planes: usize| S::splat(planes as f32);
     let (most_k, most_v) = match view.attached {
-        None => (stored(w.call.shape.planes_k), stored(w.call.shape.planes_v)),
-        Some(_) => (stored(PLANES), stored(PLANES)),
+        None => (w.call.shape.planes_k, w.call.shape.planes_v),
+        Some(_) => (PLANES, PLANES),
     };
-    for (b, (k, v)) in math::blocks(&planes_k).iter().zip(math::blocks(&planes_v)).enumerate() {
-        let (mut k, mut v) = (S::load(k).min(most_k), S::load(v).min(most_v));
-        if view.attached.is_some() {
-            // Beyond the index there are whole rows.
-            k = most_k.keep(k.above(1.0), k);
-            v = most_v.keep(v.above(0.0), v);
-        }
-        reads.k.as_chunks_mut().0[b] = k.to_bytes();
-        reads.v.as_chunks_mut().0[b] = v.to_bytes();
-        reads.more_k |= u128::from(k.above(1.0)) << (16 * b);
-        reads.some_v |= u128::from(v.above(0.0)) << (16 * b);
-    }
-    reads
+    let whole = view.attached.is_some();
+    Reads { k: classes::<S>(&planes_k, 1, most_k, whole), v: classes::<S>(&planes_v, 0, most_v, whole) }
 }
 
-/// Asks for the rows that will be read: they lie anywhere, and memory answers late.
+/// Tokens by their number of planes, from `least` to `most`; `whole`: those above `least` have all, as one row.
 #[inline(always)]
-fn prefetch(t: &Tile, reads: &Reads) {
+fn classes<S: Simd>(planes: &Lane128, least: usize, most: usize, whole: bool) -> [u128; PLANES + 1] {
+    let mut at_least = [0; PLANES + 2];
+    at_least[least] = u128::MAX;
+    for p in least + 1..=most {
+        at_least[p] = if whole && p > least + 1 { at_least[least + 1] } else { more_than::<S>(planes, p - 1) };
+    }
+    let mut exactly = [0; PLANES + 1];
+    for p in least..=most {
+        exactly[p] = at_least[p] & !at_least[p + 1];
+    }
+    exactly
+}
+
+/// Tokens whose number is above `n`.
+#[inline(always)]
+fn more_than<S: Simd>(x: &Lane128, n: usize) -> u128 {
+    let mut tokens = 0;
+    for (b, x) in math::blocks(x).iter().enumerate() {
+        tokens |= u128::from(S::load(x).above(n as f32)) << (16 * b);
+    }
+    tokens
+}
+
+/// Asks for a row.
+#[inline(always)]
+fn ask(row: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        let ask = |row: &[u8]| {
-            for line in row.chunks(64) {
-                // SAFETY: a prefetch is a hint: it reads nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-            }
-        };
-        for i in Bits(reads.more_k) {
-            let row = t.k_row(i);
-            ask(&row[..row.len() / (t.planes_k() - 1) * (usize::from(reads.k[i]) - 1)]);
-        }
-        for i in Bits(reads.some_v) {
-            let row = t.v_row(i);
-            ask(&row[..row.len() / t.planes_v() * usize::from(reads.v[i])]);
-        }
+    for line in row.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is a hint: it reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (t, reads);
+    let _ = row;
+}
+
+/// Asks for the rows of K that will be read.
+#[inline(always)]
+fn prefetch_k(t: &Tile, reads: &Reads) {
+    for p in 2..=PLANES {
+        for i in Bits(reads.k[p]) {
+            let row = t.k_row(i);
+            ask(&row[..row.len() / (t.planes_k() - 1) * (p - 1)]);
+        }
+    }
+}
+
+/// The same of V.
+#[inline(always)]
+fn prefetch_v(t: &Tile, reads: &Reads) {
+    for p in 1..=PLANES {
+        for i in Bits(reads.v[p]) {
+            let row = t.v_row(i);
+            ask(&row[..row.len() / t.planes_v() * p]);
+        }
+    }
 }
 
 /// The same of the engine's rows.
 #[inline(always)]
-fn prefetch_rows(k: &Rows, v: &Rows, kv_head: usize, reads: &Reads) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        for (rows, tokens) in [(k, reads.more_k), (v, reads.some_v)] {
-            for i in Bits(tokens) {
-                for line in rows.bytes(i, kv_head).chunks(64) {
-                    // SAFETY: a prefetch is a hint: it reads nothing.
-                    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-                }
-            }
-        }
+fn prefetch_rows(rows: &Rows, kv_head: usize, tokens: u128) {
+    for i in Bits(tokens) {
+        ask(rows.bytes(i, kv_head));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (k, v, kv_head, reads);
 }
 
 /// Scores from the engine's own rows.
@@ -340,7 +367,7 @@ fn read_keys<S: Simd>(w: &mut Worker, k: &Rows, kv_head: usize, tile: usize, rea
     let (scores, _) = w.scores(tile + 1);
     let mut values = [0.0f32; MAX_DIM];
     let values = &mut values[..d];
-    for i in Bits(reads.more_k) {
+    for i in Bits(reads.more_k()) {
         k.read(i, kv_head, values);
         for h in 0..g {
             scores[h][i] = math::dot::<S>(&w.scratch.q[h * d..(h + 1) * d], values);
@@ -348,11 +375,12 @@ fn read_keys<S: Simd>(w: &mut Worker, k: &Rows, kv_head: usize, tile: usize, rea
     }
 }
 
-/// Adds further digits of K to the scores. (Tokens that are not seen are never listed: their weight is 0.)
+/// Adds further digits of K to the scores, in integers as the scan. (Tokens that are not seen are never listed: their
+/// weight is 0.)
 #[inline(always)]
 fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
-    if reads.more_k == 0 {
+    if reads.more_k() == 0 {
         return;
     }
     let (scores, _) = w.scores(tile + 1);
@@ -360,15 +388,36 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
         let q = &w.scratch.q[h * d..(h + 1) * d];
         fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
     }
-    let mut values = [0.0f32; MAX_DIM];
-    let values = &mut values[..d];
-    for i in Bits(reads.more_k) {
-        let n = usize::from(reads.k[i]);
-        math::unpack::<S>(t.k_row(i), d / 2, n - 1, WEIGHT[n - 1], CENTRE[n] - CENTRE[1], values);
-        for h in 0..g {
-            scores[h][i] += math::dot::<S>(&w.scratch.folded[h].q[..d], values);
+    let folded = &w.scratch.folded[..g];
+    let row_bytes = t.k_rest.len() / TILE;
+    for n in 2..=PLANES {
+        let mut list = [0u8; TILE];
+        let list = list_of(reads.k[n], &mut list);
+        if list.is_empty() {
+            continue;
+        }
+        for p in 1..n {
+            let (rows, integers) = (&t.k_rest[(p - 1) * (d / 2)..], &mut w.scratch.integers[..g]);
+            // SAFETY: the worker's kernel is that of an instruction set that this machine has.
+            unsafe { (w.refine)(rows, row_bytes, d / 2, list, folded, integers) };
+            for ((folded, scores), integers) in folded.iter().zip(scores.iter_mut()).zip(integers) {
+                // What is left out is centred once.
+                let centre = if p == 1 { (CENTRE[n] - CENTRE[1]) * folded.q_sum as f32 } else { 0.0 };
+                folded.refine::<S>(integers, reads.k[n], WEIGHT[p], centre, scores);
+            }
         }
     }
+}
+
+/// Tokens as a list.
+#[inline(always)]
+fn list_of(tokens: u128, list: &mut [u8; TILE]) -> &[u8] {
+    let mut n = 0;
+    for i in Bits(tokens) {
+        list[n] = i as u8;
+        n += 1;
+    }
+    &list[..n]
 }
 
 /// Adds a tile to sums and outputs: V of tokens that read any, the tile's mean for the others.
@@ -399,24 +448,16 @@ fn sum<S: Simd>(
         let (e, error, sums) = (&mut w.scratch.e[h], &errors[h], &mut sums[h]);
         let logits = logits::<S>(w.call, unit.row, unit.kv_head * g + h, tile, &scores[h], &mut bent);
         math::weights::<S>(logits, sums.max, e);
-        // By planes of K and by planes of V: sums of e, e * vs, (e * vs)^2 of the tokens that read more than plane 0.
-        let (mut by_k, mut by_v) = ([[0.0f64; 3]; PLANES + 1], [[0.0f64; 3]; PLANES + 1]);
-        let mut n = [0usize; PLANES + 1];
-        let mut rest = *e;
-        for i in Bits(reads.more_k | reads.some_v) {
-            let (x, y) = (f64::from(e[i]), f64::from(e[i] * units[i]));
-            let (k, v) = (usize::from(reads.k[i]), usize::from(reads.v[i]));
-            n[k] += 1;
-            for class in [&mut by_k[k], &mut by_v[v]] {
-                *class = [class[0] + x, class[1] + y, class[2] + y * y];
+        // By planes of K and by planes of V: sums of e, e * vs, (e * vs)^2.
+        let (mut by_k, mut by_v, mut n) = ([[0.0f64; 3]; PLANES + 1], [[0.0f64; 3]; PLANES + 1], [0; PLANES + 1]);
+        for p in 0..=PLANES {
+            n[p] = (reads.k[p] & seen).count_ones();
+            if n[p] > 0 {
+                by_k[p] = math::sums_of::<S>(e, &units, reads.k[p]);
             }
-            rest[i] = 0.0;
-        }
-        let scanned = math::sums::<S>(&rest, &units);
-        n[1] += n_seen - n.iter().sum::<usize>();
-        for i in 0..3 {
-            by_k[1][i] += scanned[i];
-            by_v[0][i] += scanned[i];
+            if reads.v[p] & seen != 0 {
+                by_v[p] = math::sums_of::<S>(e, &units, reads.v[p]);
+            }
         }
         // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
         for k in (1..=PLANES).filter(|&k| n[k] > 0) {
@@ -431,30 +472,41 @@ fn sum<S: Simd>(
             sums.add_values(left, if v == 0 { mean_peak } else { 0.0 }, class);
         }
         sums.note(n_seen, peak);
+        let out = &mut tile_out[h * dv..(h + 1) * dv];
         if mean_peak > 0.0 {
-            math::axpy::<S>(by_v[0][0] as f32, &mean[..dv], &mut tile_out[h * dv..(h + 1) * dv]);
+            math::axpy::<S>(by_v[0][0] as f32, &mean[..dv], out);
+        }
+        if view.attached.is_none() && reads.some_v() != 0 {
+            // What is left out is centred; weights are those of the digits from here on.
+            let centre = (1..=PLANES).fold(0.0, |sum, p| sum + by_v[p][1] * f64::from(CENTRE[p])) as f32;
+            for x in out {
+                *x += centre;
+            }
+            math::scale_by::<S>(e, &units);
         }
     }
-    let mut values = [0.0f32; MAX_DIM];
-    let values = &mut values[..dv];
-    let rows = view.attached.map(|(_, v)| v.skip(tile * TILE));
-    for i in Bits(reads.some_v) {
-        let unit_v = match &rows {
-            Some(rows) => {
+    match view.attached {
+        Some((_, v)) => {
+            let (rows, mut values) = (v.skip(tile * TILE), [0.0f32; MAX_DIM]);
+            let values = &mut values[..dv];
+            for i in Bits(reads.some_v()) {
                 rows.read(i, unit.kv_head, values);
-                1.0
+                for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
+                    math::axpy::<S>(w.scratch.e[h][i], values, out);
+                }
             }
-            None => {
-                let n = usize::from(reads.v[i]);
-                math::unpack::<S>(t.v_row(i), dv / 2, n, WEIGHT[n - 1], CENTRE[n], values);
-                units[i]
+        }
+        None => {
+            for n in 1..=PLANES {
+                let mut list = [0u8; TILE];
+                let list = list_of(reads.v[n], &mut list);
+                if !list.is_empty() {
+                    math::add_rows::<S>(t.v, dv / 2, n, list, &w.scratch.e[..g], tile_out);
+                }
             }
-        };
-        for (h, out) in tile_out.chunks_exact_mut(dv).enumerate() {
-            math::axpy::<S>(w.scratch.e[h][i] * unit_v, values, out);
         }
     }
-    if mean_peak > 0.0 || reads.some_v != 0 {
+    if mean_peak > 0.0 || reads.some_v() != 0 {
         math::axpy::<S>(1.0, tile_out, outs);
     }
 }
@@ -470,11 +522,12 @@ fn count(w: &mut Worker, view: &SequenceView, seen: u128, reads: &Reads) {
     stats.count_scales(view, n);
     stats.bytes_v += 2 * half_v;
     stats.bytes_scales += 2 * half_v;
-    for i in Bits(seen) {
-        let (k, v) = (u64::from(reads.k[i]), u64::from(reads.v[i]));
-        stats.planes_k[k as usize] += 1;
-        stats.planes_v[v as usize] += 1;
-        stats.bytes_k += if view.attached.is_none() { k * half_k } else { half_k + if k > 1 { row_k } else { 0 } };
-        stats.bytes_v += if view.attached.is_none() { v * half_v } else { if v > 0 { row_v } else { 0 } };
+    for p in 0..=PLANES {
+        let tokens = |set: u128| u64::from((set & seen).count_ones());
+        let (k, v, planes) = (tokens(reads.k[p]), tokens(reads.v[p]), p as u64);
+        stats.planes_k[p] += k;
+        stats.planes_v[p] += v;
+        stats.bytes_k += k * if view.attached.is_none() || p == 1 { planes * half_k } else { half_k + row_k };
+        stats.bytes_v += v * if view.attached.is_none() || p == 0 { planes * half_v } else { row_v };
     }
 }

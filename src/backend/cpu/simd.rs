@@ -21,8 +21,6 @@ pub unsafe trait Simd: Copy {
     fn mul(self, other: Self) -> Self;
     /// Larger of each lane; `other`'s if `self`'s is NaN.
     fn max(self, other: Self) -> Self;
-    /// Smaller of each lane.
-    fn min(self, other: Self) -> Self;
     fn abs(self) -> Self;
     fn div(self, other: Self) -> Self;
     /// Lanes whose bit is set, of the others `other`.
@@ -31,8 +29,6 @@ pub unsafe trait Simd: Copy {
     fn where_above(self, x: Self, limit: Self) -> Self;
     /// Bit l is set where lane l is above the limit.
     fn above(self, limit: f32) -> u16;
-    /// Lanes that are whole numbers from 0 to 255, as such.
-    fn to_bytes(self) -> [u8; LANES];
     /// The bits of each lane, moved left by 23.
     fn shift_to_exponent(self) -> Self;
     fn from_i32(x: &[i32; LANES]) -> Self;
@@ -87,10 +83,6 @@ unsafe impl Simd for Scalar {
         self.map(other, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    fn min(self, other: Self) -> Self {
-        self.map(other, |a, b| if a < b { a } else { b })
-    }
-    #[inline(always)]
     fn abs(self) -> Self {
         Scalar(self.0.map(f32::abs))
     }
@@ -109,10 +101,6 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     fn above(self, limit: f32) -> u16 {
         self.0.iter().enumerate().fold(0, |bits, (l, &x)| bits | u16::from(x > limit) << l)
-    }
-    #[inline(always)]
-    fn to_bytes(self) -> [u8; LANES] {
-        self.0.map(|x| x as u8)
     }
     #[inline(always)]
     fn shift_to_exponent(self) -> Self {
@@ -198,11 +186,6 @@ mod x86 {
             unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
         }
         #[inline(always)]
-        fn min(self, other: Self) -> Self {
-            // SAFETY: see the impl.
-            unsafe { Avx2(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
-        }
-        #[inline(always)]
         fn abs(self) -> Self {
             // SAFETY: see the impl.
             unsafe {
@@ -246,19 +229,6 @@ mod x86 {
                 let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.0, limit));
                 let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.1, limit));
                 (low | high << 8) as u16
-            }
-        }
-        #[inline(always)]
-        fn to_bytes(self) -> [u8; LANES] {
-            // SAFETY: see the impl.
-            unsafe {
-                let words = _mm256_packs_epi32(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
-                // Packing works within 128-bit halves: put their quarters in order.
-                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
-                let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
-                let mut out = [0; LANES];
-                _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
-                out
             }
         }
         #[inline(always)]
@@ -352,11 +322,6 @@ mod x86 {
             unsafe { Avx512(_mm512_max_ps(self.0, other.0)) }
         }
         #[inline(always)]
-        fn min(self, other: Self) -> Self {
-            // SAFETY: see the impl.
-            unsafe { Avx512(_mm512_min_ps(self.0, other.0)) }
-        }
-        #[inline(always)]
         fn abs(self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_abs_ps(self.0)) }
@@ -380,15 +345,6 @@ mod x86 {
         fn above(self, limit: f32) -> u16 {
             // SAFETY: see the impl.
             unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_set1_ps(limit)) }
-        }
-        #[inline(always)]
-        fn to_bytes(self) -> [u8; LANES] {
-            // SAFETY: see the impl.
-            unsafe {
-                let mut out = [0; LANES];
-                _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0)));
-                out
-            }
         }
         #[inline(always)]
         fn shift_to_exponent(self) -> Self {

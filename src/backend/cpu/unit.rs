@@ -1,6 +1,7 @@
 //! Pieces of work: a unit is some query rows of one sequence on one KV head, a split a stretch of its context.
 
 use super::math::{self, Lane128};
+use super::refine::Refine;
 use super::scan::Scan;
 use super::simd::Simd;
 use super::workspace::{Partial, SPLIT, ThreadScratch, UnitScratch, dense_rows};
@@ -161,6 +162,7 @@ impl Shares {
 pub struct Worker<'a> {
     pub call: &'a Attention<'a>,
     pub scan: Scan,
+    pub refine: Refine,
     pub scratch: ThreadScratch<'a>,
     pub unit: UnitScratch,
     pub stats: Stats,
