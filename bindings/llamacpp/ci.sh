@@ -52,9 +52,12 @@ bin=$LLAMA_CPP_BUILD/bin
 say "building libalignedkv, the backend and the programs"
 make -s -C "$root" install PREFIX="$work/alignedkv" DESTDIR= LIBDIR="$work/alignedkv/lib"
 for part in backend bench; do
-    case $part in backend) source=$here ;; bench) source=$here/bench ;; esac
+    case $part in
+        backend) source=$here option=-DALIGNEDKV_DIR=$work/alignedkv ;;
+        bench) source=$here/bench option=-DCMAKE_EXPORT_COMPILE_COMMANDS=ON ;;
+    esac
     cmake -S "$source" -B "$work/$part" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP_DIR="$LLAMA_CPP_DIR" -DLLAMA_CPP_BUILD="$LLAMA_CPP_BUILD" \
-        -DALIGNEDKV_DIR="$work/alignedkv" >"$work/logs/$part.log"
+        "$option" >"$work/logs/$part.log"
     cmake --build "$work/$part" >>"$work/logs/$part.log" || { cat "$work/logs/$part.log"; exit 1; }
 done
 backend=$work/backend/libggml-alignedkv.so
