@@ -30,6 +30,7 @@ if [ "$what" = test ]; then
     need cmake cmake
     need ninja ninja-build
     need pkg-config pkg-config
+    need curl "curl ca-certificates"
     need valgrind "valgrind libc6-dbg"
     need python3 python3
 fi

@@ -160,6 +160,17 @@ def headline(quality, speeds):
     return out
 
 
+def dumps(x, indent=""):
+    """JSON with a line per scheme and per row."""
+    deep = lambda v: isinstance(v, (dict, list)) and any(isinstance(w, (dict, list)) for w in (v.values() if isinstance(v, dict) else v))
+    if not deep(x) or isinstance(x, dict) and "first_difference" in x:
+        return json.dumps(x)
+    inner = indent + " "
+    if isinstance(x, dict):
+        return "{\n" + ",\n".join(f"{inner}{json.dumps(k)}: {dumps(v, inner)}" for k, v in x.items()) + "\n" + indent + "}"
+    return "[\n" + ",\n".join(inner + dumps(v, inner) for v in x) + "\n" + indent + "]"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
@@ -174,8 +185,7 @@ def main():
     print(markdown(quality, speeds))
     if args.out:
         merged = {**headline(quality, speeds), "llama_cpp": args.version, "quality": quality, "speed": speeds}
-        text = json.dumps(merged, indent=1, ensure_ascii=False)
-        (args.out / "llamacpp.json").write_text(text + "\n")
+        (args.out / "llamacpp.json").write_text(dumps(merged) + "\n")
         (args.out / "llamacpp.svg").write_text(svg(quality, speeds))
     return 0
 
