@@ -306,7 +306,13 @@ bool attention::run(const attention_node & node, layer & l, const row_view & k, 
     count.bytes_v += stats.bytes_v;
     count.elements_k += stats.tokens * uint64_t(dim_k);
     count.elements_v += stats.tokens * uint64_t(dim_v);
-    (stats.dense_rows ? count.attention_dense : count.attention_progressive)++;
+    if (stats.dense_rows) {
+        count.attention_dense++;
+    } else {
+        count.attention_progressive++;
+        count.bytes_progressive += stats.bytes_k + stats.bytes_v;
+        count.elements_progressive += stats.tokens * uint64_t(dim_k + dim_v);
+    }
     count.us_attention += uint64_t(ggml_time_us() - start);
     return true;
 }

@@ -132,11 +132,11 @@ class executor {
 executor::~executor() {
     const uint64_t progressive = count.attention_progressive, dense = count.attention_dense;
     if (progressive + dense > 0) {
-        const auto bits = [](uint64_t bytes, uint64_t elements) { return elements ? 8.0 * double(bytes) / double(elements) : 0.0; };
-        AKV_LOG_INFO_("so far %llu attention calls by digits, %llu densely, %llu by ggml; bits read per element: K %.2f, V %.2f; "
+        const uint64_t elements = count.elements_progressive;
+        AKV_LOG_INFO_("so far %llu attention calls by digits, of which an element took %.2f bits, %llu densely, %llu by ggml; "
                       "%.1f ms in attention, %.1f ms in writing rows\n",
-                      (unsigned long long) progressive, (unsigned long long) dense, (unsigned long long) count.attention_delegated,
-                      bits(count.bytes_k, count.elements_k), bits(count.bytes_v, count.elements_v),
+                      (unsigned long long) progressive, elements ? 8.0 * double(count.bytes_progressive) / double(elements) : 0.0,
+                      (unsigned long long) dense, (unsigned long long) count.attention_delegated,
                       double(count.us_attention) / 1e3, double(count.us_write) / 1e3);
     }
 }
@@ -567,13 +567,16 @@ void get_counters(ggml_alignedkv_counters * out) {
     now.layers_refused        = count.layers_refused;
     now.us_attention          = count.us_attention;
     now.us_write              = count.us_write;
+    now.bytes_progressive     = count.bytes_progressive;
+    now.elements_progressive  = count.elements_progressive;
     memcpy(out, &now, std::min(sizeof(now), size_t(out->struct_size)));
 }
 
 void reset_counters() {
     for (std::atomic<uint64_t> * c : {&count.bytes_k, &count.bytes_v, &count.elements_k, &count.elements_v,
                                       &count.attention_progressive, &count.attention_dense, &count.attention_delegated,
-                                      &count.ops_delegated, &count.rows_written, &count.us_attention, &count.us_write}) {
+                                      &count.ops_delegated, &count.rows_written, &count.us_attention, &count.us_write,
+                                      &count.bytes_progressive, &count.elements_progressive}) {
         *c = 0;
     }
 }

@@ -38,6 +38,9 @@ struct ggml_alignedkv_counters {
 
     uint64_t us_attention;   /* microseconds in the attention of these layers */
     uint64_t us_write;       /* and in writing their rows */
+
+    uint64_t bytes_progressive;    /* of bytes_k + bytes_v and of the elements: calls by digits (decode), without prefill */
+    uint64_t elements_progressive;
 };
 
 typedef void (*ggml_alignedkv_get_counters_t)(struct ggml_alignedkv_counters *out);

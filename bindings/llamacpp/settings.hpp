@@ -37,6 +37,7 @@ struct counters {
     std::atomic<uint64_t> attention_progressive{0}, attention_dense{0}, attention_delegated{0};
     std::atomic<uint64_t> ops_delegated{0}, rows_written{0}, layers_active{0}, layers_refused{0};
     std::atomic<uint64_t> us_attention{0}, us_write{0};
+    std::atomic<uint64_t> bytes_progressive{0}, elements_progressive{0};
 };
 extern counters count;
 
