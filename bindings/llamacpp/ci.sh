@@ -1,14 +1,15 @@
 #!/bin/sh
 # Builds a pinned llama.cpp, the AlignedKV backend and what is measured with them, and
 #   ci.sh test     runs llama.cpp's own tests and the demo model through the backend (default)
-#   ci.sh bench    measures quality and speed, writes benches/results/llamacpp.json and .svg
+#   ci.sh bench    measures quality and speed (or only one of them: ci.sh quality, ci.sh speed), writes
+#                  benches/results/llamacpp.json and .svg; nothing else should run meanwhile
 # Everything lies in LLAMA_CPP_WORK (default target/llamacpp) and is kept for the next run. LLAMA_CPP_DIR and
 # LLAMA_CPP_BUILD name a source tree and a build of one's own instead. BENCH_FLAGS goes to `speed`.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 what=${1:-test}
-case $what in test | bench) ;; *) echo "usage: ci.sh [test|bench]"; exit 2 ;; esac
+case $what in test | bench | quality | speed) ;; *) echo "usage: ci.sh [test|bench|quality|speed]"; exit 2 ;; esac
 work=${LLAMA_CPP_WORK:-$root/target/llamacpp}
 mkdir -p "$work/logs"
 work=$(cd "$work" && pwd)
@@ -51,15 +52,15 @@ bin=$LLAMA_CPP_BUILD/bin
 
 say "building libalignedkv, the backend and the programs"
 make -s -C "$root" install PREFIX="$work/alignedkv" DESTDIR= LIBDIR="$work/alignedkv/lib"
-for part in backend bench; do
-    case $part in
-        backend) source=$here option=-DALIGNEDKV_DIR=$work/alignedkv ;;
-        bench) source=$here/bench option=-DCMAKE_EXPORT_COMPILE_COMMANDS=ON ;;
-    esac
-    cmake -S "$source" -B "$work/$part" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP_DIR="$LLAMA_CPP_DIR" -DLLAMA_CPP_BUILD="$LLAMA_CPP_BUILD" \
-        "$option" >"$work/logs/$part.log"
-    cmake --build "$work/$part" >>"$work/logs/$part.log" || { cat "$work/logs/$part.log"; exit 1; }
-done
+build() { # name, source, options...
+    name=$1 source=$2
+    shift 2
+    cmake -S "$source" -B "$work/$name" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP_DIR="$LLAMA_CPP_DIR" -DLLAMA_CPP_BUILD="$LLAMA_CPP_BUILD" \
+        "$@" >"$work/logs/$name.log"
+    cmake --build "$work/$name" >>"$work/logs/$name.log" || { cat "$work/logs/$name.log"; exit 1; }
+}
+build backend "$here" -DALIGNEDKV_DIR="$work/alignedkv"
+build bench "$here/bench"
 backend=$work/backend/libggml-alignedkv.so
 
 [ -x "$work/venv/bin/python3" ] || {
@@ -69,21 +70,27 @@ backend=$work/backend/libggml-alignedkv.so
 python() { PYTHONPATH=$LLAMA_CPP_DIR/gguf-py PYTHONDONTWRITEBYTECODE=1 "$work/venv/bin/python3" "$@"; }
 python "$here/tools/tinylm_gguf.py" "$work/tinylm.gguf"
 
-if [ "$what" = bench ]; then
-    python "$here/tools/random_gguf.py" "$work/random.gguf"
-    python "$here/tools/random_gguf.py" --sharpness 3 "$work/random-sharp.gguf"
-    for model in random-sharp random; do
-        say "speed, $model"
-        # shellcheck disable=SC2086 # a list of words
-        "$work/bench/speed" --model "$work/$model.gguf" --json "$work/speed-$model.json" --device "$backend" ${BENCH_FLAGS:-}
-    done
-    say "quality"
-    "$work/bench/quality" --model "$work/tinylm.gguf" --text "$root/examples/data/eval.txt" --json "$work/quality.json" --device "$backend"
-    mkdir -p "$root/benches/results"
-    python "$here/bench/report.py" --out "$root/benches/results" --version "$version" "$work/quality.json" "$work/speed-random.json" \
-        "$work/speed-random-sharp.json" >"$work/llamacpp.md"
-    cat "$work/llamacpp.md"
-    say "wrote $root/benches/results/llamacpp.json and .svg, $work/llamacpp.md"
+if [ "$what" != test ]; then
+    results=$work/results
+    mkdir -p "$results" "$root/benches/results"
+    if [ "$what" != quality ]; then
+        python "$here/tools/random_gguf.py" "$work/random.gguf"
+        python "$here/tools/random_gguf.py" --sharpness 3 "$work/random-sharp.gguf"
+        for model in random random-sharp; do
+            say "speed, $model"
+            # shellcheck disable=SC2086 # a list of words
+            "$work/bench/speed" --model "$work/$model.gguf" --json "$results/$model.json" --device "$backend" ${BENCH_FLAGS:-}
+        done
+    fi
+    if [ "$what" != speed ] || [ ! -e "$results/quality.json" ]; then
+        say "quality"
+        "$work/bench/quality" --model "$work/tinylm.gguf" --text "$root/examples/data/eval.txt" --json "$results/quality.json" --device "$backend"
+    fi
+    set -- "$results/quality.json"
+    for model in random random-sharp; do [ ! -e "$results/$model.json" ] || set -- "$@" "$results/$model.json"; done
+    python "$here/bench/report.py" --out "$root/benches/results" --version "$version" "$@" >"$results/llamacpp.md"
+    cat "$results/llamacpp.md"
+    say "wrote $root/benches/results/llamacpp.json and .svg, $results/llamacpp.md"
     exit 0
 fi
 

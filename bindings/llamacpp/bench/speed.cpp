@@ -208,6 +208,7 @@ int main(int argc, char ** argv) {
                 }
             }
             const double rest = quantile(base, 0.5);
+            if (quantile(base, 0.9) > 1.5 * quantile(base, 0.1)) fprintf(stderr, "warning: the machine is busy, times are off\n");
             for (size_t i = 0; i < schemes.size(); i++) {
                 std::vector<double> attention, ratio, whole_ratio;
                 for (int r = 0; r < rounds; r++) {
