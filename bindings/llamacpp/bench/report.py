@@ -96,10 +96,12 @@ class Axes:
 
     def frame(self, title, x_label, y_label, x_ticks):
         out = [f'<text x="{self.left}" y="26" font-size="16">{title}</text>']
-        for k in range(math.ceil(self.y_range[0]), math.floor(self.y_range[1]) + 1):
-            y = self.y(10.0**k)
-            out.append(f'<path d="M{self.left} {y:.1f}H{self.right}" stroke="#ddd"/>'
-                       f'<text x="{self.left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{k}</text>')
+        low, high = self.y_range
+        ticks = [(m * 10.0**k, f"{m}e{k}") for k in range(math.floor(low), math.ceil(high)) for m in ((1, 2, 5) if high - low < 3 else (1,))]
+        for v, text in ticks:
+            if low <= math.log10(v) <= high:
+                out.append(f'<path d="M{self.left} {self.y(v):.1f}H{self.right}" stroke="#ddd"/>'
+                           f'<text x="{self.left - 8}" y="{self.y(v) + 4:.1f}" text-anchor="end">{text}</text>')
         for v in x_ticks:
             out.append(f'<path d="M{self.x(v):.1f} {HEIGHT - BOTTOM}v5" stroke="#444"/>'
                        f'<text x="{self.x(v):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{v}</text>')
@@ -120,7 +122,11 @@ def svg(quality, speeds):
     for s in points:
         x, y, c = axes.x(s["bits"]), axes.y(s["kld_mean"]), colour(s["name"])
         label = s["name"].removeprefix("alignedkv ")
-        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{c}"/><text x="{x + 7:.1f}" y="{y + 4:.1f}" font-size="11" fill="{c}">{label}</text>')
+        dx, dy, anchor = 7, 4, "start"
+        if label.endswith("exact"):  # both lie at the right edge, one upon the other
+            dx, dy, anchor = 4, -8 if label.startswith("slots") else 16, "end"
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{c}"/>'
+                   f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}" font-size="11" fill="{c}">{label}</text>')
     if speeds:
         speed = speeds[0]
         threads = min(r["threads"] for r in speed["rows"])
