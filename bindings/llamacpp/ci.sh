@@ -102,9 +102,9 @@ if [ "$what" != test ]; then
     fi
     set -- "$results/quality.json"
     for model in random random-sharp; do [ ! -e "$results/$model.json" ] || set -- "$@" "$results/$model.json"; done
-    python "$here/bench/report.py" --out "$root/benches/results" --version "$version" "$@" >"$results/llamacpp.md"
-    cat "$results/llamacpp.md"
-    say "wrote $root/benches/results/llamacpp.json and .svg, $results/llamacpp.md"
+    python "$here/bench/report.py" --out "$root/benches/results" --version "$version" "$@" >"$root/benches/results/llamacpp.md"
+    cat "$root/benches/results/llamacpp.md"
+    say "wrote $root/benches/results/llamacpp.json, .md and .svg"
     exit 0
 fi
 
