@@ -7,6 +7,7 @@
  *   akv_cache      the KV rows of all sequences and layers     akv_cache_create
  *   akv_sequence   one row of tokens (an id, not a pointer)    akv_sequence_create, _fork, _truncate, _destroy
  *   akv_batch      one model step after another                akv_batch_create
+ *   akv_mask       who sees which cell                         akv_mask_create
  *
  * A STEP, with prefill and decode mixed as you like:
  *
@@ -22,7 +23,8 @@
  *   Calls return AKV_OK or a negative code; akv_last_error has the text: argument, value, what was expected. A call
  *   that fails has changed nothing, and outputs are written on success only (akv_aligned_attention says when not).
  *   Ownership: you destroy what you create. What you pass is copied or used during the call, never kept, apart from
- *   the context's functions. Handles are not addresses: NULL, a destroyed one or another object's is AKV_E_HANDLE.
+ *   the context's functions and the rows of akv_attach_rows. Handles are not addresses: NULL, a destroyed one or
+ *   another object's is AKV_E_HANDLE.
  *   Threads: different objects know nothing of each other; each object says what may run at once. Nothing waits for
  *   another call: what would have to is AKV_E_BUSY, has done nothing, and can be tried again when that call is over.
  *   No thread is started unless akv_context_desc.n_threads asks for it; your own can share the work (akv_threads).
@@ -37,7 +39,7 @@
  *   bounding the error of a score, dv that of a value and u = log(sum of p * exp(ds)), no channel is off by more than
  *   sum of p * (expm1(ds + u) * max|v| + dv). Derivation: src/alignment/certificate.rs.
  *
- * CELLS INSTEAD OF SEQUENCES (AKV_SLOTS; AKV_ATTACHED if the engine keeps its rows and the library an index beside them)
+ * CELLS INSTEAD OF SEQUENCES (AKV_SLOTS; AKV_ATTACHED: the engine keeps its rows, the library an index beside them)
  *
  *   akv_slots_write(cache, layer, cells, n, &key, &value, NULL);   rows to any cells, in any order
  *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
@@ -230,7 +232,7 @@ typedef struct akv_layer_desc {
     // The same of V.
     int32_t dtype_v;
     // Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory. Formats
-    // other than AKV_FORMAT_ALIGNED keep all: 0 or 4.
+    // other than AKV_FORMAT_ALIGNED keep all: 0 or 4. AKV_ATTACHED keeps plane 0 alone, whatever this says.
     int32_t planes_k;
     // The same of V.
     int32_t planes_v;
@@ -297,12 +299,12 @@ typedef struct akv_usage {
     uint64_t pages_free;
     // Pages that more than one sequence holds (counted once).
     uint64_t pages_shared;
-    // Committed tokens of all sequences, shared ones counted for each.
+    // Committed tokens of all sequences, shared ones counted for each; cells with rows in a layer.
     uint64_t tokens;
 } akv_usage;
 
 // A three-dimensional array `[row][head][dim]` in the caller's memory, `dim` contiguous. What it must hold is said by
-// the call that takes it. Never kept beyond the call.
+// the call that takes it. Not kept beyond the call, but by akv_attach_rows.
 typedef struct akv_rows {
     // Row 0, head 0; aligned to the element size. Only read where it is an input. May be NULL if there are no rows.
     void *data;
@@ -698,19 +700,20 @@ akv_status akv_merge_states(struct akv_context *context,
 
 // ---- Placements where the engine's cells are the truth (AKV_SLOTS, AKV_ATTACHED), and their masks -------------------
 
-// Writes rows to `n` cells: row i of `key` `[n][n_kv_heads][dim_k]` (after RoPE) and `value` `[n][n_kv_heads][dim_v]`
-// goes to slot `slots[i]` (see akv_cache_desc.n_slots), in the layer's dtypes. AKV_SLOTS: either may be NULL, then only
-// the other is written. AKV_ATTACHED: both are NULL; the attached rows of these slots have changed, K or V or both. A
-// slot that is there twice holds the later row. All rows are checked first: on error nothing is written. Writing takes
-// no memory and cannot fail for lack of it.
+// Writes rows to `n` cells: row i of `key` `[n][n_kv_heads][dim_k]` (after RoPE) and `value`
+// `[n][n_kv_heads][dim_v]` goes to slot `slots[i]` (see akv_cache_desc.n_slots), in the layer's dtypes. AKV_SLOTS:
+// either may be NULL, then only the other is written. AKV_ATTACHED: both are NULL; the attached rows of these slots
+// have changed, K or V or both. A slot that is there twice holds the later row. All rows are checked first: on error
+// nothing is written. Writing takes no memory and cannot fail for lack of it.
 //
 // Scales only grow while a tile of 128 cells is written to; one whose cells have all been written since it last was
-// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last written
-// tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write to a closed
-// one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every later
-// certificate.
+// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last
+// written tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write
+// to a closed one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every
+// later certificate.
 //
-// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is running).
+// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is
+// running).
 akv_status akv_slots_write(struct akv_cache *cache,
                            int32_t layer,
                            const int64_t *slots,
@@ -754,36 +757,36 @@ akv_status akv_attach_rows(struct akv_cache *cache,
 //
 // `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
 //
-// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows, so
-// that it can read more than the rows alone would have been.
+// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows,
+// so that it can read more than the rows alone would have been.
 //
-// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of another
-// context), AKV_E_BUSY (the layer is being written, or the mask set).
+// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of
+// another context), AKV_E_BUSY (the layer is being written, or the mask set).
 akv_status akv_slots_attention(struct akv_cache *cache,
                                int32_t layer,
                                const struct akv_span *spans,
                                int32_t n_spans,
                                const struct akv_attention_desc *desc);
 
-// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to `max_kv`
-// cells and on up to `max_threads` threads (0 = the context's).
+// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
+// `max_kv` cells and on up to `max_threads` threads (0 = the context's).
 akv_status akv_slots_workspace(const struct akv_cache *cache,
                                int64_t max_kv,
                                int32_t max_threads,
                                size_t *bytes,
                                size_t *align);
 
-// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches as
-// share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
+// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches
+// as share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
 //
 // Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
 akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_t max_kv, struct akv_mask **out);
 
-// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next (0 =
-// contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
-// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
-// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
-// size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
+// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next
+// (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
+// if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
+// layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
+// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
 akv_status akv_mask_set(struct akv_mask *mask,
                         int64_t first_row,
                         int64_t rows,

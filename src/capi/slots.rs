@@ -200,19 +200,20 @@ unsafe fn attend(
     unsafe { frame.run(cpu, scene, &cache.workspaces) }
 }
 
-/// Writes rows to `n` cells: row i of `key` `[n][n_kv_heads][dim_k]` (after RoPE) and `value` `[n][n_kv_heads][dim_v]`
-/// goes to slot `slots[i]` (see akv_cache_desc.n_slots), in the layer's dtypes. AKV_SLOTS: either may be NULL, then only
-/// the other is written. AKV_ATTACHED: both are NULL; the attached rows of these slots have changed, K or V or both. A
-/// slot that is there twice holds the later row. All rows are checked first: on error nothing is written. Writing takes
-/// no memory and cannot fail for lack of it.
+/// Writes rows to `n` cells: row i of `key` `[n][n_kv_heads][dim_k]` (after RoPE) and `value`
+/// `[n][n_kv_heads][dim_v]` goes to slot `slots[i]` (see akv_cache_desc.n_slots), in the layer's dtypes. AKV_SLOTS:
+/// either may be NULL, then only the other is written. AKV_ATTACHED: both are NULL; the attached rows of these slots
+/// have changed, K or V or both. A slot that is there twice holds the later row. All rows are checked first: on error
+/// nothing is written. Writing takes no memory and cannot fail for lack of it.
 ///
 /// Scales only grow while a tile of 128 cells is written to; one whose cells have all been written since it last was
-/// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last written
-/// tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write to a closed
-/// one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every later
-/// certificate.
+/// closed gets the scales of its rows alone, as if it had been appended, once it is closed again. Rows of the last
+/// written tiles (a sixteenth of the layer's, two per stream at least) are kept as given; others are closed. A write
+/// to a closed one reopens it: rows that outgrow its scales re-encode what is there, and what that loses is in every
+/// later certificate.
 ///
-/// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is running).
+/// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is
+/// running).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -361,11 +362,11 @@ pub unsafe extern "C" fn akv_attach_rows(
 ///
 /// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
 ///
-/// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows, so
-/// that it can read more than the rows alone would have been.
+/// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows,
+/// so that it can read more than the rows alone would have been.
 ///
-/// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of another
-/// context), AKV_E_BUSY (the layer is being written, or the mask set).
+/// Errors: as akv_aligned_attention; AKV_E_ARGUMENT (also a mask of too few rows or cells), AKV_E_HANDLE (a mask of
+/// another context), AKV_E_BUSY (the layer is being written, or the mask set).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -384,8 +385,8 @@ pub unsafe extern "C" fn akv_slots_attention(
     })
 }
 
-/// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to `max_kv`
-/// cells and on up to `max_threads` threads (0 = the context's).
+/// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
+/// `max_kv` cells and on up to `max_threads` threads (0 = the context's).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -416,8 +417,8 @@ pub unsafe extern "C" fn akv_slots_workspace(
     })
 }
 
-/// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches as
-/// share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
+/// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches
+/// as share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
 ///
 /// Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
 ///
@@ -442,11 +443,11 @@ pub unsafe extern "C" fn akv_mask_create(
     })
 }
 
-/// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next (0 =
-/// contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
-/// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
-/// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
-/// size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
+/// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next
+/// (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
+/// if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
+/// layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
+/// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

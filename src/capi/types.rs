@@ -227,7 +227,7 @@ pub struct akv_layer_desc {
     /// The same of V.
     pub dtype_v: i32,
     /// Digit planes of K that are stored: 2, 3, 4; 0 = 4 (16 bits, relative error 3e-5). 2 halves the memory. Formats
-    /// other than AKV_FORMAT_ALIGNED keep all: 0 or 4.
+    /// other than AKV_FORMAT_ALIGNED keep all: 0 or 4. AKV_ATTACHED keeps plane 0 alone, whatever this says.
     pub planes_k: i32,
     /// The same of V.
     pub planes_v: i32,
@@ -298,12 +298,12 @@ pub struct akv_usage {
     pub pages_free: u64,
     /// Pages that more than one sequence holds (counted once).
     pub pages_shared: u64,
-    /// Committed tokens of all sequences, shared ones counted for each.
+    /// Committed tokens of all sequences, shared ones counted for each; cells with rows in a layer.
     pub tokens: u64,
 }
 
 /// A three-dimensional array `[row][head][dim]` in the caller's memory, `dim` contiguous. What it must hold is said by
-/// the call that takes it. Never kept beyond the call.
+/// the call that takes it. Not kept beyond the call, but by akv_attach_rows.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct akv_rows {
