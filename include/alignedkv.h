@@ -724,7 +724,8 @@ akv_status akv_slots_write(struct akv_cache *cache,
 
 // Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
 // stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
-// written, if a value is too large for the dtype. AKV_SLOTS only (attached rows are the caller's).
+// written, if a value is too large for the dtype; AKV_E_BUSY while the layer is written. AKV_SLOTS only (attached rows
+// are the caller's).
 akv_status akv_slots_read(struct akv_cache *cache,
                           int32_t layer,
                           int64_t first,
@@ -733,18 +734,20 @@ akv_status akv_slots_read(struct akv_cache *cache,
                           const struct akv_rows *value,
                           void *stream);
 
-// Forgets slots `first..first + n`, in `layer` or, with -1, in all: they hold zeros. A tile of which nothing is left
-// starts afresh.
+// Forgets slots `first..first + n`, in `layer` or, with -1, in all: they are not seen, and read as zeros. A tile of
+// which nothing is left starts afresh. AKV_E_BUSY, with nothing forgotten, while other calls use a layer.
 akv_status akv_slots_invalidate(struct akv_cache *cache, int32_t layer, int64_t first, int64_t n);
 
 // Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
 // streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
 // with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
+// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied.
 akv_status akv_slots_copy(struct akv_cache *cache, int32_t layer, int64_t from, int64_t to, int64_t n);
 
 // Names the engine's own rows of a layer (AKV_ATTACHED): `[n_streams * n_slots][n_kv_heads][dim]`, in the layer's
 // dtypes. Only read, in akv_slots_write and akv_slots_attention, and only where cells have been written; valid until
-// others are named or the cache is destroyed. Naming rows forgets what had been written.
+// others are named or the cache is destroyed. Naming rows forgets what had been written. AKV_E_BUSY while other calls
+// use the layer.
 akv_status akv_attach_rows(struct akv_cache *cache,
                            int32_t layer,
                            const struct akv_rows *key,

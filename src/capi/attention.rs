@@ -64,23 +64,19 @@ impl Options {
                 return Err(wrong(at("alibi_slopes"), "not NULL", "NULL without a mask, whose values they multiply"));
             }
         }
-        for (field, null, built) in
-            [("alibi_slopes", d.alibi_slopes.is_null(), slots), ("tree", d.tree.is_null(), slots)]
-        {
-            if !null && !built {
-                return Err(not_built(at(field), "not NULL", "NULL"));
-            }
+        let not_here = |field: &str| {
+            let call = if slots { "akv_slots_attention: its mask says it all" } else { "akv_aligned_attention" };
+            Err(wrong(at(field), "not NULL", format_args!("NULL in {call}")))
+        };
+        let others = [("kv_from", d.kv_from.is_null()), ("kv_to", d.kv_to.is_null()), ("tree", d.tree.is_null())];
+        match others.iter().find(|(_, null)| !null) {
+            Some((field, _)) if slots => return not_here(field),
+            _ if !slots && !d.mask.is_null() => return not_here("mask"),
+            _ => {}
         }
-        let others = [
-            ("mask", d.mask.is_null(), !slots),
-            ("kv_from", d.kv_from.is_null(), slots),
-            ("kv_to", d.kv_to.is_null(), slots),
-            ("tree", d.tree.is_null(), slots),
-        ];
-        for (field, null, other) in others {
-            if !null && other {
-                let call = if slots { "akv_slots_attention: its mask says it all" } else { "akv_aligned_attention" };
-                return Err(wrong(at(field), "not NULL", format_args!("NULL in {call}")));
+        for (field, null) in [("alibi_slopes", d.alibi_slopes.is_null()), ("tree", d.tree.is_null())] {
+            if !null && !slots {
+                return Err(not_built(at(field), "not NULL", "NULL"));
             }
         }
         if format == Format::Published {
@@ -133,7 +129,7 @@ impl Team {
         let t = unsafe { pointer(threads, "desc->threads")?.read() };
         let nth = count("desc->threads->nth", t.nth.into())?;
         if nth == 0 || nth > max_threads {
-            return Err(wrong("desc->threads->nth", nth, format_args!("1 to the batch's max_threads ({max_threads})")));
+            return Err(wrong("desc->threads->nth", nth, format_args!("1 to max_threads ({max_threads})")));
         }
         let ith = within("desc->threads->ith", t.ith, 0..=t.nth - 1)? as usize;
         if nth > 1 && t.barrier.is_none() {

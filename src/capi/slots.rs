@@ -19,6 +19,7 @@ use std::sync::Arc;
 /// What an `akv_mask` stands for.
 pub(super) struct MaskObject {
     mask: RwLock<Mask>,
+    /// Its size, for calls that must not depend on getting the lock.
     max_rows: usize,
     max_kv: usize,
     /// Keeps it alive, and busy.
@@ -237,7 +238,8 @@ pub unsafe extern "C" fn akv_slots_write(
 
 /// Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
 /// stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
-/// written, if a value is too large for the dtype. AKV_SLOTS only (attached rows are the caller's).
+/// written, if a value is too large for the dtype; AKV_E_BUSY while the layer is written. AKV_SLOTS only (attached rows
+/// are the caller's).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -266,8 +268,8 @@ pub unsafe extern "C" fn akv_slots_read(
     })
 }
 
-/// Forgets slots `first..first + n`, in `layer` or, with -1, in all: they hold zeros. A tile of which nothing is left
-/// starts afresh.
+/// Forgets slots `first..first + n`, in `layer` or, with -1, in all: they are not seen, and read as zeros. A tile of
+/// which nothing is left starts afresh. AKV_E_BUSY, with nothing forgotten, while other calls use a layer.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -288,6 +290,7 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 /// Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
 /// streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
 /// with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
+/// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -321,7 +324,8 @@ pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from:
 
 /// Names the engine's own rows of a layer (AKV_ATTACHED): `[n_streams * n_slots][n_kv_heads][dim]`, in the layer's
 /// dtypes. Only read, in akv_slots_write and akv_slots_attention, and only where cells have been written; valid until
-/// others are named or the cache is destroyed. Naming rows forgets what had been written.
+/// others are named or the cache is destroyed. Naming rows forgets what had been written. AKV_E_BUSY while other calls
+/// use the layer.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

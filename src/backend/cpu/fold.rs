@@ -12,9 +12,7 @@ const Q_LEVELS: f32 = 127.0 * 257.0;
 /// One query head's q, folded with the scales of one tile: score = sum over channels of `folded * value / scale`.
 #[derive(Clone, Copy)]
 pub struct Folded {
-    /// Channels.
-    pub q: [f32; MAX_DIM],
-    /// Rounded: high and low digits of the channels.
+    /// High and low digits of the rounded channels.
     pub digits: [[i8; MAX_DIM]; 2],
     /// Unit of the integer scores.
     pub step: f32,
@@ -75,7 +73,8 @@ pub fn score_rounding(dim: usize) -> f32 {
 pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: usize, out: &mut Folded) {
     let (d, half) = (q.len(), q.len() / 2);
     let (mut peak, mut worst, mut rough) = (S::splat(0.0), S::splat(0.0), S::splat(0.0));
-    let blocks = out.q.as_chunks_mut::<LANES>().0;
+    let mut folded = [0.0f32; MAX_DIM];
+    let blocks = folded.as_chunks_mut::<LANES>().0;
     for (block, (q, u)) in blocks.iter_mut().zip(q.chunks(LANES).zip(k_scales.chunks(LANES))) {
         let f = S::load(&padded(q)).mul(S::scales(&padded(u)));
         f.store(block);
@@ -90,7 +89,7 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
     const MAGIC: f32 = 12_582_912.0;
     let mut q_sum = 0i32;
     let [high, low] = &mut out.digits;
-    for ((h, l), &f) in high.iter_mut().zip(low.iter_mut()).zip(&out.q[..d]) {
+    for ((h, l), &f) in high.iter_mut().zip(low.iter_mut()).zip(&folded[..d]) {
         // |f * inverse| < 2^15: the low bits of the sum are the integer.
         let r = (f * inverse + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
         // Wraps if q is beyond binary32, which `worst` tells.

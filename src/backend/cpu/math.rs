@@ -130,13 +130,7 @@ pub fn weights<S: Simd>(s: &Lane128, max: f32, e: &mut Lane128) {
 /// Sums over a tile of e, e * unit, and (e * unit)^2.
 #[inline(always)]
 pub fn sums<S: Simd>(e: &Lane128, units: &Lane128) -> [f64; 3] {
-    let mut sums = [S::splat(0.0); 3];
-    for (e, u) in blocks(e).iter().zip(blocks(units)) {
-        let e = S::load(e);
-        let x = e.mul(S::load(u));
-        sums = [sums[0].add(e), sums[1].add(x), sums[2].add(x.mul(x))];
-    }
-    sums.map(|s| f64::from(fold_sum(s)))
+    sums_of::<S>(e, units, u128::MAX)
 }
 
 /// The same of some tokens.

@@ -200,7 +200,6 @@ mod tests {
                         (0..TILE * stride).map(|_| if extreme { 0xff } else { random() as u8 }).collect();
                     let folded: Vec<Folded> = (0..heads)
                         .map(|_| Folded {
-                            q: [0.0; MAX_DIM],
                             digits: std::array::from_fn(|_| {
                                 std::array::from_fn(|_| if extreme { -128 } else { random() as i8 })
                             }),
