@@ -15,10 +15,11 @@ use crate::format::PEAK;
 const LOOSE: f32 = 60.0;
 
 /// Float rounding, relative to the amplitude, in units of 2^-24. The weighted sum of values: 2 products, 128 additions in
-/// a tile, 9 in a split and as many rescalings. Weights: e^(s - max) is off by at most 92 (87 of the difference, 5 of
-/// `exp`) through the token itself, and by 27 on average (what is further than log n away weighs nothing) and 12 of its
-/// own sum through the normaliser. The rest is binary64.
-const ROUNDING: f64 = 289.0 / (1 << 24) as f64;
+/// a tile, 9 in a split and as many rescalings. Weights: e^(s - max) is off by at most 98 (87 of the difference, 5 of
+/// `exp`, twice where the reference is a tile's maximum, and their product) through the token itself, and by 33 on
+/// average (what is further than log n away weighs nothing) and 12 of its own sum through the normaliser. The rest is
+/// binary64.
+const ROUNDING: f64 = 301.0 / (1 << 24) as f64;
 
 /// Weights below e^-87 are 0 in binary32.
 const FLUSHED: f64 = 2e-38;
@@ -55,6 +56,41 @@ pub struct Sums {
     peak: f32,
     /// Largest ds.
     bound: f32,
+}
+
+/// Sums over tokens whose scores and values are known each in its own way.
+#[derive(Debug, Clone, Copy)]
+pub struct Mixed {
+    /// Sum of e.
+    pub e: f64,
+    /// Sum of e * V scale.
+    pub e_vs: f64,
+    /// Sum of e * spread.
+    pub spread: f64,
+    /// Sum of e * V scale * spread.
+    pub spread_vs: f64,
+    /// Sum of e * V scale * left, and of e * offset.
+    pub value: f64,
+    /// Sum of (e * V scale)^2 * square, of K and of V.
+    pub square: f64,
+    /// Largest bound of a score.
+    pub bound: f32,
+}
+
+impl ScoreError {
+    /// What a token's sums are multiplied with: for [`Mixed::spread`] and [`Mixed::square`].
+    #[inline(always)]
+    pub fn factors(&self) -> (f32, f32) {
+        let rms = self.rms * (PEAK / 2.0);
+        // An infinity would make something of weights that have vanished.
+        (exp_m1(f64::from(self.bound.min(LOOSE))) as f32, (rms * rms).min(1e30))
+    }
+}
+
+/// The same for [`Mixed::square`] of values that are off by at most `left * V scale`.
+#[inline(always)]
+pub fn value_square(left: f32) -> f32 {
+    left * left * (1.0 / 3.0)
 }
 
 impl Sums {
@@ -95,6 +131,19 @@ impl Sums {
         let rms = f64::from(error.rms) * peak / 2.0;
         self.square += e_vs_2 * rms * rms;
         self.bound = self.bound.max(error.bound);
+    }
+
+    /// Adds tokens that are not all known alike.
+    #[inline(always)]
+    pub fn add_mixed(&mut self, tokens: &Mixed) {
+        let peak = f64::from(PEAK);
+        self.sum += tokens.e;
+        self.weighted += tokens.e_vs * peak;
+        self.spread += tokens.spread;
+        self.spread_weighted += tokens.spread_vs * peak;
+        self.value += tokens.value;
+        self.square += tokens.square;
+        self.bound = self.bound.max(tokens.bound);
     }
 
     /// Adds to the same tokens that their values are off by at most `left * V scale + offset`.

@@ -9,7 +9,7 @@
 mod certificate;
 pub mod published;
 
-pub use certificate::{Certificate, ScoreError, Sums};
+pub use certificate::{Certificate, Mixed, ScoreError, Sums, value_square};
 
 use crate::backend::Mode;
 use crate::format::{LEFT, PEAK, PLANES};
@@ -79,31 +79,60 @@ impl Share {
         Share { mode, scaled: (f64::from(tolerance) * weighted / parts) as f32, amplitude: amplitude as f32 }
     }
 
-    /// Thresholds of a tile; `mean` = largest magnitude of its V mean.
+    /// The scan's own weights may be too small by as much as its scores are uncertain: by this, in the exponent.
+    #[inline(always)]
+    fn slack(&self, error: &TileError) -> f32 {
+        match self.mode {
+            Mode::Guaranteed => error.bound(1).min(SLACK_MAX),
+            _ => (2.0 * error.rms(1)).min(5.0),
+        }
+    }
+
+    /// Error of the output, per weight and V scale, of a token whose score is known to `planes` planes. Score errors move
+    /// the output by at most p * ds * (peak + A): once through the token's own weight, once through the normaliser. As
+    /// independent errors: by p * es * |v| / 2.
+    #[inline(always)]
+    fn error_k(&self, error: &TileError, planes: usize) -> f32 {
+        match self.mode {
+            Mode::Guaranteed => error.worst * (LEFT[planes] * PEAK),
+            _ => error.rough * (PEAK / 2.0) * rms_left(planes),
+        }
+    }
+
+    /// The same of a token whose V is known to `planes` planes.
+    #[inline(always)]
+    fn error_v(&self, planes: usize) -> f32 {
+        if self.mode == Mode::Guaranteed { LEFT[planes] } else { rms_left(planes) }
+    }
+
+    /// What is added to a V scale in guaranteed mode, for K and for V: the normaliser's error, and that a token that
+    /// stands for the mean may lie on the other side of 0. `mean` = largest magnitude of the tile's V mean.
+    #[inline(always)]
+    fn offsets(&self, mean: f32) -> (f32, f32) {
+        if self.mode == Mode::Guaranteed { (self.amplitude / PEAK, mean / PEAK) } else { (0.0, 0.0) }
+    }
+
+    /// False if no token of a tile reads more than the scan has: none has a score above `score` (less the maximum that the
+    /// share is relative to), none a V scale above `unit`.
+    #[inline(always)]
+    pub fn any(&self, error: &TileError, mean: f32, score: f32, unit: f32) -> bool {
+        let (offset_k, offset_v) = self.offsets(mean);
+        let most = (score + self.slack(error)).exp() * (unit + offset_k.max(offset_v));
+        // Not `>`: what is no number reads all.
+        !(most * self.error_k(error, 1).max(self.error_v(0)) <= self.scaled)
+    }
+
+    /// Thresholds of a tile.
     #[inline(always)]
     pub fn thresholds(&self, error: &TileError, mean: f32) -> Thresholds {
-        let guaranteed = self.mode == Mode::Guaranteed;
-        // The scan's own weight may be too small by as much as its score is uncertain.
-        let slack = if guaranteed { error.bound(1).min(SLACK_MAX) } else { (2.0 * error.rms(1)).min(5.0) };
-        let share = self.scaled * (-slack).exp();
-        let mut t =
-            Thresholds { k: [f32::INFINITY; PLANES - 1], v: [f32::INFINITY; PLANES], offset_k: 0.0, offset_v: 0.0 };
-        // Score errors move the output by at most p * ds * (peak + A): once through the token's own weight, once
-        // through the normaliser. As independent errors: by p * es * |v| / 2.
-        let unit = if guaranteed { error.worst } else { error.rough * (PEAK / 2.0) };
-        for p in 1..PLANES {
-            let left = if guaranteed { LEFT[p] * PEAK } else { rms_left(p) };
-            t.k[p - 1] = share / (unit * left);
+        let share = self.scaled * (-self.slack(error)).exp();
+        let (offset_k, offset_v) = self.offsets(mean);
+        Thresholds {
+            k: std::array::from_fn(|p| share / self.error_k(error, p + 1)),
+            v: std::array::from_fn(|p| share / self.error_v(p)),
+            offset_k,
+            offset_v,
         }
-        for p in 0..PLANES {
-            t.v[p] = share / if guaranteed { LEFT[p] } else { rms_left(p) };
-        }
-        if guaranteed {
-            t.offset_k = self.amplitude / PEAK;
-            // A token that stands for the mean may lie on the other side of 0.
-            t.offset_v = mean / PEAK;
-        }
-        t
     }
 }
 

@@ -124,7 +124,6 @@ impl Decoded {
         for (unit, &u) in self.k_unit.iter_mut().zip(tile.k_scales) {
             *unit = scale(u);
         }
-        let weight = |digits: usize| 1.0 / (1u32 << (4 * digits)) as f32;
         let mut rest = [[0.0f32; MAX_DIM]; 16];
         for first in (0..n).step_by(16) {
             let count = (n - first).min(16);
@@ -133,7 +132,7 @@ impl Decoded {
                     tile.k_row(first + i),
                     half_k,
                     pk - 1,
-                    weight(pk - 1),
+                    1.0 / 16.0,
                     CENTRE[pk],
                     &mut row[..s.dim_k],
                 );
@@ -158,7 +157,7 @@ impl Decoded {
         for i in 0..n {
             let unit = scale(tile.v_scales[i]);
             let row = &mut self.v[i][..s.dim_v];
-            math::unpack::<S>(tile.v_row(i), half_v, pv, weight(pv - 1), CENTRE[pv], row);
+            math::unpack::<S>(tile.v_row(i), half_v, pv, 1.0, CENTRE[pv], row);
             for x in row {
                 *x *= unit;
             }

@@ -1,7 +1,7 @@
 //! Vector arithmetic over tiles and rows. Sums run in 16 lanes and are folded as a tree.
 
 use super::simd::{LANES, Simd};
-use crate::format::{Bits, TILE};
+use crate::format::{Bits, PLANES, TILE};
 
 /// A tile's worth of floats: one per token.
 pub type Lane128 = [f32; TILE];
@@ -13,11 +13,11 @@ pub fn exp<S: Simd>(x: S) -> S {
     const MAGIC: f32 = 12_582_912.0;
     let (least, magic) = (S::splat(-87.0), S::splat(MAGIC));
     let clamped = x.max(least);
-    let n = clamped.mul(S::splat(std::f32::consts::LOG2_E)).add(magic).sub(magic);
-    let r = clamped.sub(n.mul(S::splat(355.0 / 512.0))).sub(n.mul(S::splat(-2.121_944_4e-4)));
+    let n = clamped.fma(S::splat(std::f32::consts::LOG2_E), magic).sub(magic);
+    let r = n.fma(S::splat(2.121_944_4e-4), n.fma(S::splat(-355.0 / 512.0), clamped));
     let mut y = S::splat(1.0 / 5040.0);
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        y = y.mul(r).add(S::splat(c));
+        y = y.fma(r, S::splat(c));
     }
     // n is an integer in [-126, 0]: n + 127 goes straight into the exponent field.
     let two_n = n.add(S::splat(MAGIC + 127.0)).shift_to_exponent();
@@ -127,26 +127,59 @@ pub fn weights<S: Simd>(s: &Lane128, max: f32, e: &mut Lane128) {
     }
 }
 
+/// `exp(s - max)` of other things than tokens.
+#[inline(always)]
+pub fn factors<S: Simd>(s: &[f32; LANES], max: f32) -> [f32; LANES] {
+    lanes(exp(S::load(s).sub(S::splat(max))))
+}
+
 /// Sums over a tile of e, e * unit, and (e * unit)^2.
 #[inline(always)]
 pub fn sums<S: Simd>(e: &Lane128, units: &Lane128) -> [f64; 3] {
-    sums_of::<S>(e, units, u128::MAX)
-}
-
-/// The same of some tokens.
-#[inline(always)]
-pub fn sums_of<S: Simd>(e: &Lane128, units: &Lane128, tokens: u128) -> [f64; 3] {
-    let (mut sums, zero) = ([S::splat(0.0); 3], S::splat(0.0));
-    for (b, (e, u)) in blocks(e).iter().zip(blocks(units)).enumerate() {
-        let bits = (tokens >> (LANES * b)) as u16;
-        if bits != 0 {
-            let e = S::load(e).keep(bits, zero);
-            let x = e.mul(S::load(u));
-            sums = [sums[0].add(e), sums[1].add(x), sums[2].add(x.mul(x))];
-        }
+    let mut sums = [S::splat(0.0); 3];
+    for (e, u) in blocks(e).iter().zip(blocks(units)) {
+        let e = S::load(e);
+        let x = e.mul(S::load(u));
+        sums = [sums[0].add(e), sums[1].add(x), x.fma(x, sums[2])];
     }
     [f64::from(fold_sum(sums[0])), f64::from(fold_sum(sums[1])), f64::from(fold_sum(sums[2]))]
 }
+
+/// Sums over a tile for tokens of different precision: `planes` = planes of K and of V that each has read.
+#[inline(always)]
+pub fn mixed_sums<S: Simd>(e: &Lane128, units: &Lane128, planes: &[Lane128; 2], t: &Tables) -> [f64; 8] {
+    let mut sums = [S::splat(0.0); 8];
+    for (b, (e, u)) in blocks(e).iter().zip(blocks(units)).enumerate() {
+        let (k, v) = (S::load(&blocks(&planes[0])[b]), S::load(&blocks(&planes[1])[b]));
+        let (e, spread) = (S::load(e), k.pick(&t.spread));
+        let x = e.mul(S::load(u));
+        let square = k.pick(&t.square_k).add(v.pick(&t.square_v));
+        sums = [
+            sums[0].add(e),
+            sums[1].add(x),
+            e.fma(spread, sums[2]),
+            x.fma(spread, sums[3]),
+            x.fma(v.pick(&t.left), sums[4]),
+            x.mul(x).fma(square, sums[5]),
+            e.fma(v.pick(&UNREAD), sums[6]),
+            x.fma(v.pick(&t.centre), sums[7]),
+        ];
+    }
+    sums.map(|sum| f64::from(fold_sum(sum)))
+}
+
+/// What the weights of a token are multiplied with in [`mixed_sums`], by the planes it has read.
+#[derive(Clone, Copy)]
+pub struct Tables {
+    pub spread: [f32; 8],
+    pub square_k: [f32; 8],
+    pub square_v: [f32; 8],
+    pub left: [f32; 8],
+    pub centre: [f32; 8],
+}
+
+/// Tokens of whose V nothing is read.
+const UNREAD: [f32; 8] = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
 
 /// `e *= units`.
 #[inline(always)]
@@ -156,82 +189,87 @@ pub fn scale_by<S: Simd>(e: &mut Lane128, units: &Lane128) {
     }
 }
 
-/// Adds rows of V, read to `n` planes, to the outputs of all heads: `out[head] += sum of weights[head][token] * digits`,
-/// digits signed, in units of the first one's. `v` = planes of V of a tile.
+/// Adds rows of V to the outputs of all heads: `out[head] += sum of weights[head][token] * digits`, digits signed, in
+/// units of the first one's. `v` = planes of V of a tile, `lists[n - 1]` = tokens that are read to n planes.
 #[inline(always)]
-pub fn add_rows<S: Simd>(v: &[u8], half: usize, n: usize, tokens: &[u8], weights: &[Lane128], out: &mut [f32]) {
-    match n {
-        1 => add_planes::<S, 1>(v, half, tokens, weights, out),
-        2 => add_planes::<S, 2>(v, half, tokens, weights, out),
-        3 => add_planes::<S, 3>(v, half, tokens, weights, out),
-        _ => add_planes::<S, 4>(v, half, tokens, weights, out),
-    }
-}
-
-#[inline(always)]
-fn add_planes<S: Simd, const N: usize>(v: &[u8], half: usize, tokens: &[u8], weights: &[Lane128], out: &mut [f32]) {
+pub fn add_rows<S: Simd>(v: &[u8], half: usize, lists: &[&[u8]; PLANES], weights: &[Lane128], out: &mut [f32]) {
     // As many heads as their sums fit in registers.
     let mut h = 0;
     while h < weights.len() {
         let (weights, out) = (&weights[h..], &mut out[h * 2 * half..]);
         h += match weights.len() {
-            1 => add_heads::<S, N, 1>(v, half, tokens, weights, out),
-            2 | 3 => add_heads::<S, N, 2>(v, half, tokens, weights, out),
-            _ => add_heads::<S, N, 4>(v, half, tokens, weights, out),
+            1 => add_heads::<S, 1>(v, half, lists, weights, out),
+            2 | 3 => add_heads::<S, 2>(v, half, lists, weights, out),
+            _ => add_heads::<S, 4>(v, half, lists, weights, out),
         };
     }
 }
 
 #[inline(always)]
-fn add_heads<S: Simd, const N: usize, const H: usize>(
+fn add_heads<S: Simd, const H: usize>(
     v: &[u8],
     half: usize,
-    tokens: &[u8],
+    lists: &[&[u8]; PLANES],
     weights: &[Lane128],
     out: &mut [f32],
 ) -> usize {
-    let stride = v.len() / TILE;
-    assert!(weights.len() >= H && out.len() >= H * 2 * half && stride >= N * half);
-    // Digits are nibbles - 8; the last one's weight.
-    let (offset, unit) = (S::splat((0x8888 >> (16 - 4 * N)) as f32), S::splat(1.0 / (1u32 << (4 * (N - 1))) as f32));
+    assert!(weights.len() >= H && out.len() >= H * 2 * half);
     let mut at = 0;
     while at < half {
         let count = LANES.min(half - at);
         let mut sums = [[S::splat(0.0); 2]; H];
-        for &token in tokens {
-            let token = usize::from(token);
-            assert!(token < TILE);
-            let start = token * stride + at;
-            let (low, high) = if count == LANES {
-                // SAFETY: a block of each of N planes of a token's row, which lies in `v`.
-                unsafe { S::digits::<N>(v.as_ptr().add(start), half) }
-            } else {
-                let mut rest = [[0u8; LANES]; N];
-                for (p, rest) in rest.iter_mut().enumerate() {
-                    rest[..count].copy_from_slice(&v[start + p * half..][..count]);
-                }
-                // SAFETY: `rest` holds LANES bytes per plane.
-                unsafe { S::digits::<N>(rest.as_ptr().cast(), LANES) }
-            };
-            let (low, high) = (low.sub(offset), high.sub(offset));
-            for (sums, weights) in sums.iter_mut().zip(weights) {
-                let weight = S::splat(weights[token]);
-                sums[0] = sums[0].add(low.mul(weight));
-                sums[1] = sums[1].add(high.mul(weight));
-            }
-        }
+        add_planes::<S, 1, H>(v, half, at, lists[0], weights, &mut sums);
+        add_planes::<S, 2, H>(v, half, at, lists[1], weights, &mut sums);
+        add_planes::<S, 3, H>(v, half, at, lists[2], weights, &mut sums);
+        add_planes::<S, 4, H>(v, half, at, lists[3], weights, &mut sums);
         for (h, sums) in sums.iter().enumerate() {
-            for (part, sum) in sums.iter().enumerate() {
+            for (part, &sum) in sums.iter().enumerate() {
                 let start = h * 2 * half + part * half + at;
-                let sum = lanes(sum.mul(unit));
-                for (x, sum) in out[start..start + count].iter_mut().zip(sum) {
-                    *x += sum;
+                let out = &mut out[start..start + count];
+                match <&mut [f32; LANES]>::try_from(&mut *out) {
+                    Ok(out) => S::load(out).add(sum).store(out),
+                    Err(_) => out.iter_mut().zip(lanes(sum)).for_each(|(x, sum)| *x += sum),
                 }
             }
         }
         at += LANES;
     }
     H
+}
+
+/// A block of channels of tokens that are read to N planes.
+#[inline(always)]
+fn add_planes<S: Simd, const N: usize, const H: usize>(
+    v: &[u8],
+    half: usize,
+    at: usize,
+    tokens: &[u8],
+    weights: &[Lane128],
+    sums: &mut [[S; 2]; H],
+) {
+    let (stride, count) = (v.len() / TILE, LANES.min(half - at));
+    assert!(tokens.is_empty() || stride >= N * half);
+    for &token in tokens {
+        let token = usize::from(token);
+        assert!(token < TILE);
+        let start = token * stride + at;
+        let (low, high) = if count == LANES {
+            // SAFETY: a block of each of N planes of a token's row, which lies in `v`.
+            unsafe { S::digits::<N>(v.as_ptr().add(start), half) }
+        } else {
+            let mut rest = [[0u8; LANES]; N];
+            for (p, rest) in rest.iter_mut().enumerate() {
+                rest[..count].copy_from_slice(&v[start + p * half..][..count]);
+            }
+            // SAFETY: `rest` holds LANES bytes per plane.
+            unsafe { S::digits::<N>(rest.as_ptr().cast(), LANES) }
+        };
+        for (sums, weights) in sums.iter_mut().zip(weights) {
+            let weight = S::splat(weights[token]);
+            sums[0] = low.fma(weight, sums[0]);
+            sums[1] = high.fma(weight, sums[1]);
+        }
+    }
 }
 
 /// `N` elements from `at` on; those that are not there are 0.
@@ -248,10 +286,10 @@ pub fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut sum = S::splat(0.0);
     for (x, y) in a.iter().zip(b) {
-        sum = sum.add(S::load(x).mul(S::load(y)));
+        sum = S::load(x).fma(S::load(y), sum);
     }
     if !a_rest.is_empty() {
-        sum = sum.add(S::load(&tail(a_rest)).mul(S::load(&tail(b_rest))));
+        sum = S::load(&tail(a_rest)).fma(S::load(&tail(b_rest)), sum);
     }
     fold_sum(sum)
 }
@@ -261,15 +299,15 @@ pub fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
 pub fn axpy<S: Simd>(a: f32, x: &[f32], y: &mut [f32]) {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
     for (y, x) in y.iter_mut().zip(x) {
-        S::load(y).add(S::load(x).mul(S::splat(a))).store(y);
+        S::load(x).fma(S::splat(a), S::load(y)).store(y);
     }
     for (y, x) in y_rest.iter_mut().zip(x_rest) {
-        *y += a * x;
+        *y = a.mul_add(*x, *y);
     }
 }
 
 /// Values of `n` planes that lie one after another (each `half` bytes), most significant first: the digits as one
-/// number, times `weight` (that of the last digit), plus `constant`. Exact.
+/// number, times `weight` (that of the first digit), plus `constant`. Exact.
 #[inline(always)]
 pub fn unpack<S: Simd>(planes: &[u8], half: usize, n: usize, weight: f32, constant: f32, out: &mut [f32]) {
     match n {
@@ -284,15 +322,13 @@ pub fn unpack<S: Simd>(planes: &[u8], half: usize, n: usize, weight: f32, consta
 fn unpack_planes<S: Simd, const N: usize>(planes: &[u8], half: usize, weight: f32, constant: f32, out: &mut [f32]) {
     assert!(planes.len() >= N * half);
     let (low, high) = out[..2 * half].split_at_mut(half);
-    // Digits are nibbles - 8.
-    let offset = (0x8888 >> (16 - 4 * N)) as f32 * weight;
-    let scale = [S::splat(weight), S::splat(offset), S::splat(constant)];
+    let (weight, constant) = (S::splat(weight), S::splat(constant));
     let ((low, low_rest), (high, high_rest)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
     for (b, (low, high)) in low.iter_mut().zip(high).enumerate() {
         // SAFETY: block b of every plane ends within its `half` bytes.
         let (l, h) = unsafe { S::digits::<N>(planes.as_ptr().add(b * LANES), half) };
-        scaled(l, scale).store(low);
-        scaled(h, scale).store(high);
+        l.fma(weight, constant).store(low);
+        h.fma(weight, constant).store(high);
     }
     if !low_rest.is_empty() {
         let mut rest = [[0u8; LANES]; N];
@@ -302,14 +338,9 @@ fn unpack_planes<S: Simd, const N: usize>(planes: &[u8], half: usize, weight: f3
         }
         // SAFETY: `rest` holds LANES bytes per plane.
         let (l, h) = unsafe { S::digits::<N>(rest.as_ptr().cast(), LANES) };
-        low_rest.copy_from_slice(&lanes(scaled(l, scale))[..low_rest.len()]);
-        high_rest.copy_from_slice(&lanes(scaled(h, scale))[..high_rest.len()]);
+        low_rest.copy_from_slice(&lanes(l.fma(weight, constant))[..low_rest.len()]);
+        high_rest.copy_from_slice(&lanes(h.fma(weight, constant))[..high_rest.len()]);
     }
-}
-
-#[inline(always)]
-fn scaled<S: Simd>(digits: S, [weight, offset, constant]: [S; 3]) -> S {
-    digits.mul(weight).sub(offset).add(constant)
 }
 
 #[cfg(test)]
@@ -351,8 +382,7 @@ mod tests {
             let planes: Vec<u8> = (0..4 * half).map(|i| (i * 37 % 251) as u8).collect();
             for n in 1..=4 {
                 let mut out = vec![0.0; 2 * half];
-                let last = 16f32.powi(1 - n as i32);
-                unpack::<Scalar>(&planes, half, n, last, 0.25, &mut out);
+                unpack::<Scalar>(&planes, half, n, 1.0, 0.25, &mut out);
                 for (c, &x) in out.iter().enumerate() {
                     let nibble = |p: usize| planes[p * half + c % half] >> (4 * (c / half)) & 15;
                     let want: f32 = (0..n).map(|p| (f32::from(nibble(p)) - 8.0) * 16f32.powi(-(p as i32))).sum();

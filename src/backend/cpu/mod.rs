@@ -39,7 +39,7 @@ use workspace::{Arena, ThreadScratch, UnitScratch};
 pub enum Isa {
     /// Portable code.
     Scalar,
-    /// AVX2.
+    /// AVX2 and FMA.
     Avx2,
     /// AVX-512 F, BW, VL, VNNI.
     Avx512,
@@ -63,7 +63,9 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         return match self {
             Isa::Scalar => true,
-            Isa::Avx2 => std::arch::is_x86_feature_detected!("avx2"),
+            Isa::Avx2 => {
+                std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+            }
             Isa::Avx512 => {
                 std::arch::is_x86_feature_detected!("avx512f")
                     && std::arch::is_x86_feature_detected!("avx512bw")
@@ -177,7 +179,7 @@ fn scalar(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn avx2(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
     step::<simd::Avx2>(w, unit, split, phase);
 }

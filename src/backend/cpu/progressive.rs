@@ -5,8 +5,8 @@ use super::math::{self, Lane128};
 use super::scan::WORD;
 use super::simd::Simd;
 use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
-use super::workspace::{Partial, SPLIT};
-use crate::alignment::{ScoreError, Share, Sums, TileError};
+use super::workspace::{Partial, SPLIT, Scanned};
+use crate::alignment::{Mixed, ScoreError, Share, Sums, TileError, value_square};
 use crate::backend::Attention;
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
@@ -34,11 +34,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let view = &call.sequences[call.rows[unit.row].sequence];
     let (first, last) = unit.tiles(split);
     w.load_q(unit);
-    let partials = w.partials_mut(split);
-    partials.fill(Partial { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 });
 
-    let mut bent = [0.0; TILE];
-    let head = |h: usize| unit.kv_head * g + h;
     let exact = exact_tokens(call, unit, view, split);
     if exact != 0 {
         w.scratch.tile.exact::<S>(view, unit.kv_head);
@@ -47,16 +43,20 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             let q = &w.scratch.q[h * d..(h + 1) * d];
             let error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
             w.check(error.bound, math::max::<S>(&scores[h]));
-            let logits = logits::<S>(call, unit.row, head(h), 0, &scores[h], &mut bent);
-            partials[h].max = math::max::<S>(logits);
+            w.scanned(0)[h] = weigh::<S>(call, unit, h, 0, &scores[h], &w.scratch.tile.v_unit, 0.0);
         }
     }
+    let part = |tile: usize| view.layout.part(view.page(tile), unit.kv_head);
     for tile in first..last {
         let seen = seen_paged(call, unit.row, view, tile);
         if seen == 0 {
+            w.scanned(tile + 1).fill(Scanned::NONE);
             continue;
         }
-        let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
+        let t = Tile::new(shape, part(tile));
+        if tile + 1 < last {
+            prefetch_scan(&Tile::new(shape, part(tile + 1)));
+        }
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
             fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
@@ -65,47 +65,57 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         let n_blocks = (TILE - seen.leading_zeros() as usize).div_ceil(LANES);
         // SAFETY: the worker's scan is that of an instruction set that this machine has.
         unsafe { (w.scan)(t.k0, words, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
+        let units = v_units::<S>(&t);
+        let unit_max = if seen == u128::MAX { math::max::<S>(&units) } else { math::max_of(&units, seen) };
         let (scores, errors) = w.scores(tile + 1);
         for h in 0..g {
             let folded = &w.scratch.folded[h];
             folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
             math::hide::<S>(&mut scores[h], seen);
             let reach = folded.error.worst * PEAK;
-            let bend = bend_error(call, unit.row, head(h), tile, reach);
+            let bend = bend_error(call, unit.row, unit.kv_head * g + h, tile, reach);
             errors[h] = TileError { bend, ..folded.error };
-            let logits = logits::<S>(call, unit.row, head(h), tile, &scores[h], &mut bent);
-            let max = math::max::<S>(logits);
-            partials[h].max = partials[h].max.max(max);
-            w.check(reach, max);
+            let scanned = weigh::<S>(call, unit, h, tile, &scores[h], &units, unit_max);
+            w.check(reach, scanned.max);
+            w.scanned(tile + 1)[h] = scanned;
         }
     }
 
-    if exact != 0 {
-        for h in 0..g {
-            let logits = logits::<S>(call, unit.row, head(h), 0, &w.scores(0).0[h], &mut bent);
-            add_partial::<S>(&mut partials[h], logits, &w.scratch.tile.v_unit);
+    let partials = w.partials_mut(split);
+    for (h, partial) in partials.iter_mut().enumerate() {
+        let tiles = (if exact != 0 { 0..1 } else { 0..0 }).chain(first + 1..last + 1);
+        let mut max = [f32::NEG_INFINITY; LANES];
+        for (max, tile) in max.iter_mut().zip(tiles.clone()) {
+            *max = w.scanned(tile)[h].max;
         }
-    }
-    for tile in first..last {
-        if seen_paged(call, unit.row, view, tile) != 0 {
-            let t = Tile::new(shape, view.layout.part(view.page(tile), unit.kv_head));
-            let units = v_units::<S>(&t);
-            for h in 0..g {
-                let logits = logits::<S>(call, unit.row, head(h), tile, &w.scores(tile + 1).0[h], &mut bent);
-                add_partial::<S>(&mut partials[h], logits, &units);
-            }
+        let most = math::fold_max(S::load(&max));
+        let factors = math::factors::<S>(&max, most);
+        *partial = Partial { max: most, sum: 0.0, weighted: 0.0 };
+        for (factor, tile) in factors.into_iter().zip(tiles) {
+            let [sum, weighted, _] = w.scanned(tile)[h].sums;
+            partial.sum += f64::from(factor) * sum;
+            partial.weighted += f64::from(factor) * weighted * f64::from(PEAK);
         }
     }
 }
 
-/// Adds a tile's weights to what the scan says of a head.
+/// A tile's weights, as the scan has its scores.
 #[inline(always)]
-fn add_partial<S: Simd>(partial: &mut Partial, logits: &Lane128, units: &Lane128) {
-    let mut e = [0.0; TILE];
-    math::weights::<S>(logits, partial.max, &mut e);
-    let [sum, weighted, _] = math::sums::<S>(&e, units);
-    partial.sum += sum;
-    partial.weighted += weighted * f64::from(PEAK);
+fn weigh<S: Simd>(
+    call: &Attention,
+    unit: &Unit,
+    h: usize,
+    tile: usize,
+    scores: &Lane128,
+    units: &Lane128,
+    unit_max: f32,
+) -> Scanned {
+    let (mut bent, mut e) = ([0.0; TILE], [0.0; TILE]);
+    let head = unit.kv_head * call.shape.group() + h;
+    let logits = logits::<S>(call, unit.row, head, tile, scores, &mut bent);
+    let max = math::max::<S>(logits);
+    math::weights::<S>(logits, max, &mut e);
+    Scanned { max, unit: unit_max, sums: math::sums::<S>(&e, units) }
 }
 
 /// How many of the limits each lane exceeds.
@@ -140,11 +150,22 @@ struct Reads {
     k: [u128; PLANES + 1],
     /// The same of V.
     v: [u128; PLANES + 1],
+    /// Planes of K and of V that each token reads.
+    planes: [Lane128; 2],
 }
 
 impl Reads {
     /// Plane 0 of K, as the scan has it.
-    const SCANNED: Reads = Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0] };
+    const SCANNED: Reads = Reads {
+        k: [0, u128::MAX, 0, 0, 0],
+        v: [u128::MAX, 0, 0, 0, 0],
+        planes: [[1.0; TILE], [0.0; TILE]],
+    };
+
+    /// True if no token reads more than the scan.
+    fn is_scanned(&self) -> bool {
+        self.k[1] == u128::MAX && self.v[0] == u128::MAX
+    }
 
     /// Tokens that read more of K than the scan.
     fn more_k(&self) -> u128 {
@@ -198,30 +219,29 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
                 None => refine_keys::<S>(w, &tile_of(tile), tile, reads),
                 Some((k, _)) => read_keys::<S>(w, &k.skip(tile * TILE), unit.kv_head, tile, reads),
             }
+            if reads.more_k() != 0 {
+                let mut bent = [0.0; TILE];
+                for (h, scanned) in w.scanned(tile + 1).iter_mut().enumerate() {
+                    let (head, scores) = (unit.kv_head * g + h, &w.scores(tile + 1).0[h]);
+                    scanned.max = math::max::<S>(logits::<S>(call, unit.row, head, tile, scores, &mut bent));
+                }
+            }
         }
     }
 
     // Refined scores may be far from the scan's: weights are relative to what the largest is now.
     let exact = exact_tokens(call, unit, view, split);
-    let mut bent = [0.0; TILE];
     let (sums, outs) = w.state(unit, split);
     outs.fill(0.0);
     for (h, sums) in sums.iter_mut().enumerate() {
-        let head = unit.kv_head * g + h;
-        let mut max = f32::NEG_INFINITY;
-        if exact != 0 {
-            max = math::max::<S>(logits::<S>(call, unit.row, head, 0, &w.scores(0).0[h], &mut bent));
-        }
-        for tile in (first..last).filter(|tile| seen[tile - first] != 0) {
-            let scores = &w.scores(tile + 1).0[h];
-            max = max.max(math::max::<S>(logits::<S>(call, unit.row, head, tile, scores, &mut bent)));
-        }
-        *sums = Sums::at(max);
+        let max = if exact != 0 { w.scanned(0)[h].max } else { f32::NEG_INFINITY };
+        *sums = Sums::at((first..last).fold(max, |max, tile| max.max(w.scanned(tile + 1)[h].max)));
     }
     if exact != 0 {
         w.scratch.tile.exact::<S>(view, unit.kv_head);
         w.stats.count_dense(view, true, exact.count_ones() as usize);
         let (scores, _) = w.scores(0);
+        let mut bent = [0.0; TILE];
         for h in 0..g {
             let head = unit.kv_head * g + h;
             let q = &w.scratch.q[h * d..(h + 1) * d];
@@ -241,7 +261,11 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         }
         if next > first && seen[next - 1 - first] != 0 {
             let (tile, seen, reads) = (next - 1, seen[next - 1 - first], &reads[next - 1 - first]);
-            sum::<S>(w, unit, view, &tile_of(tile), tile, seen, reads, sums, outs);
+            if reads.is_scanned() {
+                sum_scanned::<S>(w, &tile_of(tile), tile, seen, sums, outs);
+            } else {
+                sum::<S>(w, unit, view, &tile_of(tile), tile, seen, reads, sums, outs);
+            }
             count(w, view, seen, reads);
         }
     }
@@ -252,12 +276,22 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: usize) -> Reads {
     let g = w.call.shape.group();
     let (scores, errors) = w.scores(tile + 1);
+    let scanned = w.scanned(tile + 1);
+    let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
+    let mut needs = 0u64;
+    for (h, share) in w.shares.heads[..g].iter().enumerate() {
+        if let Some((max, share)) = share {
+            needs |= u64::from(share.any(&errors[h], mean, scanned[h].max - max, scanned[h].unit)) << h;
+        }
+    }
+    if needs == 0 {
+        return Reads::SCANNED;
+    }
     let mut bent = [0.0; TILE];
     let units = v_units::<S>(t);
-    let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
     // Plane counts as floats, so that counting limits is adding lanes.
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
-    for (h, share) in w.shares.heads[..g].iter().enumerate() {
+    for (h, share) in w.shares.heads[..g].iter().enumerate().filter(|(h, _)| needs >> h & 1 == 1) {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&errors[h], mean);
         let mut e = [0.0; TILE];
@@ -289,16 +323,24 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
         Some(_) => (PLANES, PLANES),
     };
     let whole = view.attached.is_some();
-    Reads { k: classes::<S>(&planes_k, 1, most_k, whole), v: classes::<S>(&planes_v, 0, most_v, whole) }
+    let k = classes::<S>(&mut planes_k, 1, most_k, whole);
+    let v = classes::<S>(&mut planes_v, 0, most_v, whole);
+    Reads { k, v, planes: [planes_k, planes_v] }
 }
 
-/// Tokens by their number of planes, from `least` to `most`; `whole`: those above `least` have all, as one row.
+/// Tokens by their number of planes, from `least` to `most`: more are not stored. `whole`: those above `least` have all,
+/// as one row.
 #[inline(always)]
-fn classes<S: Simd>(planes: &Lane128, least: usize, most: usize, whole: bool) -> [u128; PLANES + 1] {
+fn classes<S: Simd>(planes: &mut Lane128, least: usize, most: usize, whole: bool) -> [u128; PLANES + 1] {
+    let limit = if whole { least } else { most };
+    for x in math::blocks_mut(planes) {
+        let bits = S::load(x).above(limit as f32);
+        S::splat(most as f32).keep(bits, S::load(x)).store(x);
+    }
     let mut at_least = [0; PLANES + 2];
     at_least[least] = u128::MAX;
     for p in least + 1..=most {
-        at_least[p] = if whole && p > least + 1 { at_least[least + 1] } else { more_than::<S>(planes, p - 1) };
+        at_least[p] = more_than::<S>(planes, p - 1);
     }
     let mut exactly = [0; PLANES + 1];
     for p in least..=most {
@@ -328,6 +370,14 @@ fn ask(row: &[u8]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = row;
+}
+
+/// Asks for what the scan reads of a tile.
+#[inline(always)]
+fn prefetch_scan(t: &Tile) {
+    ask(t.k0);
+    ask(t.k_scales);
+    ask(t.v_scales);
 }
 
 /// Asks for the rows of K that will be read.
@@ -420,6 +470,31 @@ fn list_of(tokens: u128, list: &mut [u8; TILE]) -> &[u8] {
     &list[..n]
 }
 
+/// Adds a tile of which nothing was read beyond the scan: all its tokens stand for its mean of V.
+#[inline(always)]
+fn sum_scanned<S: Simd>(w: &Worker, t: &Tile, tile: usize, seen: u128, sums: &mut [Sums], outs: &mut [f32]) {
+    let dv = w.call.shape.dim_v;
+    let mut mean = [0.0f32; MAX_DIM];
+    let mean = &mut mean[..dv];
+    let mean_peak = t.mean(mean);
+    let (_, errors) = w.scores(tile + 1);
+    let outs = outs.chunks_exact_mut(dv);
+    for (((scanned, error), sums), out) in w.scanned(tile + 1).iter().zip(errors).zip(sums).zip(outs) {
+        let factor = math::factors::<S>(&[scanned.max; LANES], sums.max)[0];
+        let f = f64::from(factor);
+        let [e, e_vs, e_vs_2] = scanned.sums;
+        let class = [f * e, f * e_vs, f * f * e_vs_2];
+        sums.add_scores(ScoreError { bound: error.bound(1), rms: error.rms(1) }, class);
+        if class[0] > 0.0 {
+            sums.add_values(LEFT[0], mean_peak, class);
+        }
+        sums.note(seen.count_ones() as usize, scanned.unit * PEAK);
+        if mean_peak > 0.0 {
+            math::axpy::<S>(class[0] as f32, mean, out);
+        }
+    }
+}
+
 /// Adds a tile to sums and outputs: V of tokens that read any, the tile's mean for the others.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
@@ -439,49 +514,51 @@ fn sum<S: Simd>(
     let units = v_units::<S>(t);
     let mut mean = [0.0f32; MAX_DIM];
     let mean_peak = t.mean(&mut mean[..dv]);
-    let n_seen = seen.count_ones() as usize;
-    let peak = math::max_of(&units, seen) * PEAK;
+    let (whole, scanned) = (view.attached.is_some(), w.scanned(tile + 1));
+    let mut tables = math::Tables {
+        spread: [0.0; 8],
+        square_k: [0.0; 8],
+        square_v: [0.0; 8],
+        left: [0.0; 8],
+        centre: [0.0; 8],
+    };
+    for p in 0..=PLANES {
+        // Rows as the caller has them are known.
+        tables.left[p] = if p > 0 && whole { 0.0 } else { LEFT[p] };
+        tables.square_v[p] = value_square(tables.left[p]);
+        tables.centre[p] = if whole { 0.0 } else { CENTRE[p] };
+    }
     let mut bent = [0.0; TILE];
     let tile_out = &mut w.scratch.tile_out[..g * dv];
-    tile_out.fill(0.0);
     for h in 0..g {
         let (e, error, sums) = (&mut w.scratch.e[h], &errors[h], &mut sums[h]);
+        let mut bound = 0.0f32;
+        for p in 1..=PLANES {
+            let score = match whole && p > 1 {
+                true => error.of_rows(),
+                false => ScoreError { bound: error.bound(p), rms: error.rms(p) },
+            };
+            // Tokens count even if their weight vanishes: their scores may be as uncertain as any.
+            if reads.k[p] & seen != 0 {
+                bound = bound.max(score.bound);
+                (tables.spread[p], tables.square_k[p]) = score.factors();
+            }
+        }
         let logits = logits::<S>(w.call, unit.row, unit.kv_head * g + h, tile, &scores[h], &mut bent);
         math::weights::<S>(logits, sums.max, e);
-        // By planes of K and by planes of V: sums of e, e * vs, (e * vs)^2.
-        let (mut by_k, mut by_v, mut n) = ([[0.0f64; 3]; PLANES + 1], [[0.0f64; 3]; PLANES + 1], [0; PLANES + 1]);
-        for p in 0..=PLANES {
-            n[p] = (reads.k[p] & seen).count_ones();
-            if n[p] > 0 {
-                by_k[p] = math::sums_of::<S>(e, &units, reads.k[p]);
-            }
-            if reads.v[p] & seen != 0 {
-                by_v[p] = math::sums_of::<S>(e, &units, reads.v[p]);
-            }
-        }
-        // Tokens count even if their weight has vanished: their scores may be as uncertain as any.
-        for k in (1..=PLANES).filter(|&k| n[k] > 0) {
-            let score = match view.attached {
-                Some(_) if k > 1 => error.of_rows(),
-                _ => ScoreError { bound: error.bound(k), rms: error.rms(k) },
-            };
-            sums.add_scores(score, by_k[k]);
-        }
-        for (v, &class) in by_v.iter().enumerate().filter(|(_, class)| class[0] > 0.0) {
-            let left = if v > 0 && view.attached.is_some() { 0.0 } else { LEFT[v] };
-            sums.add_values(left, if v == 0 { mean_peak } else { 0.0 }, class);
-        }
-        sums.note(n_seen, peak);
+        let [e_sum, e_vs, spread, spread_vs, value, square, e_unread, centre] =
+            math::mixed_sums::<S>(e, &units, &reads.planes, &tables);
+        let value = value + f64::from(mean_peak) * e_unread;
+        sums.add_mixed(&Mixed { e: e_sum, e_vs, spread, spread_vs, value, square, bound });
+        sums.note(seen.count_ones() as usize, scanned[h].unit * PEAK);
+        // What is left out is centred.
         let out = &mut tile_out[h * dv..(h + 1) * dv];
+        out.fill(centre as f32);
         if mean_peak > 0.0 {
-            math::axpy::<S>(by_v[0][0] as f32, &mean[..dv], out);
+            math::axpy::<S>(e_unread as f32, &mean[..dv], out);
         }
-        if view.attached.is_none() && reads.some_v() != 0 {
-            // What is left out is centred; weights are those of the digits from here on.
-            let centre = (1..=PLANES).fold(0.0, |sum, p| sum + by_v[p][1] * f64::from(CENTRE[p])) as f32;
-            for x in out {
-                *x += centre;
-            }
+        if !whole {
+            // Weights are those of the digits from here on.
             math::scale_by::<S>(e, &units);
         }
     }
@@ -497,13 +574,13 @@ fn sum<S: Simd>(
             }
         }
         None => {
-            for n in 1..=PLANES {
-                let mut list = [0u8; TILE];
-                let list = list_of(reads.v[n], &mut list);
-                if !list.is_empty() {
-                    math::add_rows::<S>(t.v, dv / 2, n, list, &w.scratch.e[..g], tile_out);
-                }
-            }
+            let mut lists = [[0u8; TILE]; PLANES];
+            let mut n = 0;
+            let lists = lists.each_mut().map(|list| {
+                n += 1;
+                list_of(reads.v[n], list)
+            });
+            math::add_rows::<S>(t.v, dv / 2, &lists, &w.scratch.e[..g], tile_out);
         }
     }
     if mean_peak > 0.0 || reads.some_v() != 0 {

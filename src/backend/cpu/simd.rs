@@ -1,5 +1,5 @@
 //! Sixteen lanes of binary32 (or of i32 on their way there), per instruction set. The operations and their order are the
-//! same everywhere and there is no fused multiply-add, so results are the same bits.
+//! same everywhere, so results are the same bits.
 //!
 //! Everything is inlined into functions that enable the instruction set (`super::kernels`); called from anywhere else
 //! it would still be right, only slow.
@@ -19,10 +19,14 @@ pub unsafe trait Simd: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
+    /// `self * a + b`, rounded once.
+    fn fma(self, a: Self, b: Self) -> Self;
     /// Larger of each lane; `other`'s if `self`'s is NaN.
     fn max(self, other: Self) -> Self;
     fn abs(self) -> Self;
     fn div(self, other: Self) -> Self;
+    /// Entries of a table; lanes are their indices.
+    fn pick(self, table: &[f32; 8]) -> Self;
     /// Lanes whose bit is set, of the others `other`.
     fn keep(self, bits: u16, other: Self) -> Self;
     /// `self` where `x > limit`, 0 elsewhere.
@@ -34,7 +38,8 @@ pub unsafe trait Simd: Copy {
     fn from_i32(x: &[i32; LANES]) -> Self;
     /// The scales of scale bytes.
     fn scales(bytes: &[u8; LANES]) -> Self;
-    /// Low and high nibbles of `N` planes, each as one number of N hex digits.
+    /// The signed digits of `N` planes as numbers in units of the first one's, exact: those of the low nibbles, and of the
+    /// high ones.
     ///
     /// # Safety
     /// [`LANES`] bytes are readable at `planes + p * stride` for p < N.
@@ -79,6 +84,10 @@ unsafe impl Simd for Scalar {
         self.map(other, |a, b| a * b)
     }
     #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        Scalar(std::array::from_fn(|l| self.0[l].mul_add(a.0[l], b.0[l])))
+    }
+    #[inline(always)]
     fn max(self, other: Self) -> Self {
         self.map(other, |a, b| if a > b { a } else { b })
     }
@@ -89,6 +98,10 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         self.map(other, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn pick(self, table: &[f32; 8]) -> Self {
+        Scalar(self.0.map(|x| table[x as usize & 7]))
     }
     #[inline(always)]
     fn keep(self, bits: u16, other: Self) -> Self {
@@ -125,9 +138,35 @@ unsafe impl Simd for Scalar {
                 high[l] = high[l] << 4 | i32::from(plane[l] >> 4);
             }
         }
-        (Scalar(low.map(|x| x as f32)), Scalar(high.map(|x| x as f32)))
+        let value = |x: i32| (x - offset::<N>()) as f32 * unit::<N>();
+        (Scalar(low.map(value)), Scalar(high.map(value)))
     }
 }
+
+/// What the nibbles of `N` digits of 0 make.
+const fn offset<const N: usize>() -> i32 {
+    0x8888 >> (16 - 4 * N)
+}
+
+/// Weight of the last of `N` digits.
+const fn unit<const N: usize>() -> f32 {
+    1.0 / (1u32 << (4 * (N - 1))) as f32
+}
+
+/// Values of nibbles as digits, by plane.
+#[cfg(target_arch = "x86_64")]
+const DIGITS: [[f32; 16]; 4] = {
+    let (mut table, mut p) = ([[0.0; 16]; 4], 0);
+    while p < 4 {
+        let mut nibble = 0;
+        while nibble < 16 {
+            table[p][nibble] = (nibble as f32 - 8.0) / (1u32 << (4 * p)) as f32;
+            nibble += 1;
+        }
+        p += 1;
+    }
+    table
+};
 
 /// Bits of a scale: `(byte << 21) + SCALE_BITS` (see `format::scale`).
 #[cfg(target_arch = "x86_64")]
@@ -181,6 +220,11 @@ mod x86 {
             unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
         }
         #[inline(always)]
+        fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx2(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
+        }
+        #[inline(always)]
         fn max(self, other: Self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
@@ -197,6 +241,17 @@ mod x86 {
         fn div(self, other: Self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx2(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn pick(self, table: &[f32; 8]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let table = _mm256_loadu_ps(table.as_ptr());
+                Avx2(
+                    _mm256_permutevar8x32_ps(table, _mm256_cvtps_epi32(self.0)),
+                    _mm256_permutevar8x32_ps(table, _mm256_cvtps_epi32(self.1)),
+                )
+            }
         }
         #[inline(always)]
         fn keep(self, bits: u16, other: Self) -> Self {
@@ -273,7 +328,9 @@ mod x86 {
                         low = _mm256_or_si256(_mm256_slli_epi32::<4>(low), _mm256_and_si256(x, _mm256_set1_epi32(15)));
                         high = _mm256_or_si256(_mm256_slli_epi32::<4>(high), _mm256_srli_epi32::<4>(x));
                     }
-                    *half = (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high));
+                    let (offset, unit) = (_mm256_set1_epi32(offset::<N>()), _mm256_set1_ps(unit::<N>()));
+                    let value = |x| _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(x, offset)), unit);
+                    *half = (value(low), value(high));
                 }
                 (Avx2(halves[0].0, halves[1].0), Avx2(halves[0].1, halves[1].1))
             }
@@ -317,6 +374,11 @@ mod x86 {
             unsafe { Avx512(_mm512_mul_ps(self.0, other.0)) }
         }
         #[inline(always)]
+        fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_fmadd_ps(self.0, a.0, b.0)) }
+        }
+        #[inline(always)]
         fn max(self, other: Self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_max_ps(self.0, other.0)) }
@@ -330,6 +392,15 @@ mod x86 {
         fn div(self, other: Self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_div_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        fn pick(self, table: &[f32; 8]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                // Its upper half is not looked at: indices are below 8.
+                let table = _mm512_castps256_ps512(_mm256_loadu_ps(table.as_ptr()));
+                Avx512(_mm512_permutexvar_ps(_mm512_cvtps_epi32(self.0), table))
+            }
         }
         #[inline(always)]
         fn keep(self, bits: u16, other: Self) -> Self {
@@ -369,13 +440,17 @@ mod x86 {
         unsafe fn digits<const N: usize>(planes: *const u8, stride: usize) -> (Self, Self) {
             // SAFETY: see the impl; the contract.
             unsafe {
-                let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+                let (mut low, mut high) = (_mm512_setzero_ps(), _mm512_setzero_ps());
                 for p in 0..N {
                     let x = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes.add(p * stride).cast()));
-                    low = _mm512_or_si512(_mm512_slli_epi32::<4>(low), _mm512_and_si512(x, _mm512_set1_epi32(15)));
-                    high = _mm512_or_si512(_mm512_slli_epi32::<4>(high), _mm512_srli_epi32::<4>(x));
+                    // A permutation looks at the lowest 4 bits only.
+                    let table = _mm512_loadu_ps(DIGITS[p].as_ptr());
+                    let l = _mm512_permutexvar_ps(x, table);
+                    let h = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(x), table);
+                    (low, high) =
+                        if p == 0 { (l, h) } else { (_mm512_add_ps(low, l), _mm512_add_ps(high, h)) };
                 }
-                (Avx512(_mm512_cvtepi32_ps(low)), Avx512(_mm512_cvtepi32_ps(high)))
+                (Avx512(low), Avx512(high))
             }
         }
     }

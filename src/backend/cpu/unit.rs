@@ -4,7 +4,7 @@ use super::math::{self, Lane128};
 use super::refine::Refine;
 use super::scan::Scan;
 use super::simd::Simd;
-use super::workspace::{Partial, SPLIT, ThreadScratch, UnitScratch, dense_rows};
+use super::workspace::{Partial, SPLIT, Scanned, ThreadScratch, UnitScratch, dense_rows};
 use crate::alignment::{Share, Sums, TileError};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
@@ -233,6 +233,14 @@ impl<'a> Worker<'a> {
                 std::slice::from_raw_parts_mut(self.unit.errors.add(index * g), g),
             )
         }
+    }
+
+    /// What the scan says of a tile, by the same indices.
+    #[inline(always)]
+    pub fn scanned(&self, index: usize) -> &'a mut [Scanned] {
+        let g = self.call.shape.group();
+        // SAFETY: as in `state`: a tile belongs to one split.
+        unsafe { std::slice::from_raw_parts_mut(self.unit.scanned.add(index * g), g) }
     }
 }
 

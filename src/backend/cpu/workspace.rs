@@ -71,7 +71,25 @@ unsafe impl Plain for Folded {}
 // SAFETY: plain numbers.
 unsafe impl Plain for Partial {}
 // SAFETY: plain numbers.
+unsafe impl Plain for Scanned {}
+// SAFETY: plain numbers.
 unsafe impl Plain for Decoded {}
+
+/// What the scan of a tile says of one query head.
+#[derive(Debug, Clone, Copy)]
+pub struct Scanned {
+    /// Largest score.
+    pub max: f32,
+    /// Largest V scale of the tokens seen.
+    pub unit: f32,
+    /// Sums over them of e, e * V scale, and the square of that, e relative to `max`.
+    pub sums: [f64; 3],
+}
+
+impl Scanned {
+    /// Of no tokens.
+    pub const NONE: Scanned = Scanned { max: f32::NEG_INFINITY, unit: 0.0, sums: [0.0; 3] };
+}
 
 /// What the scan of a split says of one query head.
 #[derive(Debug, Clone, Copy)]
@@ -118,6 +136,8 @@ pub struct UnitScratch {
     pub scores: *mut [f32; TILE],
     /// `[tile][group]`.
     pub errors: *mut TileError,
+    /// `[tile][group]`.
+    pub scanned: *mut Scanned,
     /// `[split][group]`.
     pub partials: *mut Partial,
     /// `[split][rows * group]`.
@@ -140,6 +160,7 @@ impl UnitScratch {
         UnitScratch {
             scores: arena.take(tiles * g),
             errors: arena.take(tiles * g),
+            scanned: arena.take(tiles * g),
             partials: arena.take(splits * g),
             sums: arena.take(splits * rows),
             outs: arena.take(splits * rows * shape.dim_v),
