@@ -38,6 +38,9 @@ pub struct TileError {
 }
 
 impl TileError {
+    /// Of nothing.
+    pub const NONE: TileError = TileError { worst: 0.0, rough: 0.0, q_worst: 0.0, q_rms: 0.0, slack: 0.0, bend: 0.0 };
+
     /// Bound of a score's error after `planes` planes.
     #[inline(always)]
     pub fn bound(&self, planes: usize) -> f32 {
@@ -118,8 +121,8 @@ impl Share {
     pub fn any(&self, error: &TileError, mean: f32, score: f32, unit: f32) -> bool {
         let (offset_k, offset_v) = self.offsets(mean);
         let most = (score + self.slack(error)).exp() * (unit + offset_k.max(offset_v));
-        // Not `>`: what is no number reads all.
-        !(most * self.error_k(error, 1).max(self.error_v(0)) <= self.scaled)
+        let error = most * self.error_k(error, 1).max(self.error_v(0));
+        error > self.scaled || error.is_nan()
     }
 
     /// Thresholds of a tile.

@@ -128,14 +128,7 @@ impl Decoded {
         for first in (0..n).step_by(16) {
             let count = (n - first).min(16);
             for (i, row) in rest[..count].iter_mut().enumerate() {
-                math::unpack::<S>(
-                    tile.k_row(first + i),
-                    half_k,
-                    pk - 1,
-                    1.0 / 16.0,
-                    CENTRE[pk],
-                    &mut row[..s.dim_k],
-                );
+                math::unpack::<S>(tile.k_row(first + i), half_k, pk - 1, 1.0 / 16.0, CENTRE[pk], &mut row[..s.dim_k]);
             }
             self.put_k(first, s.dim_k, &rest);
             // Plane 0 lies by words of 16 tokens: lanes are tokens already.
@@ -205,7 +198,7 @@ impl Decoded {
             worst = worst.add(f);
             square = square.add(f.mul(f));
         }
-        let (worst, square) = (math::fold_sum(worst), math::fold_sum(square));
+        let (worst, square) = (worst.sum(), square.sum());
         // Scores are at most this: if it overflows, so must the bound.
         let reach = worst * (1.0 + 1e-5) * PEAK;
         Uncertain {

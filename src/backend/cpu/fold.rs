@@ -1,6 +1,5 @@
 //! q folded with a tile's K scales, and rounded to two int8 digits for the integer scan.
 
-use super::math;
 use super::simd::{LANES, Simd};
 use crate::alignment::TileError;
 use crate::format::aligned::Meta;
@@ -10,10 +9,8 @@ use crate::format::{CENTRE, MAX_DIM, PEAK, TILE};
 const Q_LEVELS: f32 = 127.0 * 257.0;
 
 /// One query head's q, folded with the scales of one tile: score = sum over channels of `folded * value / scale`.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Folded {
-    /// High and low digits of the rounded channels.
-    pub digits: [[i8; MAX_DIM]; 2],
     /// Unit of the integer scores.
     pub step: f32,
     /// Sum of the rounded q, in steps.
@@ -23,6 +20,9 @@ pub struct Folded {
 }
 
 impl Folded {
+    /// Of no tile.
+    pub const NONE: Folded = Folded { step: 0.0, q_sum: 0, error: TileError::NONE };
+
     /// Scores from the integer sums of `nibble * q`: digits are nibbles - 8, centred on what they leave out.
     #[inline(always)]
     pub fn scores<S: Simd>(&self, integers: &[i32; TILE], scores: &mut [f32; TILE]) {
@@ -69,8 +69,16 @@ pub fn score_rounding(dim: usize) -> f32 {
 /// Folds `q` (times the softmax scale already) with a tile's scale bytes. `words` gets the two digits of the rounded
 /// values, as the scan reads them: per 4 channels of the low nibbles and the 4 of the high ones, `[high digit of low
 /// nibbles, low digit of them, high digit of high nibbles, low digit of them][4]`, at `stride` bytes from word to word.
+/// `digits` gets the same as the refinement reads them: all high digits, then all low ones.
 #[inline(always)]
-pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], stride: usize, out: &mut Folded) {
+pub fn fold<S: Simd>(
+    q: &[f32],
+    k_scales: &[u8],
+    meta: &Meta,
+    words: &mut [i8],
+    stride: usize,
+    digits: &mut [i8],
+) -> Folded {
     let (d, half) = (q.len(), q.len() / 2);
     let (mut peak, mut worst, mut rough) = (S::splat(0.0), S::splat(0.0), S::splat(0.0));
     let mut folded = [0.0f32; MAX_DIM];
@@ -82,13 +90,13 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
         worst = worst.add(f.abs());
         rough = rough.add(f.mul(f));
     }
-    let (peak, worst, rough) = (math::fold_max(peak), math::fold_sum(worst), math::fold_sum(rough).sqrt());
+    let (peak, worst, rough) = (peak.most(), worst.sum(), rough.sum().sqrt());
     // Too small to be rounded to anything: all digits 0, and the whole of q is error.
     let vanishing = peak < 1e-30;
     let (step, inverse) = if vanishing { (0.0, 0.0) } else { (peak / Q_LEVELS, Q_LEVELS / peak) };
     const MAGIC: f32 = 12_582_912.0;
     let mut q_sum = 0i32;
-    let [high, low] = &mut out.digits;
+    let (high, low) = digits.split_at_mut(d);
     for ((h, l), &f) in high.iter_mut().zip(low.iter_mut()).zip(&folded[..d]) {
         // |f * inverse| < 2^15: the low bits of the sum are the integer.
         let r = (f * inverse + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
@@ -103,10 +111,8 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
         word[8..12].copy_from_slice(&high[c + half..c + half + 4]);
         word[12..16].copy_from_slice(&low[c + half..c + half + 4]);
     }
-    out.step = step;
-    out.q_sum = q_sum;
     let (sum, squares) = (f32::from(meta.digit_sum), f32::from(meta.digit_square_sum));
-    out.error = TileError {
+    let error = TileError {
         worst: worst * (1.0 + 1e-5),
         rough,
         // Half a step (0.51: the product is rounded too) for every channel, whose value is within its digit's +- 1.
@@ -115,6 +121,7 @@ pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, words: &mut [i8], 
         slack: meta.slack + score_rounding(d),
         bend: 0.0,
     };
+    Folded { step, q_sum, error }
 }
 
 /// A whole vector of what may be the end of a row.

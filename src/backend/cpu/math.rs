@@ -31,26 +31,6 @@ fn lanes<S: Simd>(x: S) -> [f32; LANES] {
     lanes
 }
 
-/// Sum of the lanes, as a tree.
-#[inline(always)]
-pub fn fold_sum<S: Simd>(x: S) -> f32 {
-    let mut lanes = lanes(x);
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-/// Largest of the lanes.
-#[inline(always)]
-pub fn fold_max<S: Simd>(x: S) -> f32 {
-    lanes(x).iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
-}
-
 /// The vectors of a tile.
 #[inline(always)]
 pub fn blocks(x: &Lane128) -> &[[f32; LANES]] {
@@ -107,7 +87,7 @@ pub fn max<S: Simd>(x: &Lane128) -> f32 {
     for x in blocks(x) {
         most = S::load(x).max(most);
     }
-    fold_max(most)
+    most.most()
 }
 
 /// Largest of some tokens' numbers, all 0 or more.
@@ -142,7 +122,7 @@ pub fn sums<S: Simd>(e: &Lane128, units: &Lane128) -> [f64; 3] {
         let x = e.mul(S::load(u));
         sums = [sums[0].add(e), sums[1].add(x), x.fma(x, sums[2])];
     }
-    [f64::from(fold_sum(sums[0])), f64::from(fold_sum(sums[1])), f64::from(fold_sum(sums[2]))]
+    [f64::from(sums[0].sum()), f64::from(sums[1].sum()), f64::from(sums[2].sum())]
 }
 
 /// Sums over a tile for tokens of different precision: `planes` = planes of K and of V that each has read.
@@ -165,7 +145,12 @@ pub fn mixed_sums<S: Simd>(e: &Lane128, units: &Lane128, planes: &[Lane128; 2], 
             x.fma(v.pick(&t.centre), sums[7]),
         ];
     }
-    sums.map(|sum| f64::from(fold_sum(sum)))
+    // Not `map`: its closure would be compiled without the instruction set.
+    let mut folded = [0.0; 8];
+    for (folded, sum) in folded.iter_mut().zip(sums) {
+        *folded = f64::from(sum.sum());
+    }
+    folded
 }
 
 /// What the weights of a token are multiplied with in [`mixed_sums`], by the planes it has read.
@@ -291,7 +276,7 @@ pub fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
     if !a_rest.is_empty() {
         sum = S::load(&tail(a_rest)).fma(S::load(&tail(b_rest)), sum);
     }
-    fold_sum(sum)
+    sum.sum()
 }
 
 /// `y += a * x`.

@@ -6,7 +6,7 @@ use super::scan::WORD;
 use super::simd::Simd;
 use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
 use super::workspace::{Partial, SPLIT, Scanned};
-use crate::alignment::{Mixed, ScoreError, Share, Sums, TileError, value_square};
+use crate::alignment::{Mixed, ScoreError, Share, Sums, value_square};
 use crate::backend::Attention;
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
@@ -38,7 +38,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let exact = exact_tokens(call, unit, view, split);
     if exact != 0 {
         w.scratch.tile.exact::<S>(view, unit.kv_head);
-        let (scores, _) = w.scores(0);
+        let scores = w.scores(0);
         for h in 0..g {
             let q = &w.scratch.q[h * d..(h + 1) * d];
             let error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
@@ -57,9 +57,10 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         if tile + 1 < last {
             prefetch_scan(&Tile::new(shape, part(tile + 1)));
         }
-        for h in 0..g {
-            let q = &w.scratch.q[h * d..(h + 1) * d];
-            fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
+        let (scanned, digits) = (w.scanned(tile + 1), w.digits(tile + 1));
+        for (h, digits) in digits.chunks_exact_mut(2 * d).enumerate() {
+            let (q, words) = (&w.scratch.q[h * d..(h + 1) * d], &mut w.scratch.words[h * WORD..]);
+            scanned[h].folded = fold::<S>(q, t.k_scales, &t.meta, words, g * WORD, digits);
         }
         let words = &w.scratch.words[..d / 8 * g * WORD];
         let n_blocks = (TILE - seen.leading_zeros() as usize).div_ceil(LANES);
@@ -67,17 +68,15 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         unsafe { (w.scan)(t.k0, words, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
         let units = v_units::<S>(&t);
         let unit_max = if seen == u128::MAX { math::max::<S>(&units) } else { math::max_of(&units, seen) };
-        let (scores, errors) = w.scores(tile + 1);
-        for h in 0..g {
-            let folded = &w.scratch.folded[h];
+        let scores = w.scores(tile + 1);
+        for (h, scanned) in scanned.iter_mut().enumerate() {
+            let mut folded = scanned.folded;
             folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
             math::hide::<S>(&mut scores[h], seen);
             let reach = folded.error.worst * PEAK;
-            let bend = bend_error(call, unit.row, unit.kv_head * g + h, tile, reach);
-            errors[h] = TileError { bend, ..folded.error };
-            let scanned = weigh::<S>(call, unit, h, tile, &scores[h], &units, unit_max);
+            folded.error.bend = bend_error(call, unit.row, unit.kv_head * g + h, tile, reach);
+            *scanned = Scanned { folded, ..weigh::<S>(call, unit, h, tile, &scores[h], &units, unit_max) };
             w.check(reach, scanned.max);
-            w.scanned(tile + 1)[h] = scanned;
         }
     }
 
@@ -88,7 +87,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         for (max, tile) in max.iter_mut().zip(tiles.clone()) {
             *max = w.scanned(tile)[h].max;
         }
-        let most = math::fold_max(S::load(&max));
+        let most = S::load(&max).most();
         let factors = math::factors::<S>(&max, most);
         *partial = Partial { max: most, sum: 0.0, weighted: 0.0 };
         for (factor, tile) in factors.into_iter().zip(tiles) {
@@ -115,7 +114,7 @@ fn weigh<S: Simd>(
     let logits = logits::<S>(call, unit.row, head, tile, scores, &mut bent);
     let max = math::max::<S>(logits);
     math::weights::<S>(logits, max, &mut e);
-    Scanned { max, unit: unit_max, sums: math::sums::<S>(&e, units) }
+    Scanned { max, unit: unit_max, sums: math::sums::<S>(&e, units), ..Scanned::NONE }
 }
 
 /// How many of the limits each lane exceeds.
@@ -156,11 +155,8 @@ struct Reads {
 
 impl Reads {
     /// Plane 0 of K, as the scan has it.
-    const SCANNED: Reads = Reads {
-        k: [0, u128::MAX, 0, 0, 0],
-        v: [u128::MAX, 0, 0, 0, 0],
-        planes: [[1.0; TILE], [0.0; TILE]],
-    };
+    const SCANNED: Reads =
+        Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0], planes: [[1.0; TILE], [0.0; TILE]] };
 
     /// True if no token reads more than the scan.
     fn is_scanned(&self) -> bool {
@@ -222,7 +218,7 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             if reads.more_k() != 0 {
                 let mut bent = [0.0; TILE];
                 for (h, scanned) in w.scanned(tile + 1).iter_mut().enumerate() {
-                    let (head, scores) = (unit.kv_head * g + h, &w.scores(tile + 1).0[h]);
+                    let (head, scores) = (unit.kv_head * g + h, &w.scores(tile + 1)[h]);
                     scanned.max = math::max::<S>(logits::<S>(call, unit.row, head, tile, scores, &mut bent));
                 }
             }
@@ -240,7 +236,7 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     if exact != 0 {
         w.scratch.tile.exact::<S>(view, unit.kv_head);
         w.stats.count_dense(view, true, exact.count_ones() as usize);
-        let (scores, _) = w.scores(0);
+        let scores = w.scores(0);
         let mut bent = [0.0; TILE];
         for h in 0..g {
             let head = unit.kv_head * g + h;
@@ -275,13 +271,12 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 #[inline(always)]
 fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: usize) -> Reads {
     let g = w.call.shape.group();
-    let (scores, errors) = w.scores(tile + 1);
-    let scanned = w.scanned(tile + 1);
+    let (scores, scanned) = (w.scores(tile + 1), w.scanned(tile + 1));
     let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
     let mut needs = 0u64;
     for (h, share) in w.shares.heads[..g].iter().enumerate() {
         if let Some((max, share)) = share {
-            needs |= u64::from(share.any(&errors[h], mean, scanned[h].max - max, scanned[h].unit)) << h;
+            needs |= u64::from(share.any(&scanned[h].folded.error, mean, scanned[h].max - max, scanned[h].unit)) << h;
         }
     }
     if needs == 0 {
@@ -293,22 +288,18 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
     let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
     for (h, share) in w.shares.heads[..g].iter().enumerate().filter(|(h, _)| needs >> h & 1 == 1) {
         let Some((max, share)) = share else { continue };
-        let limits = share.thresholds(&errors[h], mean);
+        let limits = share.thresholds(&scanned[h].folded.error, mean);
         let mut e = [0.0; TILE];
         let logits = logits::<S>(w.call, unit.row, unit.kv_head * g + h, tile, &scores[h], &mut bent);
         math::weights::<S>(logits, *max, &mut e);
         let (offset_k, offset_v) = (S::splat(limits.offset_k), S::splat(limits.offset_v));
-        let offset = offset_k.max(offset_v);
-        let mut most = S::splat(0.0);
-        for (e, u) in math::blocks(&e).iter().zip(math::blocks(&units)) {
-            most = S::load(e).mul(S::load(u).add(offset)).max(most);
-        }
-        if math::fold_max(most) <= limits.least() {
-            continue;
-        }
-        any = true;
+        let (offset, least) = (offset_k.max(offset_v), limits.least());
         for (b, (e, u)) in math::blocks(&e).iter().zip(math::blocks(&units)).enumerate() {
             let (e, u) = (S::load(e), S::load(u));
+            if e.mul(u.add(offset)).above(least) == 0 {
+                continue;
+            }
+            any = true;
             let (x_k, x_0, x_v) = (e.mul(u.add(offset_k)), e.mul(u.add(offset_v)), e.mul(u));
             let (k, v) = (&mut math::blocks_mut(&mut planes_k)[b], &mut math::blocks_mut(&mut planes_v)[b]);
             exceeded(x_k, &limits.k).add(S::splat(1.0)).max(S::load(k)).store(k);
@@ -414,7 +405,7 @@ fn prefetch_rows(rows: &Rows, kv_head: usize, tokens: u128) {
 #[inline(always)]
 fn read_keys<S: Simd>(w: &mut Worker, k: &Rows, kv_head: usize, tile: usize, reads: &Reads) {
     let (g, d) = (w.call.shape.group(), w.call.shape.dim_k);
-    let (scores, _) = w.scores(tile + 1);
+    let scores = w.scores(tile + 1);
     let mut values = [0.0f32; MAX_DIM];
     let values = &mut values[..d];
     for i in Bits(reads.more_k()) {
@@ -433,12 +424,7 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
     if reads.more_k() == 0 {
         return;
     }
-    let (scores, _) = w.scores(tile + 1);
-    for h in 0..g {
-        let q = &w.scratch.q[h * d..(h + 1) * d];
-        fold::<S>(q, t.k_scales, &t.meta, &mut w.scratch.words[h * WORD..], g * WORD, &mut w.scratch.folded[h]);
-    }
-    let folded = &w.scratch.folded[..g];
+    let (scores, scanned, digits) = (w.scores(tile + 1), w.scanned(tile + 1), w.digits(tile + 1));
     let row_bytes = t.k_rest.len() / TILE;
     for n in 2..=PLANES {
         let mut list = [0u8; TILE];
@@ -449,8 +435,8 @@ fn refine_keys<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, reads: &Reads) {
         for p in 1..n {
             let (rows, integers) = (&t.k_rest[(p - 1) * (d / 2)..], &mut w.scratch.integers[..g]);
             // SAFETY: the worker's kernel is that of an instruction set that this machine has.
-            unsafe { (w.refine)(rows, row_bytes, d / 2, list, folded, integers) };
-            for ((folded, scores), integers) in folded.iter().zip(scores.iter_mut()).zip(integers) {
+            unsafe { (w.refine)(rows, row_bytes, d / 2, list, digits, integers) };
+            for ((Scanned { folded, .. }, scores), integers) in scanned.iter().zip(scores.iter_mut()).zip(integers) {
                 // What is left out is centred once.
                 let centre = if p == 1 { (CENTRE[n] - CENTRE[1]) * folded.q_sum as f32 } else { 0.0 };
                 folded.refine::<S>(integers, reads.k[n], WEIGHT[p], centre, scores);
@@ -477,9 +463,9 @@ fn sum_scanned<S: Simd>(w: &Worker, t: &Tile, tile: usize, seen: u128, sums: &mu
     let mut mean = [0.0f32; MAX_DIM];
     let mean = &mut mean[..dv];
     let mean_peak = t.mean(mean);
-    let (_, errors) = w.scores(tile + 1);
     let outs = outs.chunks_exact_mut(dv);
-    for (((scanned, error), sums), out) in w.scanned(tile + 1).iter().zip(errors).zip(sums).zip(outs) {
+    for ((scanned, sums), out) in w.scanned(tile + 1).iter().zip(sums).zip(outs) {
+        let error = &scanned.folded.error;
         let factor = math::factors::<S>(&[scanned.max; LANES], sums.max)[0];
         let f = f64::from(factor);
         let [e, e_vs, e_vs_2] = scanned.sums;
@@ -510,18 +496,13 @@ fn sum<S: Simd>(
     outs: &mut [f32],
 ) {
     let (g, dv) = (w.call.shape.group(), w.call.shape.dim_v);
-    let (scores, errors) = w.scores(tile + 1);
+    let scores = w.scores(tile + 1);
     let units = v_units::<S>(t);
     let mut mean = [0.0f32; MAX_DIM];
     let mean_peak = t.mean(&mut mean[..dv]);
     let (whole, scanned) = (view.attached.is_some(), w.scanned(tile + 1));
-    let mut tables = math::Tables {
-        spread: [0.0; 8],
-        square_k: [0.0; 8],
-        square_v: [0.0; 8],
-        left: [0.0; 8],
-        centre: [0.0; 8],
-    };
+    let mut tables =
+        math::Tables { spread: [0.0; 8], square_k: [0.0; 8], square_v: [0.0; 8], left: [0.0; 8], centre: [0.0; 8] };
     for p in 0..=PLANES {
         // Rows as the caller has them are known.
         tables.left[p] = if p > 0 && whole { 0.0 } else { LEFT[p] };
@@ -531,7 +512,7 @@ fn sum<S: Simd>(
     let mut bent = [0.0; TILE];
     let tile_out = &mut w.scratch.tile_out[..g * dv];
     for h in 0..g {
-        let (e, error, sums) = (&mut w.scratch.e[h], &errors[h], &mut sums[h]);
+        let (e, error, sums) = (&mut w.scratch.e[h], &scanned[h].folded.error, &mut sums[h]);
         let mut bound = 0.0f32;
         for p in 1..=PLANES {
             let score = match whole && p > 1 {

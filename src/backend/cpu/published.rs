@@ -88,13 +88,13 @@ pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
     let first = unit.from / TILE;
     let tiles = first..unit.to.div_ceil(TILE);
     for t in tiles.clone() {
-        for scores in w.scores(t - first).0 {
+        for scores in w.scores(t - first) {
             scores.fill(f32::NEG_INFINITY);
         }
     }
     for i in unit.from..unit.to {
         tile(i).k.row(i % TILE, &mut row[..d]);
-        let (scores, _) = w.scores(i / TILE - first);
+        let scores = w.scores(i / TILE - first);
         for h in 0..g {
             read(&row[..d], &cuts[h][..d], &mut values[..d]);
             scores[h][i % TILE] = math::dot::<S>(&values[..d], &w.scratch.q[h * d..(h + 1) * d]);
@@ -104,10 +104,10 @@ pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
     // V: bits per token, from its weight against the exponent that the output is expected to have.
     let mut alignments = [0i32; MAX_GROUP];
     for h in 0..g {
-        let max = tiles.clone().fold(f32::NEG_INFINITY, |m, t| m.max(math::max::<S>(&w.scores(t - first).0[h])));
+        let max = tiles.clone().fold(f32::NEG_INFINITY, |m, t| m.max(math::max::<S>(&w.scores(t - first)[h])));
         let mut sum = 0.0;
         for t in tiles.clone() {
-            let scores = &mut w.scores(t - first).0[h];
+            let scores = &mut w.scores(t - first)[h];
             math::weights::<S>(&*scores, max, &mut w.scratch.e[h]);
             *scores = w.scratch.e[h];
             sum += math::sums::<S>(scores, scores)[0];
@@ -117,7 +117,7 @@ pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
         let mut best = [(f16::ZERO, 0); GROUPS];
         for i in 0..n {
             let token = unit.from + i;
-            let weight = &mut w.scores(token / TILE - first).0[h][token % TILE];
+            let weight = &mut w.scores(token / TILE - first)[h][token % TILE];
             let p = f16::from_f64(f64::from(*weight) / sum);
             *weight = p.to_f32();
             if p > best[i % GROUPS].0 {
@@ -139,7 +139,7 @@ pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
     for i in unit.from..unit.to {
         tile(i).v.row(i % TILE, &mut row[..dv]);
         let peak = row[..dv].iter().fold(0, |m, b| m.max(b & 0x7fff));
-        let (weights, _) = w.scores(i / TILE - first);
+        let weights = w.scores(i / TILE - first);
         let mut most = 0;
         for h in 0..g {
             let p = weights[h][i % TILE];

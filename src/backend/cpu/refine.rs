@@ -1,29 +1,28 @@
 //! One further plane of listed K rows against rounded q: integer dot products as in the scan, but rows lie anywhere, so
 //! lanes are channels.
 
-use super::fold::Folded;
 use crate::format::{MAX_DIM, TILE};
 
 /// `out[head][token]` = sum over channels of nibble * rounded q, of the tokens listed. `rows` starts at the plane of token
-/// 0; tokens lie `stride` bytes apart, a plane has `half` bytes.
+/// 0; tokens lie `stride` bytes apart, a plane has `half` bytes. `digits` = `[heads][2][2 * half]` of rounded q.
 pub type Refine =
-    unsafe fn(rows: &[u8], stride: usize, half: usize, tokens: &[u8], folded: &[Folded], out: &mut [[i32; TILE]]);
+    unsafe fn(rows: &[u8], stride: usize, half: usize, tokens: &[u8], digits: &[i8], out: &mut [[i32; TILE]]);
 
-fn check(rows: &[u8], stride: usize, half: usize, tokens: &[u8], folded: &[Folded], out: &[[i32; TILE]]) {
+fn check(rows: &[u8], stride: usize, half: usize, tokens: &[u8], digits: &[i8], out: &[[i32; TILE]]) {
     let last = tokens.iter().fold(0, |m, &t| if t > m { t } else { m });
-    assert!(2 * half <= MAX_DIM && usize::from(last) < TILE && folded.len() == out.len());
+    assert!(2 * half <= MAX_DIM && usize::from(last) < TILE && digits.len() == 4 * half * out.len());
     assert!(tokens.is_empty() || rows.len() >= usize::from(last) * stride + half);
 }
 
 /// Portable.
-pub fn scalar(rows: &[u8], stride: usize, half: usize, tokens: &[u8], folded: &[Folded], out: &mut [[i32; TILE]]) {
-    check(rows, stride, half, tokens, folded, out);
+pub fn scalar(rows: &[u8], stride: usize, half: usize, tokens: &[u8], digits: &[i8], out: &mut [[i32; TILE]]) {
+    check(rows, stride, half, tokens, digits, out);
     for token in tokens.iter().map(|&token| usize::from(token)) {
         let row = &rows[token * stride..][..half];
-        for (folded, out) in folded.iter().zip(out.iter_mut()) {
+        for (digits, out) in digits.chunks_exact(4 * half).zip(out.iter_mut()) {
             let mut sums = [0i32; 2];
-            for (sum, q) in sums.iter_mut().zip(&folded.digits) {
-                let (low, high) = (&q[..half], &q[half..2 * half]);
+            for (sum, q) in sums.iter_mut().zip(digits.chunks_exact(2 * half)) {
+                let (low, high) = q.split_at(half);
                 for ((&byte, &l), &h) in row.iter().zip(low).zip(high) {
                     *sum += i32::from(byte & 15) * i32::from(l) + i32::from(byte >> 4) * i32::from(h);
                 }
@@ -46,15 +45,15 @@ mod x86 {
 
     /// VNNI: 64 channels per instruction.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub fn avx512(rows: &[u8], stride: usize, half: usize, tokens: &[u8], folded: &[Folded], out: &mut [[i32; TILE]]) {
-        check(rows, stride, half, tokens, folded, out);
-        for (folded, out) in folded.chunks(HEADS).zip(out.chunks_mut(HEADS)) {
+    pub fn avx512(rows: &[u8], stride: usize, half: usize, tokens: &[u8], digits: &[i8], out: &mut [[i32; TILE]]) {
+        check(rows, stride, half, tokens, digits, out);
+        for (digits, out) in digits.chunks(HEADS * 4 * half).zip(out.chunks_mut(HEADS)) {
             // SAFETY: `check` has bounded rows and tokens; parts 0..C cover `half` channels.
             unsafe {
                 if half <= 64 {
-                    avx512_block::<1>(rows, stride, half, tokens, folded, out);
+                    avx512_block::<1>(rows, stride, half, tokens, digits, out);
                 } else {
-                    avx512_block::<2>(rows, stride, half, tokens, folded, out);
+                    avx512_block::<2>(rows, stride, half, tokens, digits, out);
                 }
             }
         }
@@ -70,7 +69,7 @@ mod x86 {
         stride: usize,
         half: usize,
         tokens: &[u8],
-        folded: &[Folded],
+        digits: &[i8],
         out: &mut [[i32; TILE]],
     ) {
         let nibbles = _mm512_set1_epi8(15);
@@ -80,8 +79,8 @@ mod x86 {
         for c in 0..C {
             let count = (half - 64 * c).min(64);
             lanes[c] = if count == 64 { u64::MAX } else { (1 << count) - 1 };
-            for (q, folded) in q[c].iter_mut().zip(folded) {
-                for (q, digits) in q.iter_mut().zip(&folded.digits) {
+            for (q, digits) in q[c].iter_mut().zip(digits.chunks_exact(4 * half)) {
+                for (q, digits) in q.iter_mut().zip(digits.chunks_exact(2 * half)) {
                     // SAFETY: masked to `half` channels from the start and from the middle of the digits.
                     *q = unsafe {
                         [
@@ -127,15 +126,15 @@ mod x86 {
 
     /// Two products per 16-bit lane (at most 2 * 15 * 128: no saturation), then pairs of those.
     #[target_feature(enable = "avx2")]
-    pub fn avx2(rows: &[u8], stride: usize, half: usize, tokens: &[u8], folded: &[Folded], out: &mut [[i32; TILE]]) {
-        check(rows, stride, half, tokens, folded, out);
+    pub fn avx2(rows: &[u8], stride: usize, half: usize, tokens: &[u8], digits: &[i8], out: &mut [[i32; TILE]]) {
+        check(rows, stride, half, tokens, digits, out);
         let (nibbles, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
         let whole = half / 32 * 32;
         for token in tokens.iter().map(|&token| usize::from(token)) {
             let row = &rows[token * stride..][..half];
-            for (folded, out) in folded.iter().zip(out.iter_mut()) {
+            for (digits, out) in digits.chunks_exact(4 * half).zip(out.iter_mut()) {
                 let mut sums = [0i32; 2];
-                for (sum, q) in sums.iter_mut().zip(&folded.digits) {
+                for (sum, q) in sums.iter_mut().zip(digits.chunks_exact(2 * half)) {
                     let mut lanes = _mm256_setzero_si256();
                     let mut at = 0;
                     while at < whole {
@@ -170,7 +169,6 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::alignment::TileError;
 
     #[test]
     fn exact_on_every_instruction_set() {
@@ -198,16 +196,8 @@ mod tests {
                     let stride = planes * half;
                     let rows: Vec<u8> =
                         (0..TILE * stride).map(|_| if extreme { 0xff } else { random() as u8 }).collect();
-                    let folded: Vec<Folded> = (0..heads)
-                        .map(|_| Folded {
-                            digits: std::array::from_fn(|_| {
-                                std::array::from_fn(|_| if extreme { -128 } else { random() as i8 })
-                            }),
-                            step: 0.0,
-                            q_sum: 0,
-                            error: TileError::default(),
-                        })
-                        .collect();
+                    let digits: Vec<i8> =
+                        (0..heads * 2 * d).map(|_| if extreme { -128 } else { random() as i8 }).collect();
                     let n = [1, 5, TILE][random() as usize % 3];
                     let tokens: Vec<u8> =
                         (0..n).map(|i| if n == TILE { i } else { random() as usize % TILE } as u8).collect();
@@ -215,11 +205,10 @@ mod tests {
                     for (name, kernel) in &kernels {
                         let mut got = vec![[i32::MIN; TILE]; heads];
                         // SAFETY: the kernel was found available.
-                        unsafe { kernel(&rows[plane * half..], stride, half, &tokens, &folded, &mut got) };
+                        unsafe { kernel(&rows[plane * half..], stride, half, &tokens, &digits, &mut got) };
                         for &token in &tokens {
-                            for (h, folded) in folded.iter().enumerate() {
-                                let q =
-                                    |c: usize| 256 * i64::from(folded.digits[0][c]) + i64::from(folded.digits[1][c]);
+                            for (h, digits) in digits.chunks_exact(2 * d).enumerate() {
+                                let q = |c: usize| 256 * i64::from(digits[c]) + i64::from(digits[d + c]);
                                 let want: i64 = (0..half)
                                     .map(|b| {
                                         let byte = rows[usize::from(token) * stride + plane * half + b];

@@ -33,6 +33,10 @@ pub unsafe trait Simd: Copy {
     fn where_above(self, x: Self, limit: Self) -> Self;
     /// Bit l is set where lane l is above the limit.
     fn above(self, limit: f32) -> u16;
+    /// Sum of the lanes, as a tree: halves are added until one is left.
+    fn sum(self) -> f32;
+    /// Largest of the lanes, none of which is NaN.
+    fn most(self) -> f32;
     /// The bits of each lane, moved left by 23.
     fn shift_to_exponent(self) -> Self;
     fn from_i32(x: &[i32; LANES]) -> Self;
@@ -116,6 +120,19 @@ unsafe impl Simd for Scalar {
         self.0.iter().enumerate().fold(0, |bits, (l, &x)| bits | u16::from(x > limit) << l)
     }
     #[inline(always)]
+    fn sum(mut self) -> f32 {
+        for width in [8, 4, 2, 1] {
+            for i in 0..width {
+                self.0[i] += self.0[i + width];
+            }
+        }
+        self.0[0]
+    }
+    #[inline(always)]
+    fn most(self) -> f32 {
+        self.0.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+    }
+    #[inline(always)]
     fn shift_to_exponent(self) -> Self {
         Scalar(self.0.map(|x| f32::from_bits(x.to_bits() << 23)))
     }
@@ -179,6 +196,28 @@ pub use x86::{Avx2, Avx512};
 mod x86 {
     use super::*;
     use std::arch::x86_64::*;
+
+    /// Sum of 8 lanes.
+    #[inline(always)]
+    unsafe fn sum8(x: __m256) -> f32 {
+        // SAFETY: see the impls.
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+
+    /// Largest of 8 lanes.
+    #[inline(always)]
+    unsafe fn most8(x: __m256) -> f32 {
+        // SAFETY: see the impls.
+        unsafe {
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
 
     /// Two halves.
     #[derive(Clone, Copy)]
@@ -287,6 +326,16 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn sum(self) -> f32 {
+            // SAFETY: see the impl.
+            unsafe { sum8(_mm256_add_ps(self.0, self.1)) }
+        }
+        #[inline(always)]
+        fn most(self) -> f32 {
+            // SAFETY: see the impl.
+            unsafe { most8(_mm256_max_ps(self.0, self.1)) }
+        }
+        #[inline(always)]
         fn shift_to_exponent(self) -> Self {
             // SAFETY: see the impl.
             unsafe {
@@ -335,6 +384,13 @@ mod x86 {
                 (Avx2(halves[0].0, halves[1].0), Avx2(halves[0].1, halves[1].1))
             }
         }
+    }
+
+    /// Lanes 8 to 15.
+    #[inline(always)]
+    unsafe fn upper(x: __m512) -> __m256 {
+        // SAFETY: see the impls.
+        unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
     }
 
     /// One register.
@@ -418,6 +474,16 @@ mod x86 {
             unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_set1_ps(limit)) }
         }
         #[inline(always)]
+        fn sum(self) -> f32 {
+            // SAFETY: see the impl.
+            unsafe { sum8(_mm256_add_ps(_mm512_castps512_ps256(self.0), upper(self.0))) }
+        }
+        #[inline(always)]
+        fn most(self) -> f32 {
+            // SAFETY: see the impl.
+            unsafe { most8(_mm256_max_ps(_mm512_castps512_ps256(self.0), upper(self.0))) }
+        }
+        #[inline(always)]
         fn shift_to_exponent(self) -> Self {
             // SAFETY: see the impl.
             unsafe { Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))) }
@@ -447,8 +513,7 @@ mod x86 {
                     let table = _mm512_loadu_ps(DIGITS[p].as_ptr());
                     let l = _mm512_permutexvar_ps(x, table);
                     let h = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(x), table);
-                    (low, high) =
-                        if p == 0 { (l, h) } else { (_mm512_add_ps(low, l), _mm512_add_ps(high, h)) };
+                    (low, high) = if p == 0 { (l, h) } else { (_mm512_add_ps(low, l), _mm512_add_ps(high, h)) };
                 }
                 (Avx512(low), Avx512(high))
             }

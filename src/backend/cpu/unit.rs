@@ -5,7 +5,7 @@ use super::refine::Refine;
 use super::scan::Scan;
 use super::simd::Simd;
 use super::workspace::{Partial, SPLIT, Scanned, ThreadScratch, UnitScratch, dense_rows};
-use crate::alignment::{Share, Sums, TileError};
+use crate::alignment::{Share, Sums};
 use crate::backend::{Attention, Mode, Stats};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
@@ -222,17 +222,20 @@ impl<'a> Worker<'a> {
         unsafe { std::slice::from_raw_parts(self.unit.partials.add(split * g), g) }
     }
 
-    /// Scores and uncertainties of a tile; index 0 is that of the exact rows, page t has index t + 1.
+    /// Scores of a tile; index 0 is that of the exact rows, page t has index t + 1.
     #[inline(always)]
-    pub fn scores(&self, index: usize) -> (&'a mut [[f32; TILE]], &'a mut [TileError]) {
+    pub fn scores(&self, index: usize) -> &'a mut [Lane128] {
         let g = self.call.shape.group();
         // SAFETY: as in `state`: a tile belongs to one split.
-        unsafe {
-            (
-                std::slice::from_raw_parts_mut(self.unit.scores.add(index * g), g),
-                std::slice::from_raw_parts_mut(self.unit.errors.add(index * g), g),
-            )
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.unit.scores.add(index * g), g) }
+    }
+
+    /// Digits of rounded q, by the same indices.
+    #[inline(always)]
+    pub fn digits(&self, index: usize) -> &'a mut [i8] {
+        let n = self.call.shape.group() * 2 * self.call.shape.dim_k;
+        // SAFETY: as in `state`: a tile belongs to one split.
+        unsafe { std::slice::from_raw_parts_mut(self.unit.digits.add(index * n), n) }
     }
 
     /// What the scan says of a tile, by the same indices.

@@ -4,7 +4,7 @@
 use super::dense::Decoded;
 use super::fold::Folded;
 use super::scan::WORD;
-use crate::alignment::{Sums, TileError};
+use crate::alignment::Sums;
 use crate::format::{MAX_DIM, Shape, TILE};
 
 /// Tiles of a split: what one piece of work covers. Splits start at multiples of this, so results do not depend on who
@@ -63,11 +63,7 @@ unsafe impl Plain for [f32; TILE] {}
 // SAFETY: plain numbers.
 unsafe impl Plain for [i32; TILE] {}
 // SAFETY: plain numbers.
-unsafe impl Plain for TileError {}
-// SAFETY: plain numbers.
 unsafe impl Plain for Sums {}
-// SAFETY: plain numbers.
-unsafe impl Plain for Folded {}
 // SAFETY: plain numbers.
 unsafe impl Plain for Partial {}
 // SAFETY: plain numbers.
@@ -78,6 +74,8 @@ unsafe impl Plain for Decoded {}
 /// What the scan of a tile says of one query head.
 #[derive(Debug, Clone, Copy)]
 pub struct Scanned {
+    /// Its q, with the tile's scales.
+    pub folded: Folded,
     /// Largest score.
     pub max: f32,
     /// Largest V scale of the tokens seen.
@@ -88,7 +86,7 @@ pub struct Scanned {
 
 impl Scanned {
     /// Of no tokens.
-    pub const NONE: Scanned = Scanned { max: f32::NEG_INFINITY, unit: 0.0, sums: [0.0; 3] };
+    pub const NONE: Scanned = Scanned { folded: Folded::NONE, max: f32::NEG_INFINITY, unit: 0.0, sums: [0.0; 3] };
 }
 
 /// What the scan of a split says of one query head.
@@ -113,8 +111,6 @@ pub struct ThreadScratch<'a> {
     pub q: &'a mut [f32],
     /// Rounded q of a tile.
     pub words: &'a mut [i8],
-    /// `[group]`.
-    pub folded: &'a mut [Folded],
     /// `[group]` integer sums.
     pub integers: &'a mut [[i32; TILE]],
     /// `[group]` weights.
@@ -135,9 +131,9 @@ pub struct UnitScratch {
     /// `[tile][group]` scores.
     pub scores: *mut [f32; TILE],
     /// `[tile][group]`.
-    pub errors: *mut TileError,
-    /// `[tile][group]`.
     pub scanned: *mut Scanned,
+    /// `[tile][group][2][dim_k]`: digits of rounded q.
+    pub digits: *mut i8,
     /// `[split][group]`.
     pub partials: *mut Partial,
     /// `[split][rows * group]`.
@@ -159,8 +155,8 @@ impl UnitScratch {
         let rows = dense_rows(g) * g;
         UnitScratch {
             scores: arena.take(tiles * g),
-            errors: arena.take(tiles * g),
             scanned: arena.take(tiles * g),
+            digits: arena.take(tiles * g * 2 * shape.dim_k),
             partials: arena.take(splits * g),
             sums: arena.take(splits * rows),
             outs: arena.take(splits * rows * shape.dim_v),
@@ -180,7 +176,6 @@ impl<'a> ThreadScratch<'a> {
             ThreadScratch {
                 q: slice(arena, n.q),
                 words: slice(arena, n.words),
-                folded: slice(arena, n.group),
                 integers: slice(arena, n.group),
                 e: slice(arena, n.group),
                 tile: &mut *arena.take::<Decoded>(1),
@@ -196,7 +191,6 @@ impl<'a> ThreadScratch<'a> {
         let (n, mut a) = (ThreadSizes::new(shape), Arena::counting());
         a.take::<f32>(n.q);
         a.take::<i8>(n.words);
-        a.take::<Folded>(n.group);
         a.take::<[i32; TILE]>(n.group);
         a.take::<[f32; TILE]>(n.group);
         a.take::<Decoded>(1);
