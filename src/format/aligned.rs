@@ -29,6 +29,7 @@ pub(super) struct Offsets {
 }
 
 impl Offsets {
+    #[inline(always)]
     pub fn new(s: &Shape) -> Offsets {
         let k_rest = align(TILE * s.dim_k / 2);
         let v = k_rest + align(TILE * (s.planes_k - 1) * s.dim_k / 2);
@@ -62,6 +63,7 @@ impl Meta {
         Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack, v_mean: 0 }
     }
 
+    #[inline(always)]
     fn read(bytes: &[u8]) -> Meta {
         Meta {
             digit_sum: u16::from_le_bytes([bytes[0], bytes[1]]),
@@ -102,6 +104,7 @@ pub struct Tile<'a> {
 
 impl<'a> Tile<'a> {
     /// The tile in a head's part of a page.
+    #[inline(always)]
     pub fn new(s: &Shape, part: &'a [u8]) -> Tile<'a> {
         let o = Offsets::new(s);
         Tile {
@@ -176,13 +179,23 @@ impl<'a> Tile<'a> {
     /// They differ from it by less than from 0, and not all to the same side. Returns the largest magnitude.
     #[inline(always)]
     pub fn mean(&self, out: &mut [f32]) -> f32 {
-        let unit = scale(self.meta.v_mean) * (1.0 / 16.0);
-        let mut most = 0;
+        let unit = self.mean_unit();
         for (x, &byte) in out.iter_mut().zip(self.v_mean) {
             *x = f32::from(byte as i8) * unit;
-            most = most.max((byte as i8).unsigned_abs());
         }
-        f32::from(most) * unit
+        self.mean_peak()
+    }
+
+    /// Largest magnitude of [`Tile::mean`].
+    #[inline(always)]
+    pub fn mean_peak(&self) -> f32 {
+        let most = self.v_mean.iter().fold(0, |m, &byte| (byte as i8).unsigned_abs().max(m));
+        f32::from(most) * self.mean_unit()
+    }
+
+    #[inline(always)]
+    fn mean_unit(&self) -> f32 {
+        scale(self.meta.v_mean) * (1.0 / 16.0)
     }
 }
 

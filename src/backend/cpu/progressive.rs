@@ -54,9 +54,9 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             continue;
         }
         let t = Tile::new(shape, part(tile));
-        if tile + 1 < last {
-            prefetch_scan(&Tile::new(shape, part(tile + 1)));
-        }
+        let next = Tile::new(shape, part(if tile + 1 < last { tile + 1 } else { tile }));
+        ask(next.k_scales);
+        ask(next.v_scales);
         let (scanned, digits) = (w.scanned(tile + 1), w.digits(tile + 1));
         for (h, digits) in digits.chunks_exact_mut(2 * d).enumerate() {
             let (q, words) = (&w.scratch.q[h * d..(h + 1) * d], &mut w.scratch.words[h * WORD..]);
@@ -65,7 +65,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         let words = &w.scratch.words[..d / 8 * g * WORD];
         let n_blocks = (TILE - seen.leading_zeros() as usize).div_ceil(LANES);
         // SAFETY: the worker's scan is that of an instruction set that this machine has.
-        unsafe { (w.scan)(t.k0, words, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
+        unsafe { (w.scan)(t.k0, next.k0, words, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
         let units = v_units::<S>(&t);
         let unit_max = if seen == u128::MAX { math::max::<S>(&units) } else { math::max_of(&units, seen) };
         let scores = w.scores(tile + 1);
@@ -149,14 +149,12 @@ struct Reads {
     k: [u128; PLANES + 1],
     /// The same of V.
     v: [u128; PLANES + 1],
-    /// Planes of K and of V that each token reads.
-    planes: [Lane128; 2],
 }
 
 impl Reads {
     /// Plane 0 of K, as the scan has it.
     const SCANNED: Reads =
-        Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0], planes: [[1.0; TILE], [0.0; TILE]] };
+        Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0] };
 
     /// True if no token reads more than the scan.
     fn is_scanned(&self) -> bool {
@@ -203,7 +201,7 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         }
         if next < last && seen[next - first] != 0 {
             let t = tile_of(next);
-            reads[next - first] = align::<S>(w, unit, view, &t, next);
+            reads[next - first] = align::<S>(w, unit, view, &t, next, next - first);
             match view.attached {
                 None => prefetch_k(&t, &reads[next - first]),
                 Some((k, _)) => prefetch_rows(&k.skip(next * TILE), unit.kv_head, reads[next - first].more_k()),
@@ -260,7 +258,7 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             if reads.is_scanned() {
                 sum_scanned::<S>(w, &tile_of(tile), tile, seen, sums, outs);
             } else {
-                sum::<S>(w, unit, view, &tile_of(tile), tile, seen, reads, sums, outs);
+                sum::<S>(w, unit, view, &tile_of(tile), tile, seen, reads, first, sums, outs);
             }
             count(w, view, seen, reads);
         }
@@ -269,10 +267,10 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 
 /// Who is read how finely: over the group, the maximum of what its heads need.
 #[inline(always)]
-fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: usize) -> Reads {
+fn align<S: Simd>(w: &mut Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: usize, at: usize) -> Reads {
     let g = w.call.shape.group();
     let (scores, scanned) = (w.scores(tile + 1), w.scanned(tile + 1));
-    let mean = t.mean(&mut [0.0; MAX_DIM][..w.call.shape.dim_v]);
+    let mean = t.mean_peak();
     let mut needs = 0u64;
     for (h, share) in w.shares.heads[..g].iter().enumerate() {
         if let Some((max, share)) = share {
@@ -285,7 +283,9 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
     let mut bent = [0.0; TILE];
     let units = v_units::<S>(t);
     // Plane counts as floats, so that counting limits is adding lanes.
-    let (mut planes_k, mut planes_v, mut any) = ([1.0; TILE], [0.0; TILE], false);
+    let [planes_k, planes_v] = &mut w.scratch.planes[at];
+    (*planes_k, *planes_v) = ([1.0; TILE], [0.0; TILE]);
+    let mut any = false;
     for (h, share) in w.shares.heads[..g].iter().enumerate().filter(|(h, _)| needs >> h & 1 == 1) {
         let Some((max, share)) = share else { continue };
         let limits = share.thresholds(&scanned[h].folded.error, mean);
@@ -301,7 +301,7 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
             }
             any = true;
             let (x_k, x_0, x_v) = (e.mul(u.add(offset_k)), e.mul(u.add(offset_v)), e.mul(u));
-            let (k, v) = (&mut math::blocks_mut(&mut planes_k)[b], &mut math::blocks_mut(&mut planes_v)[b]);
+            let (k, v) = (&mut math::blocks_mut(planes_k)[b], &mut math::blocks_mut(planes_v)[b]);
             exceeded(x_k, &limits.k).add(S::splat(1.0)).max(S::load(k)).store(k);
             exceeded(x_v, &limits.v[1..]).add(exceeded(x_0, &limits.v[..1])).max(S::load(v)).store(v);
         }
@@ -314,9 +314,7 @@ fn align<S: Simd>(w: &Worker, unit: &Unit, view: &SequenceView, t: &Tile, tile: 
         Some(_) => (PLANES, PLANES),
     };
     let whole = view.attached.is_some();
-    let k = classes::<S>(&mut planes_k, 1, most_k, whole);
-    let v = classes::<S>(&mut planes_v, 0, most_v, whole);
-    Reads { k, v, planes: [planes_k, planes_v] }
+    Reads { k: classes::<S>(planes_k, 1, most_k, whole), v: classes::<S>(planes_v, 0, most_v, whole) }
 }
 
 /// Tokens by their number of planes, from `least` to `most`: more are not stored. `whole`: those above `least` have all,
@@ -361,14 +359,6 @@ fn ask(row: &[u8]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = row;
-}
-
-/// Asks for what the scan reads of a tile.
-#[inline(always)]
-fn prefetch_scan(t: &Tile) {
-    ask(t.k0);
-    ask(t.k_scales);
-    ask(t.v_scales);
 }
 
 /// Asks for the rows of K that will be read.
@@ -458,13 +448,12 @@ fn list_of(tokens: u128, list: &mut [u8; TILE]) -> &[u8] {
 
 /// Adds a tile of which nothing was read beyond the scan: all its tokens stand for its mean of V.
 #[inline(always)]
-fn sum_scanned<S: Simd>(w: &Worker, t: &Tile, tile: usize, seen: u128, sums: &mut [Sums], outs: &mut [f32]) {
-    let dv = w.call.shape.dim_v;
-    let mut mean = [0.0f32; MAX_DIM];
-    let mean = &mut mean[..dv];
+fn sum_scanned<S: Simd>(w: &mut Worker, t: &Tile, tile: usize, seen: u128, sums: &mut [Sums], outs: &mut [f32]) {
+    let (dv, scanned) = (w.call.shape.dim_v, w.scanned(tile + 1));
+    let mean = &mut w.scratch.mean[..dv];
     let mean_peak = t.mean(mean);
     let outs = outs.chunks_exact_mut(dv);
-    for ((scanned, sums), out) in w.scanned(tile + 1).iter().zip(sums).zip(outs) {
+    for ((scanned, sums), out) in scanned.iter().zip(sums).zip(outs) {
         let error = &scanned.folded.error;
         let factor = math::factors::<S>(&[scanned.max; LANES], sums.max)[0];
         let f = f64::from(factor);
@@ -492,6 +481,7 @@ fn sum<S: Simd>(
     tile: usize,
     seen: u128,
     reads: &Reads,
+    first: usize,
     sums: &mut [Sums],
     outs: &mut [f32],
 ) {
@@ -528,7 +518,7 @@ fn sum<S: Simd>(
         let logits = logits::<S>(w.call, unit.row, unit.kv_head * g + h, tile, &scores[h], &mut bent);
         math::weights::<S>(logits, sums.max, e);
         let [e_sum, e_vs, spread, spread_vs, value, square, e_unread, centre] =
-            math::mixed_sums::<S>(e, &units, &reads.planes, &tables);
+            math::mixed_sums::<S>(e, &units, &w.scratch.planes[tile - first], &tables);
         let value = value + f64::from(mean_peak) * e_unread;
         sums.add_mixed(&Mixed { e: e_sum, e_vs, spread, spread_vs, value, square, bound });
         sums.note(seen.count_ones() as usize, scanned[h].unit * PEAK);

@@ -10,8 +10,9 @@ use crate::format::aligned::LANES;
 pub const WORD: usize = 16;
 
 /// `out[head][token]` = sum over channels of nibble * q. `k0` = plane 0 of a tile, `words` = `[half / 4][heads][WORD]`.
-/// Only the first `n_blocks` blocks of [`LANES`] tokens are computed.
-pub type Scan = unsafe fn(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]);
+/// Only the first `n_blocks` blocks of [`LANES`] tokens are computed. `next` = plane 0 of the tile that comes after, or
+/// `k0` again: it is asked for on the way, as the processor's own prefetching ends with a page of memory.
+pub type Scan = unsafe fn(k0: &[u8], next: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]);
 
 fn check(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, heads: usize) {
     assert!(half.is_multiple_of(4) && n_blocks <= TILE / LANES);
@@ -19,7 +20,7 @@ fn check(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, heads: usize) {
 }
 
 /// Portable.
-pub fn scalar(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
+pub fn scalar(k0: &[u8], _: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
     let heads = out.len();
     check(k0, words, half, n_blocks, heads);
     for block in 0..n_blocks {
@@ -54,7 +55,7 @@ mod x86 {
 
     /// VNNI: 4 products and their sum per lane and instruction.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub fn avx512(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
+    pub fn avx512(k0: &[u8], next: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
         let heads = out.len();
         check(k0, words, half, n_blocks, heads);
         // As many accumulators as hide the latency of vpdpbusd, and fit in registers.
@@ -64,10 +65,10 @@ mod x86 {
             // SAFETY: `check` has bounded all reads; `out` has at least the heads of the block.
             unsafe {
                 match out.len() {
-                    1 => avx512_block::<1, 4>(k0, words, half, n_blocks, heads, h, out),
-                    2 | 3 => avx512_block::<2, 4>(k0, words, half, n_blocks, heads, h, out),
-                    4..8 => avx512_block::<4, 2>(k0, words, half, n_blocks, heads, h, out),
-                    _ => avx512_block::<8, 1>(k0, words, half, n_blocks, heads, h, out),
+                    1 => avx512_block::<1, 4>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
+                    2 | 3 => avx512_block::<2, 4>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
+                    4..8 => avx512_block::<4, 2>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
+                    _ => avx512_block::<8, 1>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
                 }
             }
             h += match out.len() {
@@ -86,6 +87,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn avx512_block<const H: usize, const B: usize>(
         k0: &[u8],
+        next: &[u8],
         words: &[i8],
         half: usize,
         n_blocks: usize,
@@ -108,6 +110,8 @@ mod x86 {
                     let at = (block + b).min(n_blocks - 1) * block_bytes + w * 64;
                     // SAFETY: 64 bytes of word w of a block below n_blocks.
                     let line = unsafe { _mm512_loadu_si512(k0.as_ptr().add(at).cast()) };
+                    // A prefetch is a hint: any address will do.
+                    _mm_prefetch::<_MM_HINT_T0>(next.as_ptr().wrapping_add(at).cast());
                     low[b] = _mm512_and_si512(line, nibbles);
                     high[b] = _mm512_and_si512(_mm512_srli_epi16::<4>(line), nibbles);
                 }
@@ -135,7 +139,7 @@ mod x86 {
 
     /// Two products per 16-bit lane (at most 2 * 15 * 128: no saturation), then pairs of those.
     #[target_feature(enable = "avx2")]
-    pub fn avx2(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
+    pub fn avx2(k0: &[u8], next: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
         let heads = out.len();
         check(k0, words, half, n_blocks, heads);
         let mut h = 0;
@@ -143,9 +147,9 @@ mod x86 {
             // SAFETY: as in `avx512`.
             unsafe {
                 if heads - h >= 2 {
-                    avx2_block::<2>(k0, words, half, n_blocks, heads, h, &mut out[h..]);
+                    avx2_block::<2>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, &mut out[h..]);
                 } else {
-                    avx2_block::<1>(k0, words, half, n_blocks, heads, h, &mut out[h..]);
+                    avx2_block::<1>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, &mut out[h..]);
                 }
             }
             h += if heads - h >= 2 { 2 } else { 1 };
@@ -159,6 +163,7 @@ mod x86 {
     #[target_feature(enable = "avx2")]
     unsafe fn avx2_block<const H: usize>(
         k0: &[u8],
+        next: &[u8],
         words: &[i8],
         half: usize,
         n_blocks: usize,
@@ -178,6 +183,9 @@ mod x86 {
                         words.as_ptr().add((w * heads + first) * WORD).cast::<i32>(),
                     )
                 };
+                if part % 2 == 0 {
+                    _mm_prefetch::<_MM_HINT_T0>(next.as_ptr().wrapping_add(start + w * 64).cast());
+                }
                 let low = _mm256_and_si256(line, nibbles);
                 let high = _mm256_and_si256(_mm256_srli_epi16::<4>(line), nibbles);
                 for (h, sums) in sums.iter_mut().enumerate() {
@@ -251,7 +259,7 @@ mod tests {
                     for (name, kernel) in kernels() {
                         let mut got = vec![[i32::MIN; TILE]; heads];
                         // SAFETY: the kernel was found available.
-                        unsafe { kernel(&k0, &words, half, n_blocks, &mut got) };
+                        unsafe { kernel(&k0, &k0, &words, half, n_blocks, &mut got) };
                         for h in 0..heads {
                             for i in 0..n_blocks * LANES {
                                 assert_eq!(i64::from(got[h][i]), want[h][i], "{name} d {d} head {h} token {i}");

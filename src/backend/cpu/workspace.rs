@@ -61,6 +61,8 @@ unsafe impl Plain for f64 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for [f32; TILE] {}
 // SAFETY: plain numbers.
+unsafe impl Plain for [[f32; TILE]; 2] {}
+// SAFETY: plain numbers.
 unsafe impl Plain for [i32; TILE] {}
 // SAFETY: plain numbers.
 unsafe impl Plain for Sums {}
@@ -115,6 +117,10 @@ pub struct ThreadScratch<'a> {
     pub integers: &'a mut [[i32; TILE]],
     /// `[group]` weights.
     pub e: &'a mut [[f32; TILE]],
+    /// Per tile of a split: planes of K and of V that each token reads.
+    pub planes: &'a mut [[[f32; TILE]; 2]],
+    /// `[dim_v]`: a tile's mean of V.
+    pub mean: &'a mut [f32],
     /// One decoded tile.
     pub tile: &'a mut Decoded,
     /// `[group][dim_v]`: output of one tile.
@@ -178,6 +184,8 @@ impl<'a> ThreadScratch<'a> {
                 words: slice(arena, n.words),
                 integers: slice(arena, n.group),
                 e: slice(arena, n.group),
+                planes: slice(arena, SPLIT),
+                mean: slice(arena, MAX_DIM),
                 tile: &mut *arena.take::<Decoded>(1),
                 tile_out: slice(arena, n.tile_out),
                 total: slice(arena, n.rows),
@@ -193,6 +201,8 @@ impl<'a> ThreadScratch<'a> {
         a.take::<i8>(n.words);
         a.take::<[i32; TILE]>(n.group);
         a.take::<[f32; TILE]>(n.group);
+        a.take::<[[f32; TILE]; 2]>(SPLIT);
+        a.take::<f32>(MAX_DIM);
         a.take::<Decoded>(1);
         a.take::<f32>(n.tile_out);
         a.take::<Sums>(n.rows);
