@@ -66,20 +66,11 @@ pub fn score_rounding(dim: usize) -> f32 {
     (dim / 8 + 16) as f32 * (f32::EPSILON / 2.0) * PEAK
 }
 
-/// Folds `q` (times the softmax scale already) with a tile's scale bytes. `words` gets the two digits of the rounded
-/// values, as the scan reads them: per 4 channels of the low nibbles and the 4 of the high ones, `[high digit of low
-/// nibbles, low digit of them, high digit of high nibbles, low digit of them][4]`, at `stride` bytes from word to word.
-/// `digits` gets the same as the refinement reads them: all high digits, then all low ones.
+/// Folds `q` (times the softmax scale already) with a tile's scale bytes. `digits` gets the two digits of the rounded
+/// values: all high ones, then all low ones.
 #[inline(always)]
-pub fn fold<S: Simd>(
-    q: &[f32],
-    k_scales: &[u8],
-    meta: &Meta,
-    words: &mut [i8],
-    stride: usize,
-    digits: &mut [i8],
-) -> Folded {
-    let (d, half) = (q.len(), q.len() / 2);
+pub fn fold<S: Simd>(q: &[f32], k_scales: &[u8], meta: &Meta, digits: &mut [i8]) -> Folded {
+    let d = q.len();
     let (mut peak, mut worst, mut rough) = (S::splat(0.0), S::splat(0.0), S::splat(0.0));
     let mut folded = [0.0f32; MAX_DIM];
     let blocks = folded.as_chunks_mut::<LANES>().0;
@@ -104,12 +95,6 @@ pub fn fold<S: Simd>(
         q_sum = q_sum.wrapping_add(r);
         *h = ((r + 128) >> 8) as i8;
         *l = r as i8;
-    }
-    for (word, c) in words.chunks_mut(stride).zip((0..half).step_by(4)) {
-        word[0..4].copy_from_slice(&high[c..c + 4]);
-        word[4..8].copy_from_slice(&low[c..c + 4]);
-        word[8..12].copy_from_slice(&high[c + half..c + half + 4]);
-        word[12..16].copy_from_slice(&low[c + half..c + half + 4]);
     }
     let (sum, squares) = (f32::from(meta.digit_sum), f32::from(meta.digit_square_sum));
     let error = TileError {

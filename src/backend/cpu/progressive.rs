@@ -2,7 +2,6 @@
 
 use super::fold::fold;
 use super::math::{self, Lane128};
-use super::scan::WORD;
 use super::simd::Simd;
 use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
 use super::workspace::{Partial, SPLIT, Scanned};
@@ -59,20 +58,22 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         ask(next.v_scales);
         let (scanned, digits) = (w.scanned(tile + 1), w.digits(tile + 1));
         for (h, digits) in digits.chunks_exact_mut(2 * d).enumerate() {
-            let (q, words) = (&w.scratch.q[h * d..(h + 1) * d], &mut w.scratch.words[h * WORD..]);
-            scanned[h].folded = fold::<S>(q, t.k_scales, &t.meta, words, g * WORD, digits);
+            let q = &w.scratch.q[h * d..(h + 1) * d];
+            scanned[h].folded = fold::<S>(q, t.k_scales, &t.meta, digits);
         }
-        let words = &w.scratch.words[..d / 8 * g * WORD];
         let n_blocks = (TILE - seen.leading_zeros() as usize).div_ceil(LANES);
         // SAFETY: the worker's scan is that of an instruction set that this machine has.
-        unsafe { (w.scan)(t.k0, next.k0, words, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
+        unsafe { (w.scan)(t.k0, next.k0, digits, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
         let units = v_units::<S>(&t);
         let unit_max = if seen == u128::MAX { math::max::<S>(&units) } else { math::max_of(&units, seen) };
         let scores = w.scores(tile + 1);
+        for (h, scanned) in scanned.iter().enumerate() {
+            scanned.folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
+            math::hide::<S>(&mut scores[h], seen);
+        }
+        // Another loop, so that several heads are under way at once.
         for (h, scanned) in scanned.iter_mut().enumerate() {
             let mut folded = scanned.folded;
-            folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
-            math::hide::<S>(&mut scores[h], seen);
             let reach = folded.error.worst * PEAK;
             folded.error.bend = bend_error(call, unit.row, unit.kv_head * g + h, tile, reach);
             *scanned = Scanned { folded, ..weigh::<S>(call, unit, h, tile, &scores[h], &units, unit_max) };

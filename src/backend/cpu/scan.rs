@@ -6,35 +6,33 @@
 use crate::format::TILE;
 use crate::format::aligned::LANES;
 
-/// Bytes of q per head and word: see [`super::fold::fold`].
-pub const WORD: usize = 16;
-
-/// `out[head][token]` = sum over channels of nibble * q. `k0` = plane 0 of a tile, `words` = `[half / 4][heads][WORD]`.
+/// `out[head][token]` = sum over channels of nibble * q. `k0` = plane 0 of a tile, `digits` = `[heads][2][2 * half]`: high
+/// and low digits of rounded q.
 /// Only the first `n_blocks` blocks of [`LANES`] tokens are computed. `next` = plane 0 of the tile that comes after, or
 /// `k0` again: it is asked for on the way, as the processor's own prefetching ends with a page of memory.
-pub type Scan = unsafe fn(k0: &[u8], next: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]);
+pub type Scan = unsafe fn(k0: &[u8], next: &[u8], digits: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]);
 
-fn check(k0: &[u8], words: &[i8], half: usize, n_blocks: usize, heads: usize) {
+fn check(k0: &[u8], digits: &[i8], half: usize, n_blocks: usize, heads: usize) {
     assert!(half.is_multiple_of(4) && n_blocks <= TILE / LANES);
-    assert!(k0.len() >= n_blocks * LANES * half && words.len() >= half / 4 * heads * WORD);
+    assert!(k0.len() >= n_blocks * LANES * half && digits.len() == heads * 4 * half);
 }
 
 /// Portable.
-pub fn scalar(k0: &[u8], _: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
+pub fn scalar(k0: &[u8], _: &[u8], digits: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
     let heads = out.len();
-    check(k0, words, half, n_blocks, heads);
+    check(k0, digits, half, n_blocks, heads);
     for block in 0..n_blocks {
         let rows = &k0[block * LANES * half..(block + 1) * LANES * half];
         for (h, out) in out.iter_mut().enumerate() {
             let mut sums = [[0i32; LANES]; 2];
             for (w, line) in rows.chunks_exact(4 * LANES).enumerate() {
-                let q = &words[(w * heads + h) * WORD..][..WORD];
+                let q = |digit: usize, c: usize| i32::from(digits[(2 * h + digit) * 2 * half + 4 * w + c]);
                 for t in 0..LANES {
                     for j in 0..4 {
                         let byte = line[4 * t + j];
                         let (low, high) = (i32::from(byte & 15), i32::from(byte >> 4));
-                        sums[0][t] += low * i32::from(q[j]) + high * i32::from(q[8 + j]);
-                        sums[1][t] += low * i32::from(q[4 + j]) + high * i32::from(q[12 + j]);
+                        sums[0][t] += low * q(0, j) + high * q(0, half + j);
+                        sums[1][t] += low * q(1, j) + high * q(1, half + j);
                     }
                 }
             }
@@ -53,11 +51,22 @@ mod x86 {
     use super::*;
     use std::arch::x86_64::*;
 
+    /// Channels `4 * w..` of q in one of the 4 parts of a head: high digits of the low and of the high nibbles' channels, low
+    /// digits of the same.
+    ///
+    /// # Safety
+    /// `4 * w + 4 <= half`, and `digits` has the head.
+    #[inline(always)]
+    unsafe fn quad(digits: &[i8], half: usize, head: usize, part: usize, w: usize) -> i32 {
+        // SAFETY: the contract.
+        unsafe { digits.as_ptr().add((4 * head + part) * half + 4 * w).cast::<i32>().read_unaligned() }
+    }
+
     /// VNNI: 4 products and their sum per lane and instruction.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub fn avx512(k0: &[u8], next: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
+    pub fn avx512(k0: &[u8], next: &[u8], digits: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
         let heads = out.len();
-        check(k0, words, half, n_blocks, heads);
+        check(k0, digits, half, n_blocks, heads);
         // As many accumulators as hide the latency of vpdpbusd, and fit in registers.
         let mut h = 0;
         while h < heads {
@@ -65,10 +74,10 @@ mod x86 {
             // SAFETY: `check` has bounded all reads; `out` has at least the heads of the block.
             unsafe {
                 match out.len() {
-                    1 => avx512_block::<1, 4>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
-                    2 | 3 => avx512_block::<2, 4>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
-                    4..8 => avx512_block::<4, 2>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
-                    _ => avx512_block::<8, 1>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, out),
+                    1 => avx512_block::<1, 4>(k0, if h == 0 { next } else { k0 }, digits, half, n_blocks, h, out),
+                    2 | 3 => avx512_block::<2, 4>(k0, if h == 0 { next } else { k0 }, digits, half, n_blocks, h, out),
+                    4..8 => avx512_block::<4, 2>(k0, if h == 0 { next } else { k0 }, digits, half, n_blocks, h, out),
+                    _ => avx512_block::<8, 1>(k0, if h == 0 { next } else { k0 }, digits, half, n_blocks, h, out),
                 }
             }
             h += match out.len() {
@@ -88,10 +97,9 @@ mod x86 {
     unsafe fn avx512_block<const H: usize, const B: usize>(
         k0: &[u8],
         next: &[u8],
-        words: &[i8],
+        digits: &[i8],
         half: usize,
         n_blocks: usize,
-        heads: usize,
         first: usize,
         out: &mut [[i32; TILE]],
     ) {
@@ -101,8 +109,6 @@ mod x86 {
         while block < n_blocks {
             let mut sums = [[[_mm512_setzero_si512(); 2]; B]; H];
             for w in 0..half / 4 {
-                // SAFETY: word w of heads first..first + H lies in `words`.
-                let q = unsafe { words.as_ptr().add((w * heads + first) * WORD).cast::<i32>() };
                 let mut low = [_mm512_setzero_si512(); B];
                 let mut high = [_mm512_setzero_si512(); B];
                 for b in 0..B {
@@ -116,12 +122,12 @@ mod x86 {
                     high[b] = _mm512_and_si512(_mm512_srli_epi16::<4>(line), nibbles);
                 }
                 for h in 0..H {
-                    // SAFETY: as for `q`: 4 words per head.
-                    let q = |i: usize| unsafe { _mm512_set1_epi32(q.add(4 * h + i).read_unaligned()) };
+                    // SAFETY: 4 channels of a part of head first + h.
+                    let q = |part: usize| unsafe { _mm512_set1_epi32(quad(digits, half, first + h, part, w)) };
                     for b in 0..B {
                         sums[h][b][0] = _mm512_dpbusd_epi32(sums[h][b][0], low[b], q(0));
-                        sums[h][b][1] = _mm512_dpbusd_epi32(sums[h][b][1], low[b], q(1));
-                        sums[h][b][0] = _mm512_dpbusd_epi32(sums[h][b][0], high[b], q(2));
+                        sums[h][b][1] = _mm512_dpbusd_epi32(sums[h][b][1], low[b], q(2));
+                        sums[h][b][0] = _mm512_dpbusd_epi32(sums[h][b][0], high[b], q(1));
                         sums[h][b][1] = _mm512_dpbusd_epi32(sums[h][b][1], high[b], q(3));
                     }
                 }
@@ -139,17 +145,17 @@ mod x86 {
 
     /// Two products per 16-bit lane (at most 2 * 15 * 128: no saturation), then pairs of those.
     #[target_feature(enable = "avx2")]
-    pub fn avx2(k0: &[u8], next: &[u8], words: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
+    pub fn avx2(k0: &[u8], next: &[u8], digits: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
         let heads = out.len();
-        check(k0, words, half, n_blocks, heads);
+        check(k0, digits, half, n_blocks, heads);
         let mut h = 0;
         while h < heads {
             // SAFETY: as in `avx512`.
             unsafe {
                 if heads - h >= 2 {
-                    avx2_block::<2>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, &mut out[h..]);
+                    avx2_block::<2>(k0, if h == 0 { next } else { k0 }, digits, half, n_blocks, h, &mut out[h..]);
                 } else {
-                    avx2_block::<1>(k0, if h == 0 { next } else { k0 }, words, half, n_blocks, heads, h, &mut out[h..]);
+                    avx2_block::<1>(k0, if h == 0 { next } else { k0 }, digits, half, n_blocks, h, &mut out[h..]);
                 }
             }
             h += if heads - h >= 2 { 2 } else { 1 };
@@ -164,10 +170,9 @@ mod x86 {
     unsafe fn avx2_block<const H: usize>(
         k0: &[u8],
         next: &[u8],
-        words: &[i8],
+        digits: &[i8],
         half: usize,
         n_blocks: usize,
-        heads: usize,
         first: usize,
         out: &mut [[i32; TILE]],
     ) {
@@ -176,24 +181,21 @@ mod x86 {
             let start = part / 2 * LANES * half + part % 2 * 32;
             let mut sums = [[_mm256_setzero_si256(); 2]; H];
             for w in 0..half / 4 {
-                // SAFETY: 32 bytes of word w of a block below n_blocks; word w of heads first..first + H.
-                let (line, q) = unsafe {
-                    (
-                        _mm256_loadu_si256(k0.as_ptr().add(start + w * 64).cast()),
-                        words.as_ptr().add((w * heads + first) * WORD).cast::<i32>(),
-                    )
-                };
+                // SAFETY: 32 bytes of word w of a block below n_blocks.
+                let line = unsafe { _mm256_loadu_si256(k0.as_ptr().add(start + w * 64).cast()) };
                 if part % 2 == 0 {
                     _mm_prefetch::<_MM_HINT_T0>(next.as_ptr().wrapping_add(start + w * 64).cast());
                 }
                 let low = _mm256_and_si256(line, nibbles);
                 let high = _mm256_and_si256(_mm256_srli_epi16::<4>(line), nibbles);
                 for (h, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: as above: 4 words per head.
-                    let q = |i: usize| unsafe { _mm256_set1_epi32(q.add(4 * h + i).read_unaligned()) };
+                    // SAFETY: 4 channels of a part of head first + h.
+                    let q = |part: usize| unsafe { _mm256_set1_epi32(quad(digits, half, first + h, part, w)) };
                     for (i, sum) in sums.iter_mut().enumerate() {
-                        let pairs =
-                            _mm256_add_epi16(_mm256_maddubs_epi16(low, q(i)), _mm256_maddubs_epi16(high, q(2 + i)));
+                        let pairs = _mm256_add_epi16(
+                            _mm256_maddubs_epi16(low, q(2 * i)),
+                            _mm256_maddubs_epi16(high, q(2 * i + 1)),
+                        );
                         *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
                     }
                 }
@@ -239,8 +241,8 @@ mod tests {
             for heads in [1, 2, 3, 4, 5, 7, 8, 9, 16, 17] {
                 let extreme = random() % 4 == 0;
                 let k0: Vec<u8> = (0..TILE * half).map(|_| if extreme { 0xff } else { random() as u8 }).collect();
-                let words: Vec<i8> =
-                    (0..half / 4 * heads * WORD).map(|_| if extreme { -128 } else { random() as i8 }).collect();
+                let digits: Vec<i8> =
+                    (0..heads * 2 * d).map(|_| if extreme { -128 } else { random() as i8 }).collect();
                 for n_blocks in [1, 2, 3, 7, 8] {
                     // Straight from the definition.
                     let mut want = vec![[0i64; TILE]; heads];
@@ -248,9 +250,10 @@ mod tests {
                         for (i, want) in want[..n_blocks * LANES].iter_mut().enumerate() {
                             for b in 0..half {
                                 let byte = k0[i / LANES * LANES * half + b / 4 * 64 + i % LANES * 4 + b % 4];
-                                let at = (b / 4 * heads + h) * WORD + b % 4;
+                                let at = h * 2 * d + b;
                                 let q = |nibble: usize| {
-                                    256 * i64::from(words[at + 8 * nibble]) + i64::from(words[at + 8 * nibble + 4])
+                                    let at = at + nibble * half;
+                                    256 * i64::from(digits[at]) + i64::from(digits[at + d])
                                 };
                                 *want += i64::from(byte & 15) * q(0) + i64::from(byte >> 4) * q(1);
                             }
@@ -259,7 +262,7 @@ mod tests {
                     for (name, kernel) in kernels() {
                         let mut got = vec![[i32::MIN; TILE]; heads];
                         // SAFETY: the kernel was found available.
-                        unsafe { kernel(&k0, &k0, &words, half, n_blocks, &mut got) };
+                        unsafe { kernel(&k0, &k0, &digits, half, n_blocks, &mut got) };
                         for h in 0..heads {
                             for i in 0..n_blocks * LANES {
                                 assert_eq!(i64::from(got[h][i]), want[h][i], "{name} d {d} head {h} token {i}");

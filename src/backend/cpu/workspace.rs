@@ -3,7 +3,6 @@
 
 use super::dense::Decoded;
 use super::fold::Folded;
-use super::scan::WORD;
 use crate::alignment::Sums;
 use crate::format::{MAX_DIM, Shape, TILE};
 
@@ -111,8 +110,6 @@ pub fn dense_rows(group: usize) -> usize {
 pub struct ThreadScratch<'a> {
     /// `[rows * group][dim_k]`: q times the softmax scale.
     pub q: &'a mut [f32],
-    /// Rounded q of a tile.
-    pub words: &'a mut [i8],
     /// `[group]` integer sums.
     pub integers: &'a mut [[i32; TILE]],
     /// `[group]` weights.
@@ -181,7 +178,6 @@ impl<'a> ThreadScratch<'a> {
         unsafe {
             ThreadScratch {
                 q: slice(arena, n.q),
-                words: slice(arena, n.words),
                 integers: slice(arena, n.group),
                 e: slice(arena, n.group),
                 planes: slice(arena, SPLIT),
@@ -198,7 +194,6 @@ impl<'a> ThreadScratch<'a> {
     pub fn bytes(shape: &Shape) -> usize {
         let (n, mut a) = (ThreadSizes::new(shape), Arena::counting());
         a.take::<f32>(n.q);
-        a.take::<i8>(n.words);
         a.take::<[i32; TILE]>(n.group);
         a.take::<[f32; TILE]>(n.group);
         a.take::<[[f32; TILE]; 2]>(SPLIT);
@@ -215,7 +210,6 @@ struct ThreadSizes {
     group: usize,
     rows: usize,
     q: usize,
-    words: usize,
     tile_out: usize,
     total_out: usize,
 }
@@ -228,7 +222,6 @@ impl ThreadSizes {
             group,
             rows,
             q: rows * s.dim_k,
-            words: MAX_DIM / 8 * group * WORD,
             tile_out: group * s.dim_v,
             total_out: rows * s.dim_v,
         }
