@@ -208,14 +208,6 @@ impl Decoded {
         }
     }
 
-    /// Scores of the tokens `seen` of the tile, -inf elsewhere, and what they are uncertain by.
-    #[inline(always)]
-    pub fn scores<S: Simd>(&self, q: &[f32], seen: u128, s: &mut Lane128) -> Uncertain {
-        self.products::<S, 1>([q], TILE / LANES, std::slice::from_mut(s));
-        math::hide::<S>(s, seen);
-        self.uncertain::<S>(q)
-    }
-
     /// Adds the tokens `seen` with logits `s` to a row's sums; `e` gets their weights.
     #[inline(always)]
     fn weigh<S: Simd>(
@@ -259,14 +251,6 @@ impl Decoded {
             }
             at += LANES;
         }
-    }
-
-    /// Adds the tokens `seen` with logits `s` to a row's sums and output.
-    #[inline(always)]
-    pub fn attend<S: Simd>(&self, s: &Lane128, error: ScoreError, seen: u128, sums: &mut Sums, out: &mut [f32]) {
-        let mut e = [[0.0; TILE]];
-        self.weigh::<S>(s, error, seen, sums, out, &mut e[0]);
-        self.add_values::<S, 1>(&e, TILE - seen.leading_zeros() as usize, out);
     }
 }
 

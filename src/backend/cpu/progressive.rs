@@ -1,11 +1,11 @@
 //! Progressive attention of one query row on one KV head: scan plane 0 of K, align, refine, sum.
 
-use super::fold::fold;
+use super::fold::{Folded, fold, score_rounding};
 use super::math::{self, Lane128};
 use super::simd::Simd;
 use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
 use super::workspace::{Partial, SPLIT, Scanned};
-use crate::alignment::{Mixed, ScoreError, Share, Sums, value_square};
+use crate::alignment::{Mixed, ScoreError, Share, Sums, TileError, value_square};
 use crate::backend::Attention;
 use crate::cache::SequenceView;
 use crate::format::aligned::{LANES, Tile};
@@ -36,14 +36,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
 
     let exact = exact_tokens(call, unit, view, split);
     if exact != 0 {
-        w.scratch.tile.exact::<S>(view, unit.kv_head);
-        let scores = w.scores(0);
-        for h in 0..g {
-            let q = &w.scratch.q[h * d..(h + 1) * d];
-            let error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
-            w.check(error.bound, math::max::<S>(&scores[h]));
-            w.scanned(0)[h] = weigh::<S>(call, unit, h, 0, &scores[h], &w.scratch.tile.v_unit, 0.0);
-        }
+        scan_exact::<S>(w, unit, view, exact);
     }
     let part = |tile: usize| view.layout.part(view.page(tile), unit.kv_head);
     for tile in first..last {
@@ -95,6 +88,82 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             let [sum, weighted, _] = w.scanned(tile)[h].sums;
             partial.sum += f64::from(factor) * sum;
             partial.weighted += f64::from(factor) * weighted * f64::from(PEAK);
+        }
+    }
+}
+
+/// The scan of the rows that are kept as given: their scores are final.
+#[inline(always)]
+fn scan_exact<S: Simd>(w: &mut Worker, unit: &Unit, view: &SequenceView, seen: u128) {
+    let Some((k, v)) = view.exact else { return };
+    let (call, g, d) = (w.call, w.call.shape.group(), w.call.shape.dim_k);
+    let (scores, scanned) = (w.scores(0), w.scanned(0));
+    let (mut row, mut peak) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
+    let (row, peak) = (&mut row[..d], &mut peak[..d]);
+    for i in Bits(seen) {
+        k.read(i, unit.kv_head, row);
+        for (peak, x) in peak.iter_mut().zip(row.iter()) {
+            *peak = if x.abs() > *peak { x.abs() } else { *peak };
+        }
+        for h in 0..g {
+            scores[h][i] = math::dot::<S>(&w.scratch.q[h * d..(h + 1) * d], row);
+        }
+    }
+    let units = exact_units(&v, unit, seen, &mut [0.0; MAX_DIM][..call.shape.dim_v]);
+    for (h, scanned) in scanned.iter_mut().enumerate() {
+        math::hide::<S>(&mut scores[h], seen);
+        let q = &mut row[..];
+        q.copy_from_slice(&w.scratch.q[h * d..(h + 1) * d]);
+        for x in q.iter_mut() {
+            *x = x.abs();
+        }
+        // If scores overflow, so does this.
+        let reach = math::dot::<S>(q, peak) * (1.0 + 1e-5);
+        let bend = bend_error(call, unit.row, unit.kv_head * g + h, 0, reach);
+        let error = TileError { worst: reach * (1.0 / PEAK), slack: score_rounding(d), bend, ..TileError::NONE };
+        let folded = Folded { error, ..Folded::NONE };
+        *scanned = Scanned { folded, ..weigh::<S>(call, unit, h, 0, &scores[h], &units, 0.0) };
+        w.check(reach, scanned.max);
+    }
+}
+
+/// Largest magnitude of V of rows as given, as if in units of a scale.
+#[inline(always)]
+fn exact_units(v: &Rows, unit: &Unit, seen: u128, row: &mut [f32]) -> Lane128 {
+    let mut units = [0.0; TILE];
+    for i in Bits(seen) {
+        v.read(i, unit.kv_head, row);
+        units[i] = row.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m }) * (1.0 / PEAK);
+    }
+    units
+}
+
+/// Adds the rows that are kept as given to sums and outputs.
+#[inline(always)]
+fn sum_exact<S: Simd>(
+    w: &mut Worker,
+    unit: &Unit,
+    view: &SequenceView,
+    seen: u128,
+    sums: &mut [Sums],
+    outs: &mut [f32],
+) {
+    let Some((_, v)) = view.exact else { return };
+    let (call, g, dv) = (w.call, w.call.shape.group(), w.call.shape.dim_v);
+    let mut row = [0.0f32; MAX_DIM];
+    let row = &mut row[..dv];
+    let units = exact_units(&v, unit, seen, row);
+    let (scores, scanned, mut bent) = (w.scores(0), w.scanned(0), [0.0; TILE]);
+    for (h, sums) in sums.iter_mut().enumerate() {
+        let (e, head) = (&mut w.scratch.e[h], unit.kv_head * g + h);
+        math::weights::<S>(logits::<S>(call, unit.row, head, 0, &scores[h], &mut bent), sums.max, e);
+        sums.add_scores(scanned[h].folded.error.of_rows(), math::sums::<S>(e, &units));
+        sums.note(seen.count_ones() as usize, math::max_of(&units, seen) * PEAK);
+    }
+    for i in Bits(seen) {
+        v.read(i, unit.kv_head, row);
+        for (e, out) in w.scratch.e.iter().zip(outs.chunks_exact_mut(dv)) {
+            math::axpy::<S>(e[i], row, out);
         }
     }
 }
@@ -154,8 +223,7 @@ struct Reads {
 
 impl Reads {
     /// Plane 0 of K, as the scan has it.
-    const SCANNED: Reads =
-        Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0] };
+    const SCANNED: Reads = Reads { k: [0, u128::MAX, 0, 0, 0], v: [u128::MAX, 0, 0, 0, 0] };
 
     /// True if no token reads more than the scan.
     fn is_scanned(&self) -> bool {
@@ -179,7 +247,7 @@ const WEIGHT: [f32; PLANES] = [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0];
 /// Second phase of a split: who is read how finely, and what comes of it.
 #[inline(always)]
 pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
-    let (g, d, dv) = (w.call.shape.group(), w.call.shape.dim_k, w.call.shape.dim_v);
+    let g = w.call.shape.group();
     let view = &w.call.sequences[w.call.rows[unit.row].sequence];
     let (first, last) = unit.tiles(split);
     w.load_q(unit);
@@ -233,19 +301,8 @@ pub fn refine<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         *sums = Sums::at((first..last).fold(max, |max, tile| max.max(w.scanned(tile + 1)[h].max)));
     }
     if exact != 0 {
-        w.scratch.tile.exact::<S>(view, unit.kv_head);
+        sum_exact::<S>(w, unit, view, exact, sums, outs);
         w.stats.count_dense(view, true, exact.count_ones() as usize);
-        let scores = w.scores(0);
-        let mut bent = [0.0; TILE];
-        for h in 0..g {
-            let head = unit.kv_head * g + h;
-            let q = &w.scratch.q[h * d..(h + 1) * d];
-            let mut error = w.scratch.tile.scores::<S>(q, exact, &mut scores[h]);
-            error.bound += bend_error(call, unit.row, head, 0, error.reach);
-            let logits = logits::<S>(call, unit.row, head, 0, &scores[h], &mut bent);
-            let out = &mut outs[h * dv..(h + 1) * dv];
-            w.scratch.tile.attend::<S>(logits, error.score(), exact, &mut sums[h], out);
-        }
     }
     for next in first..last + 1 {
         if next < last {

@@ -241,8 +241,7 @@ mod tests {
             for heads in [1, 2, 3, 4, 5, 7, 8, 9, 16, 17] {
                 let extreme = random() % 4 == 0;
                 let k0: Vec<u8> = (0..TILE * half).map(|_| if extreme { 0xff } else { random() as u8 }).collect();
-                let digits: Vec<i8> =
-                    (0..heads * 2 * d).map(|_| if extreme { -128 } else { random() as i8 }).collect();
+                let digits: Vec<i8> = (0..heads * 2 * d).map(|_| if extreme { -128 } else { random() as i8 }).collect();
                 for n_blocks in [1, 2, 3, 7, 8] {
                     // Straight from the definition.
                     let mut want = vec![[0i64; TILE]; heads];

@@ -218,13 +218,7 @@ impl ThreadSizes {
     fn new(s: &Shape) -> ThreadSizes {
         let group = s.group();
         let rows = dense_rows(group) * group;
-        ThreadSizes {
-            group,
-            rows,
-            q: rows * s.dim_k,
-            tile_out: group * s.dim_v,
-            total_out: rows * s.dim_v,
-        }
+        ThreadSizes { group, rows, q: rows * s.dim_k, tile_out: group * s.dim_v, total_out: rows * s.dim_v }
     }
 }
 
