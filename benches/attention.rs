@@ -1,6 +1,6 @@
-//! Decode attention of one layer through the C ABI: 32 query heads, 8 KV heads of 128, f16 rows, random normal (every
-//! token weighs about the same: the hard case). Sequences take turns, so that none is still in a cache. Throughput is
-//! in bytes of f16 K and V that a call covers, whatever it reads of them.
+//! One layer through the C ABI, a piece at a time: 32 query heads, 8 KV heads of 128, f16 rows, random normal (every token
+//! weighs about the same: the hard case). Sequences take turns, so that none is still in a cache. Throughput is in bytes
+//! of f16 K and V that a call covers, whatever it reads of them. Side by side with others: `benches/peers`.
 
 use alignedkv::capi::{attention::*, batch::*, cache::*, context::*, sequence::*, status::*, types::*};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -13,6 +13,8 @@ use std::time::Duration;
 const HEADS: usize = 8;
 const Q_HEADS: usize = 32;
 const DIM: usize = 128;
+/// Query rows of a prefill.
+const MAX_Q: usize = 512;
 /// Tokens in all sequences together: 256 MiB of f16.
 const TOKENS: usize = 65536;
 
@@ -99,8 +101,8 @@ impl Engine {
                 batch,
                 sequences: vec![0; TOKENS / n],
                 next: 0,
-                q: random.rows(Q_HEADS),
-                out: vec![0.0; Q_HEADS * DIM],
+                q: random.rows(MAX_Q * Q_HEADS),
+                out: vec![0.0; MAX_Q * Q_HEADS * DIM],
             };
             for i in 0..engine.sequences.len() {
                 ok(akv_sequence_create(cache, &mut engine.sequences[i]));
@@ -126,10 +128,10 @@ impl Engine {
         }
     }
 
-    /// One query row of the next sequence.
-    fn attend(&mut self, tolerance: f32) {
+    /// The last `n_q` query rows of the next sequence.
+    fn attend(&mut self, n_q: usize, tolerance: f32) {
         self.next = (self.next + 1) % self.sequences.len();
-        self.begin(self.next, 0, 1);
+        self.begin(self.next, 0, n_q as i32);
         // SAFETY: as in `new`.
         unsafe {
             let mut desc: akv_attention_desc = zeroed();
@@ -159,15 +161,18 @@ fn decode(c: &mut Criterion) {
     for n in [4096, 32768] {
         group.throughput(Throughput::Bytes((2 * 2 * n * HEADS * DIM) as u64));
         for (name, format, tolerance) in [
+            // Nothing is within reach of so much: plane 0 of K alone is read.
+            ("scan alone", AKV_FORMAT_ALIGNED, 1e3),
             ("aligned 1e-3", AKV_FORMAT_ALIGNED, 1e-3),
             ("aligned 1e-2", AKV_FORMAT_ALIGNED, 1e-2),
+            ("refined to all planes", AKV_FORMAT_ALIGNED, 1e-9),
             ("raw f16", AKV_FORMAT_RAW, 0.0),
         ] {
             for threads in [1, 2] {
                 let mut engine = None;
                 group.bench_function(BenchmarkId::new(format!("{name}, {threads} threads"), n), |b| {
                     let engine = engine.get_or_insert_with(|| Engine::new(format, n, threads));
-                    b.iter(|| engine.attend(tolerance));
+                    b.iter(|| engine.attend(1, tolerance));
                 });
             }
         }
@@ -175,5 +180,72 @@ fn decode(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decode);
+/// Rows appended and rolled back: encoding, and what a step costs beside it.
+fn encode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("encode");
+    group.sample_size(20).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    for (name, format) in [("aligned", AKV_FORMAT_ALIGNED), ("raw f16", AKV_FORMAT_RAW)] {
+        for n in [1, 4096] {
+            let mut engine = None;
+            group.throughput(Throughput::Bytes((2 * 2 * n * HEADS * DIM) as u64));
+            group.bench_function(BenchmarkId::new(name, n), |b| {
+                let engine = engine.get_or_insert_with(|| Engine::new(format, 4096, 1));
+                let mut random = Random::new();
+                // Enough rows that they come from memory.
+                let mut rows_k: Vec<_> = (0..8).map(|_| random.rows(n * HEADS)).collect();
+                let mut rows_v: Vec<_> = (0..8).map(|_| random.rows(n * HEADS)).collect();
+                let mut i = 0;
+                b.iter(|| {
+                    i += 1;
+                    engine.begin(i % engine.sequences.len(), n as i32, 0);
+                    let (k, v) = (&mut rows_k[i % 8], &mut rows_v[i % 8]);
+                    // SAFETY: as in `new`.
+                    unsafe {
+                        let (k, v) = (rows(k, AKV_F16), rows(v, AKV_F16));
+                        ok(akv_quantize_kv(engine.batch, 0, &k, &v, null_mut()));
+                        ok(akv_batch_abort(engine.batch));
+                    }
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+/// 512 query rows over 4096 tokens: every digit is read, on the dense path.
+fn prefill(c: &mut Criterion) {
+    let mut group = c.benchmark_group("prefill");
+    group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    for (name, format) in [("aligned", AKV_FORMAT_ALIGNED), ("raw f16", AKV_FORMAT_RAW)] {
+        let mut engine = None;
+        // Multiplications and additions.
+        group.throughput(Throughput::Elements((4 * MAX_Q * 4096 * Q_HEADS * DIM) as u64));
+        group.bench_function(BenchmarkId::new(name, 4096), |b| {
+            let engine = engine.get_or_insert_with(|| Engine::new(format, 4096, 1));
+            b.iter(|| engine.attend(MAX_Q, 1e-3));
+        });
+    }
+    group.finish();
+}
+
+/// Eight partial states of 32 heads.
+fn merge(c: &mut Criterion) {
+    let engine = Engine::new(AKV_FORMAT_RAW, 4096, 1);
+    let mut outs = vec![vec![0.5f32; Q_HEADS * DIM]; 9];
+    let mut lses = vec![vec![1.0f32; Q_HEADS]; 9];
+    // SAFETY: zero is the default of every field.
+    let mut states: Vec<akv_state> = (0..9).map(|_| unsafe { zeroed() }).collect();
+    for ((state, out), lse) in states.iter_mut().zip(&mut outs).zip(&mut lses) {
+        (state.out, state.lse) = (out.as_mut_ptr(), lse.as_mut_ptr());
+    }
+    let (out, parts) = (states[8], &states[..8]);
+    c.bench_function("merge/8 parts", |b| {
+        // SAFETY: live arrays of these sizes.
+        b.iter(|| unsafe {
+            ok(akv_merge_states(engine.context, parts.as_ptr(), 8, 1, Q_HEADS as i32, DIM as i32, &out, null_mut()));
+        });
+    });
+}
+
+criterion_group!(benches, decode, encode, prefill, merge);
 criterion_main!(benches);
