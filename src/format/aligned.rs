@@ -211,6 +211,7 @@ fn stored(k0: &[u8], rest: &[u8], half: usize, row: usize, channel: usize, plane
 }
 
 /// A token's V row at the precision of `planes` (at least 1) planes.
+#[inline(always)]
 fn decode_v(row: &[u8], scale_byte: u8, planes: usize, out: &mut [f32]) {
     let half = out.len() / 2;
     let mut stored = [0u16; MAX_DIM];
@@ -325,9 +326,50 @@ pub(super) fn encode(
     encode_values(s, part, &source.v, head, skip, from, to);
 }
 
-/// K of [`encode`]. Scales only ever grow while a tile is open: they start from the smallest, or from what the page has.
+/// Functions that are compiled for wide vectors too, and called so where the machine has them: the arithmetic is the same,
+/// and so are the bytes.
+macro_rules! widened {
+    ($($(#[$doc:meta])* fn $name:ident = $body:ident($($arg:ident: $type:ty),*);)*) => {$(
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub(super) fn $name($($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $type),*) {
+                    $body($($arg),*)
+                }
+                #[target_feature(enable = "avx2")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $type),*) {
+                    $body($($arg),*)
+                }
+                use std::arch::is_x86_feature_detected as has;
+                if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
+                    // SAFETY: this machine has what it is compiled for.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if has!("avx2") {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            $body($($arg),*)
+        }
+    )*};
+}
+
+widened! {
+    /// K of [`encode`]. Scales only ever grow while a tile is open: they start from the smallest, or from what the page has.
+    fn encode_keys = keys(s: &Shape, part: &mut [u8], base: Option<(&[u8], usize)>, k: &Rows, head: usize, skip: usize, from: usize, to: usize);
+    /// V of [`encode`].
+    fn encode_values = values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, skip: usize, from: usize, to: usize);
+}
+
 #[allow(clippy::too_many_arguments)]
-pub(super) fn encode_keys(
+#[inline(always)]
+fn keys(
     s: &Shape,
     part: &mut [u8],
     base: Option<(&[u8], usize)>,
@@ -494,23 +536,29 @@ pub(super) fn add_slack(s: &Shape, part: &mut [u8], slack: f32) {
 }
 
 /// Largest sum of magnitudes and of squares of a token's plane-0 digits.
+#[inline(always)]
 fn digit_sums(k0: &[u8], half: usize, skip: usize) -> (u32, u32) {
     let mut most = (0, 0);
-    for row in skip..TILE {
-        let (mut sum, mut squares) = (0u32, 0u32);
-        for b in 0..half {
-            let byte = k0[k0_place(row, b, half)];
-            let (low, high) = (i32::from(byte & 15) - 8, i32::from(byte >> 4) - 8);
-            sum += low.unsigned_abs() + high.unsigned_abs();
-            squares += (low * low + high * high) as u32;
+    for (block, bytes) in k0.chunks_exact(LANES * half).enumerate() {
+        // By byte of a cache line, 4 of which are a token's: at most 32 lines of two digits.
+        let (mut sums, mut squares) = ([0u16; 64], [0u16; 64]);
+        for line in bytes.as_chunks::<64>().0 {
+            for i in 0..64 {
+                let (low, high) = (i16::from(line[i] & 15) - 8, i16::from(line[i] >> 4) - 8);
+                sums[i] += low.unsigned_abs() + high.unsigned_abs();
+                squares[i] += (low * low + high * high) as u16;
+            }
         }
-        most = (most.0.max(sum), most.1.max(squares));
+        for token in skip.saturating_sub(LANES * block)..LANES {
+            let sum = |x: &[u16; 64]| x[4 * token..4 * token + 4].iter().map(|&x| u32::from(x)).sum();
+            most = (most.0.max(sum(&sums)), most.1.max(sum(&squares)));
+        }
     }
     most
 }
 
-/// V of [`encode`].
-pub(super) fn encode_values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, skip: usize, from: usize, to: usize) {
+#[inline(always)]
+fn values(s: &Shape, part: &mut [u8], v: &Rows, head: usize, skip: usize, from: usize, to: usize) {
     let mut part = PartMut::new(s, part);
     for row in from..to {
         put_v(s, &mut part, v, head, row, row < skip);
@@ -546,6 +594,7 @@ fn put_v(s: &Shape, part: &mut PartMut, v: &Rows, head: usize, row: usize, zero:
 }
 
 /// Stores the mean of the V rows of a whole tile: binary32 sums in the order of the tokens. Returns its scale byte.
+#[inline(always)]
 fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut) -> u8 {
     let (d, row_bytes) = (s.dim_v, s.planes_v * s.dim_v / 2);
     let (mut sums, mut x) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
