@@ -115,13 +115,9 @@ impl Layout {
 
     /// The same of some rows of one of them.
     pub fn check_rows(&self, name: &str, rows: &Rows, some: impl Iterator<Item = usize>) -> Result<()> {
-        let mut x = [0.0f32; MAX_DIM];
-        let x = &mut x[..rows.dim()];
         for row in some {
             for head in 0..self.shape.n_kv_heads {
-                rows.read(row, head, x);
-                // As integers, magnitudes order as they should, with infinity and NaN above all numbers.
-                let peak = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
+                let peak = rows.peak(row, head);
                 if !peak.is_finite() {
                     return Err(Error::NonFinite(format!("{name}: NaN or infinity in row {row}, head {head}")));
                 }

@@ -96,6 +96,25 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// Largest magnitude in one row of one head; infinity or NaN if the row has any. As integers, magnitudes order as they
+    /// should, with those above all numbers.
+    pub fn peak(&self, row: usize, head: usize) -> f32 {
+        let p = self.at(row, head);
+        // SAFETY: the contract of `new`: `dim` aligned elements, of which all bits are integers.
+        unsafe {
+            let halves = || std::slice::from_raw_parts(p.cast::<i16>(), self.dim);
+            let half = || halves().iter().fold(0, |m: i16, x| m.max(x & 0x7fff)) as u16;
+            match self.dtype {
+                Dtype::F32 => {
+                    let x = std::slice::from_raw_parts(p.cast::<i32>(), self.dim);
+                    f32::from_bits(x.iter().fold(0, |m: i32, x| m.max(x & 0x7fff_ffff)) as u32)
+                }
+                Dtype::F16 => f16::from_bits(half()).to_f32(),
+                Dtype::Bf16 => bf16::from_bits(half()).to_f32(),
+            }
+        }
+    }
+
     /// One element as f32.
     pub fn element(&self, row: usize, head: usize, channel: usize) -> f32 {
         debug_assert!(channel < self.dim);
