@@ -1,7 +1,7 @@
 //! Vector arithmetic over tiles and rows. Sums run in 16 lanes and are folded as a tree.
 
 use super::simd::{LANES, Simd};
-use crate::format::{Bits, TILE};
+use crate::format::TILE;
 
 /// A tile's worth of floats: one per token.
 pub type Lane128 = [f32; TILE];
@@ -13,11 +13,11 @@ pub fn exp<S: Simd>(x: S) -> S {
     const MAGIC: f32 = 12_582_912.0;
     let (least, magic) = (S::splat(-87.0), S::splat(MAGIC));
     let clamped = x.max(least);
-    let n = clamped.mul(S::splat(std::f32::consts::LOG2_E)).add(magic).sub(magic);
-    let r = clamped.sub(n.mul(S::splat(355.0 / 512.0))).sub(n.mul(S::splat(-2.121_944_4e-4)));
+    let n = clamped.fma(S::splat(std::f32::consts::LOG2_E), magic).sub(magic);
+    let r = n.fma(S::splat(2.121_944_4e-4), n.fma(S::splat(-355.0 / 512.0), clamped));
     let mut y = S::splat(1.0 / 5040.0);
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        y = y.mul(r).add(S::splat(c));
+        y = y.fma(r, S::splat(c));
     }
     // n is an integer in [-126, 0]: n + 127 goes straight into the exponent field.
     let two_n = n.add(S::splat(MAGIC + 127.0)).shift_to_exponent();
@@ -48,7 +48,16 @@ pub fn fold_sum<S: Simd>(x: S) -> f32 {
 /// Largest of the lanes.
 #[inline(always)]
 pub fn fold_max<S: Simd>(x: S) -> f32 {
-    lanes(x).iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+    // What is not a number is not larger.
+    let mut lanes = lanes(x.max(S::splat(f32::NEG_INFINITY)));
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// The vectors of a tile.
@@ -112,11 +121,13 @@ pub fn max<S: Simd>(x: &Lane128) -> f32 {
 
 /// Largest of some tokens' numbers, all 0 or more.
 #[inline(always)]
-pub fn max_of(x: &Lane128, tokens: u128) -> f32 {
-    if tokens == u128::MAX {
-        return x.iter().fold(0.0f32, |m, &x| m.max(x));
+pub fn max_of<S: Simd>(x: &Lane128, tokens: u128) -> f32 {
+    let mut most = S::splat(0.0);
+    for (b, x) in blocks(x).iter().enumerate() {
+        let bits = (tokens >> (LANES * b)) as u16;
+        most = S::load(x).keep(bits, most).max(most);
     }
-    Bits(tokens).fold(0.0f32, |m, i| m.max(x[i]))
+    fold_max(most)
 }
 
 /// `e = exp(s - max)`.
@@ -216,8 +227,8 @@ fn add_heads<S: Simd, const N: usize, const H: usize>(
             let (low, high) = (low.sub(offset), high.sub(offset));
             for (sums, weights) in sums.iter_mut().zip(weights) {
                 let weight = S::splat(weights[token]);
-                sums[0] = sums[0].add(low.mul(weight));
-                sums[1] = sums[1].add(high.mul(weight));
+                sums[0] = low.fma(weight, sums[0]);
+                sums[1] = high.fma(weight, sums[1]);
             }
         }
         for (h, sums) in sums.iter().enumerate() {
@@ -248,10 +259,10 @@ pub fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut sum = S::splat(0.0);
     for (x, y) in a.iter().zip(b) {
-        sum = sum.add(S::load(x).mul(S::load(y)));
+        sum = S::load(x).fma(S::load(y), sum);
     }
     if !a_rest.is_empty() {
-        sum = sum.add(S::load(&tail(a_rest)).mul(S::load(&tail(b_rest))));
+        sum = S::load(&tail(a_rest)).fma(S::load(&tail(b_rest)), sum);
     }
     fold_sum(sum)
 }
@@ -261,10 +272,11 @@ pub fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
 pub fn axpy<S: Simd>(a: f32, x: &[f32], y: &mut [f32]) {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
     for (y, x) in y.iter_mut().zip(x) {
-        S::load(y).add(S::load(x).mul(S::splat(a))).store(y);
+        S::load(x).fma(S::splat(a), S::load(y)).store(y);
     }
-    for (y, x) in y_rest.iter_mut().zip(x_rest) {
-        *y += a * x;
+    if !y_rest.is_empty() {
+        let sum = lanes(S::load(&tail(x_rest)).fma(S::splat(a), S::load(&tail(y_rest))));
+        y_rest.copy_from_slice(&sum[..y_rest.len()]);
     }
 }
 

@@ -440,7 +440,7 @@ fn sum<S: Simd>(
     let mut mean = [0.0f32; MAX_DIM];
     let mean_peak = t.mean(&mut mean[..dv]);
     let n_seen = seen.count_ones() as usize;
-    let peak = math::max_of(&units, seen) * PEAK;
+    let peak = math::max_of::<S>(&units, seen) * PEAK;
     let mut bent = [0.0; TILE];
     let tile_out = &mut w.scratch.tile_out[..g * dv];
     tile_out.fill(0.0);
