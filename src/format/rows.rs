@@ -72,19 +72,21 @@ impl<'a> Rows<'a> {
         self.dtype
     }
 
-    fn at(&self, row: usize, head: usize) -> *const u8 {
+    /// Where a row of one head starts; it need not be one of those that can be read.
+    #[inline(always)]
+    pub fn address(&self, row: usize, head: usize) -> *const u8 {
         self.data.wrapping_offset(row as isize * self.stride_row + head as isize * self.stride_head)
     }
 
     /// The bytes of one row of one head, as the caller gave them.
     pub fn bytes(&self, row: usize, head: usize) -> &'a [u8] {
         // SAFETY: the contract of `new`.
-        unsafe { std::slice::from_raw_parts(self.at(row, head), self.dim * self.dtype.size()) }
+        unsafe { std::slice::from_raw_parts(self.address(row, head), self.dim * self.dtype.size()) }
     }
 
     /// One row of one head as f32.
     pub fn read(&self, row: usize, head: usize, out: &mut [f32]) {
-        let p = self.at(row, head);
+        let p = self.address(row, head);
         assert_eq!(out.len(), self.dim);
         // SAFETY: the contract of `new`: `dim` aligned elements.
         unsafe {
@@ -99,7 +101,7 @@ impl<'a> Rows<'a> {
     /// Largest magnitude in one row of one head; infinity or NaN if the row has any. As integers, magnitudes order as they
     /// should, with those above all numbers.
     pub fn peak(&self, row: usize, head: usize) -> f32 {
-        let p = self.at(row, head);
+        let p = self.address(row, head);
         // SAFETY: the contract of `new`: `dim` aligned elements, of which all bits are integers.
         unsafe {
             let halves = || std::slice::from_raw_parts(p.cast::<i16>(), self.dim);
@@ -118,7 +120,7 @@ impl<'a> Rows<'a> {
     /// One element as f32.
     pub fn element(&self, row: usize, head: usize, channel: usize) -> f32 {
         debug_assert!(channel < self.dim);
-        let p = self.at(row, head);
+        let p = self.address(row, head);
         // SAFETY: the contract of `new`, and channel < dim.
         unsafe {
             match self.dtype {

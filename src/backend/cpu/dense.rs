@@ -1,10 +1,13 @@
-//! Dense attention: every stored digit of every visible row. A tile is decoded once for a block of query rows.
+//! Dense attention: every stored digit of every visible row. A tile is decoded once for a block of query rows; a few heads
+//! read rows that lie as given where they are (`super::rows`).
 
 use super::fold::score_rounding;
 use super::math::{self, Lane128};
+use super::rows::{self, Given};
 use super::simd::{LANES, Simd};
-use super::unit::{Unit, Worker, bend_error, logits, seen_exact, seen_paged};
+use super::unit::{Unit, Worker, bend_error, logits, overflows, seen_exact, seen_paged};
 use crate::alignment::{ScoreError, Sums};
+use crate::backend::Attention;
 use crate::cache::SequenceView;
 use crate::format::{CENTRE, Format, LEFT, MAX_DIM, PEAK, Rows, Shape, TILE, aligned, published, raw, scale};
 
@@ -17,6 +20,13 @@ pub struct Uncertain {
 }
 
 impl Uncertain {
+    /// Of scores that float rounding alone makes uncertain; `worst` = sum of |q| * max|k|.
+    #[inline(always)]
+    pub fn rounding(worst: f32, rounding: f32) -> Uncertain {
+        let reach = worst * (1.0 + 1e-5);
+        Uncertain { bound: reach * (rounding / PEAK), rms: 0.0, reach }
+    }
+
     pub fn score(&self) -> ScoreError {
         ScoreError { bound: self.bound, rms: self.rms }
     }
@@ -38,6 +48,7 @@ pub struct Decoded {
 
 impl Decoded {
     /// The rows that are kept as given, as a tile of their own.
+    #[inline(always)]
     pub fn exact<S: Simd>(&mut self, view: &SequenceView, kv_head: usize) {
         let Some((k, v)) = view.exact else { return };
         self.v_unit[view.n_exact..].fill(0.0);
@@ -77,13 +88,17 @@ impl Decoded {
         }
     }
 
-    /// 16 rows of K, turned so that lanes are tokens.
+    /// 16 rows of K, turned so that lanes are tokens. (The last vector's channels may go beyond `d`: nobody asks for them.)
     #[inline(always)]
-    fn put_k(&mut self, first: usize, d: usize, rows: &[[f32; MAX_DIM]; 16]) {
-        for c in 0..d {
-            let lane = &mut self.k[c][first..first + 16];
-            for (x, row) in lane.iter_mut().zip(rows) {
-                *x = row[c];
+    fn put_k<S: Simd>(&mut self, first: usize, d: usize, rows: &[[f32; MAX_DIM]; 16]) {
+        for b in 0..d.div_ceil(LANES) {
+            let mut block = [S::splat(0.0); LANES];
+            for i in 0..LANES {
+                block[i] = S::load(&rows[i].as_chunks().0[b]);
+            }
+            let turned = S::transpose(&block);
+            for i in 0..LANES {
+                turned[i].store(&mut math::blocks_mut(&mut self.k[b * LANES + i])[first / LANES]);
             }
         }
     }
@@ -102,7 +117,7 @@ impl Decoded {
                     *unit = if x.abs() > *unit { x.abs() } else { *unit };
                 }
             }
-            self.put_k(first, s.dim_k, &rows);
+            self.put_k::<S>(first, s.dim_k, &rows);
         }
         for unit in &mut self.k_unit {
             *unit *= 1.0 / PEAK;
@@ -130,19 +145,19 @@ impl Decoded {
             for (i, row) in rest[..count].iter_mut().enumerate() {
                 math::unpack::<S>(tile.k_row(first + i), half_k, pk - 1, 1.0 / 16.0, CENTRE[pk], &mut row[..s.dim_k]);
             }
-            self.put_k(first, s.dim_k, &rest);
+            self.put_k::<S>(first, s.dim_k, &rest);
             // Plane 0 lies by words of 16 tokens: lanes are tokens already.
             let block = &tile.k0[first * half_k..(first + 16) * half_k];
             for (b, line) in (0..half_k).step_by(4).zip(block.chunks_exact(64)) {
                 for j in 0..4 {
-                    let (low, high) = (b + j, b + j + half_k);
-                    let (low_unit, high_unit) = (self.k_unit[low], self.k_unit[high]);
-                    for t in 0..16 {
-                        let byte = i32::from(line[4 * t + j]);
-                        let x = &mut self.k[low][first + t];
-                        *x = (((byte & 15) - 8) as f32 + *x) * low_unit;
-                        let x = &mut self.k[high][first + t];
-                        *x = (((byte >> 4) - 8) as f32 + *x) * high_unit;
+                    for (c, shift) in [(b + j, 8 * j), (b + j + half_k, 8 * j + 4)] {
+                        let mut digits = [0; LANES];
+                        for t in 0..LANES {
+                            let word = [line[4 * t], line[4 * t + 1], line[4 * t + 2], line[4 * t + 3]];
+                            digits[t] = (u32::from_le_bytes(word) >> shift & 15) as i32 - 8;
+                        }
+                        let k = &mut math::blocks_mut(&mut self.k[c])[first / LANES];
+                        S::from_i32(&digits).add(S::load(k)).mul(S::splat(self.k_unit[c])).store(k);
                     }
                 }
             }
@@ -161,30 +176,61 @@ impl Decoded {
     /// Products of R query heads with the first `blocks` * 16 tokens of the tile: K is read once for all of them.
     #[inline(always)]
     fn products<S: Simd, const R: usize>(&self, q: [&[f32]; R], blocks: usize, s: &mut [Lane128]) {
+        let mut b = 0;
+        while b < blocks {
+            b += match blocks - b {
+                4.. if S::WIDE && R <= 4 => self.products_of::<S, R, 4>(q, b, s),
+                2.. if S::WIDE => self.products_of::<S, R, 2>(q, b, s),
+                _ => self.products_of::<S, R, 1>(q, b, s),
+            };
+        }
+    }
+
+    /// B blocks of 16 tokens at a time, from `first_block` on.
+    #[inline(always)]
+    fn products_of<S: Simd, const R: usize, const B: usize>(
+        &self,
+        q: [&[f32]; R],
+        first_block: usize,
+        s: &mut [Lane128],
+    ) -> usize {
         let d = q[0].len();
         // Chains of an eighth of the channels: rounding errors do not pile up over all of them.
         let part = d.div_ceil(8);
-        for b in 0..blocks {
-            let mut sums = [S::splat(0.0); R];
-            let mut first = 0;
-            while first < d {
-                let last = (first + part).min(d);
-                let mut chains = [S::splat(0.0); R];
-                for (c, k) in self.k[first..last].iter().enumerate() {
-                    let k = S::load(&math::blocks(k)[b]);
-                    for (chain, q) in chains.iter_mut().zip(&q) {
-                        *chain = chain.add(k.mul(S::splat(q[first + c])));
+        let mut sums = [[S::splat(0.0); B]; R];
+        let mut first = 0;
+        while first < d {
+            let last = (first + part).min(d);
+            let mut part = [&q[0][first..last]; R];
+            for r in 1..R {
+                part[r] = &q[r][first..last];
+            }
+            let mut chains = [[S::splat(0.0); B]; R];
+            for c in 0..last - first {
+                let mut k = [S::splat(0.0); B];
+                for b in 0..B {
+                    k[b] = S::load(&math::blocks(&self.k[first + c])[first_block + b]);
+                }
+                for r in 0..R {
+                    let q = S::splat(part[r][c]);
+                    for b in 0..B {
+                        chains[r][b] = k[b].fma(q, chains[r][b]);
                     }
                 }
-                for (sum, chain) in sums.iter_mut().zip(chains) {
-                    *sum = sum.add(chain);
-                }
-                first = last;
             }
-            for (sum, s) in sums.into_iter().zip(s.iter_mut()) {
-                sum.store(&mut math::blocks_mut(s)[b]);
+            for r in 0..R {
+                for b in 0..B {
+                    sums[r][b] = sums[r][b].add(chains[r][b]);
+                }
+            }
+            first = last;
+        }
+        for r in 0..R {
+            for b in 0..B {
+                sums[r][b].store(&mut math::blocks_mut(&mut s[r])[first_block + b]);
             }
         }
+        B
     }
 
     /// What scores of a query head are uncertain by.
@@ -196,7 +242,7 @@ impl Decoded {
             block[..q.len()].copy_from_slice(q);
             let f = S::load(&block).mul(S::load(unit)).abs();
             worst = worst.add(f);
-            square = square.add(f.mul(f));
+            square = f.fma(f, square);
         }
         let (worst, square) = (worst.sum(), square.sum());
         // Scores are at most this: if it overflows, so must the bound.
@@ -208,49 +254,56 @@ impl Decoded {
         }
     }
 
-    /// Adds the tokens `seen` with logits `s` to a row's sums; `e` gets their weights.
-    #[inline(always)]
-    fn weigh<S: Simd>(
-        &self,
-        s: &Lane128,
-        error: ScoreError,
-        seen: u128,
-        sums: &mut Sums,
-        out: &mut [f32],
-        e: &mut Lane128,
-    ) {
-        raise(sums, math::max::<S>(s), out);
-        math::weights::<S>(s, sums.max, e);
-        let tokens = math::sums::<S>(e, &self.v_unit);
-        sums.add_scores(error, tokens);
-        sums.add_values(self.left_v, 0.0, tokens);
-        sums.note(seen.count_ones() as usize, math::max_of(&self.v_unit, seen) * PEAK);
-    }
-
     /// Adds V of the first `n` tokens to R outputs, `[R][dim_v]`: it is read once for all of them.
     #[inline(always)]
-    fn add_values<S: Simd, const R: usize>(&self, e: &[Lane128], n: usize, outs: &mut [f32]) {
-        let d = outs.len() / R;
-        let mut at = 0;
-        while at < d {
-            let count = LANES.min(d - at);
-            let mut sums = [S::splat(0.0); R];
-            for i in 0..n {
-                // Channels beyond dim_v may hold anything: their sums are not stored.
-                let v = S::load(&self.v[i].as_chunks().0[at / LANES]);
-                for (sum, e) in sums.iter_mut().zip(e) {
-                    *sum = sum.add(v.mul(S::splat(e[i])));
-                }
-            }
-            for (r, sum) in sums.into_iter().enumerate() {
-                let mut lanes = [0.0; LANES];
-                sum.store(&mut lanes);
-                for (x, sum) in outs[r * d + at..][..count].iter_mut().zip(lanes) {
-                    *x += sum;
-                }
-            }
-            at += LANES;
+    fn add_values<S: Simd, const R: usize>(&self, e: &[Lane128; R], n: usize, outs: &mut [f32]) {
+        let (mut b, last) = (0, (outs.len() / R).div_ceil(LANES));
+        while b < last {
+            b += match last - b {
+                4.. if S::WIDE && R <= 4 => self.add_vectors::<S, R, 4>(e, n, b, outs),
+                2.. if S::WIDE => self.add_vectors::<S, R, 2>(e, n, b, outs),
+                _ => self.add_vectors::<S, R, 1>(e, n, b, outs),
+            };
         }
+    }
+
+    /// B vectors of every row at a time, from `first` on.
+    #[inline(always)]
+    fn add_vectors<S: Simd, const R: usize, const B: usize>(
+        &self,
+        e: &[Lane128; R],
+        n: usize,
+        first: usize,
+        outs: &mut [f32],
+    ) -> usize {
+        let mut sums = [[S::splat(0.0); B]; R];
+        for i in 0..n {
+            // Channels beyond dim_v may hold anything: their sums are not stored.
+            let mut v = [S::splat(0.0); B];
+            for b in 0..B {
+                v[b] = S::load(&self.v[i].as_chunks().0[first + b]);
+            }
+            for r in 0..R {
+                let e = S::splat(e[r][i]);
+                for b in 0..B {
+                    sums[r][b] = v[b].fma(e, sums[r][b]);
+                }
+            }
+        }
+        let d = outs.len() / R;
+        // By themselves: the sums stay in registers only if every index is a constant.
+        let mut lanes = [[[0.0; LANES]; B]; R];
+        for r in 0..R {
+            for b in 0..B {
+                sums[r][b].store(&mut lanes[r][b]);
+            }
+        }
+        for (out, lanes) in outs.chunks_exact_mut(d).zip(&lanes) {
+            for (x, sum) in out[first * LANES..].iter_mut().zip(lanes.as_flattened()) {
+                *x += sum;
+            }
+        }
+        B
     }
 }
 
@@ -265,6 +318,27 @@ fn raise(sums: &mut Sums, max: f32, out: &mut [f32]) {
     }
 }
 
+/// Adds the tokens `seen` with logits `s` to a row's sums; `e` gets their weights. V is known to `left_v` times `v_unit`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn weigh<S: Simd>(
+    v_unit: &Lane128,
+    left_v: f32,
+    s: &Lane128,
+    error: ScoreError,
+    seen: u128,
+    sums: &mut Sums,
+    out: &mut [f32],
+    e: &mut Lane128,
+) {
+    raise(sums, math::max::<S>(s), out);
+    math::weights::<S>(s, sums.max, e);
+    let tokens = math::sums::<S>(e, v_unit);
+    sums.add_scores(error, tokens);
+    sums.add_values(left_v, 0.0, tokens);
+    sums.note(seen.count_ones() as usize, math::max_of::<S>(v_unit, seen) * PEAK);
+}
+
 /// One split of a block of query rows of one KV head.
 #[inline(always)]
 pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
@@ -275,7 +349,8 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     sums.fill(Sums::EMPTY);
     outs.fill(0.0);
     let (first, last) = unit.tiles(split);
-    let rows = unit.row..unit.row + unit.n_rows;
+    let (rows, n_heads) = (unit.row..unit.row + unit.n_rows, unit.n_rows * g);
+    let few = n_heads <= rows::HEADS;
     // The exact rows come first, as a tile of their own.
     let exact = split == 0 && unit.from < view.n_exact;
     for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
@@ -297,64 +372,144 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             continue;
         }
         let n = TILE - any.leading_zeros() as usize;
-        if is_exact {
+        let given = match is_exact {
+            _ if !few => None,
+            true => Given::exact(view, unit.kv_head),
+            false => Given::page(view, tile, unit.kv_head),
+        };
+        let next = tile + usize::from(!is_exact);
+        let next = given.filter(|_| next < last).and_then(|_| Given::page(view, next, unit.kv_head));
+        if is_exact && given.is_none() {
             w.scratch.tile.exact::<S>(view, unit.kv_head);
-        } else {
+        } else if given.is_none() {
             w.scratch.tile.page::<S>(view, tile, unit.kv_head, n);
         }
+        let given = given.map(|given| Asked { given, next });
         let mut at = 0;
-        while at < unit.n_rows * g {
-            let seen: [u128; HEADS] = std::array::from_fn(|i| match at + i < unit.n_rows * g {
+        while at < n_heads {
+            let left = n_heads - at;
+            let seen: [u128; HEADS] = std::array::from_fn(|i| match i < left {
                 true => seen(unit.row + (at + i) / g),
                 false => 0,
             });
-            if seen == [0; HEADS] {
-                at += HEADS;
-            } else if at + HEADS <= unit.n_rows * g {
-                heads::<S, HEADS>(w, unit, at, tile, &seen, n, sums, outs);
-                at += HEADS;
-            } else {
-                heads::<S, 1>(w, unit, at, tile, &seen, n, sums, outs);
-                at += 1;
-            }
+            let block = Block { at, tile, seen: &seen, any, n };
+            at += match &given {
+                Some(given) => match left {
+                    4.. => given_heads::<S, 4>(w, unit, block, given, sums, outs),
+                    3 => given_heads::<S, 3>(w, unit, block, given, sums, outs),
+                    2 => given_heads::<S, 2>(w, unit, block, given, sums, outs),
+                    _ => given_heads::<S, 1>(w, unit, block, given, sums, outs),
+                },
+                None if seen == [0; HEADS] => HEADS,
+                None => match left {
+                    8.. if S::WIDE => heads::<S, 8>(w, unit, block, sums, outs),
+                    4.. => heads::<S, 4>(w, unit, block, sums, outs),
+                    _ => heads::<S, 1>(w, unit, block, sums, outs),
+                },
+            };
         }
     }
 }
 
-/// Query heads that share what is read of a decoded tile.
-const HEADS: usize = 4;
+/// Most query heads that share what is read of a tile.
+const HEADS: usize = 8;
 
-/// R query heads of a unit's rows from number `at` on, over the first `n` tokens of the tile that is decoded; `seen`: what
-/// each of them sees.
+/// Query heads of a unit's rows from number `at` on; `seen`: what each of them sees of the tile, and `any` of the unit,
+/// which is below `n`.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    at: usize,
+    tile: usize,
+    seen: &'a [u128; HEADS],
+    any: u128,
+    n: usize,
+}
+
+/// Rows as given, and those that come next.
+struct Asked<'a> {
+    given: Given<'a>,
+    next: Option<Given<'a>>,
+}
+
+/// R query heads over the tile that is decoded.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn heads<S: Simd, const R: usize>(
     w: &mut Worker,
     unit: &Unit,
-    at: usize,
-    tile: usize,
-    seen: &[u128],
-    n: usize,
+    block: Block,
     sums: &mut [Sums],
     outs: &mut [f32],
-) {
-    let (call, g) = (w.call, w.call.shape.group());
-    let (d, dv) = (call.shape.dim_k, call.shape.dim_v);
-    let (mut s, mut e, mut bent) = ([[0.0; TILE]; R], [[0.0; TILE]; R], [0.0; TILE]);
+) -> usize {
+    let (at, d, dv) = (block.at, w.call.shape.dim_k, w.call.shape.dim_v);
+    let (mut s, mut e) = ([[0.0; TILE]; R], [[0.0; TILE]; R]);
     let q: [&[f32]; R] = std::array::from_fn(|i| &w.scratch.q[(at + i) * d..(at + i + 1) * d]);
-    w.scratch.tile.products::<S, R>(q, n.div_ceil(LANES), &mut s);
+    let tile = &*w.scratch.tile;
+    tile.products::<S, R>(q, block.n.div_ceil(LANES), &mut s);
+    let mut error = [Uncertain { bound: 0.0, rms: 0.0, reach: 0.0 }; R];
     for i in 0..R {
-        if seen[i] == 0 {
+        error[i] = tile.uncertain::<S>(q[i]);
+    }
+    let (v_unit, left_v) = (&tile.v_unit, tile.left_v);
+    w.overflow |= weights::<S, R>(w.call, unit, block, v_unit, left_v, error, &mut s, sums, outs, &mut e);
+    tile.add_values::<S, R>(&e, block.n, &mut outs[at * dv..(at + R) * dv]);
+    R
+}
+
+/// R query heads over rows as given.
+#[inline(always)]
+fn given_heads<S: Simd, const R: usize>(
+    w: &mut Worker,
+    unit: &Unit,
+    block: Block,
+    asked: &Asked,
+    sums: &mut [Sums],
+    outs: &mut [f32],
+) -> usize {
+    let Block { at, any, n, .. } = block;
+    let (d, dv) = (w.call.shape.dim_k, w.call.shape.dim_v);
+    let (mut s, mut e, mut v_unit) = ([[0.0; TILE]; R], [[0.0; TILE]; R], [0.0; TILE]);
+    let mut peaks = [[0.0; LANES]; MAX_DIM / LANES];
+    let q: [&[f32]; R] = std::array::from_fn(|i| &w.scratch.q[(at + i) * d..(at + i + 1) * d]);
+    asked.given.products::<S, R>(q, any, n, &mut s, &mut peaks);
+    asked.given.v_unit::<S>(any, n, &mut v_unit);
+    let mut error = [Uncertain { bound: 0.0, rms: 0.0, reach: 0.0 }; R];
+    for i in 0..R {
+        error[i] = rows::uncertain::<S>(q[i], &peaks);
+    }
+    w.overflow |= weights::<S, R>(w.call, unit, block, &v_unit, 0.0, error, &mut s, sums, outs, &mut e);
+    asked.given.add_values::<S, R>(&e, any, n, asked.next.as_ref(), &mut outs[at * dv..(at + R) * dv]);
+    R
+}
+
+/// Adds R query heads, whose scores are `s`, to their sums; `e` gets their weights. True if scores have left binary32.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn weights<S: Simd, const R: usize>(
+    call: &Attention,
+    unit: &Unit,
+    block: Block,
+    v_unit: &Lane128,
+    left_v: f32,
+    error: [Uncertain; R],
+    s: &mut [Lane128; R],
+    sums: &mut [Sums],
+    outs: &mut [f32],
+    e: &mut [Lane128; R],
+) -> bool {
+    let (g, dv, tile) = (call.shape.group(), call.shape.dim_v, block.tile);
+    let (mut bent, mut overflow) = ([0.0; TILE], false);
+    for i in 0..R {
+        let (seen, at, mut error) = (block.seen[i], block.at + i, error[i]);
+        if seen == 0 {
             continue;
         }
-        let (row, head) = (unit.row + (at + i) / g, unit.kv_head * g + (at + i) % g);
-        math::hide::<S>(&mut s[i], seen[i]);
-        let mut error = w.scratch.tile.uncertain::<S>(&w.scratch.q[(at + i) * d..(at + i + 1) * d]);
-        w.check(error.bound, math::max::<S>(&s[i]));
+        let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
+        math::hide::<S>(&mut s[i], seen);
+        overflow |= overflows(error.bound, math::max::<S>(&s[i]));
         error.bound += bend_error(call, row, head, tile, error.reach);
         let logits = logits::<S>(call, row, head, tile, &s[i], &mut bent);
-        let out = &mut outs[(at + i) * dv..(at + i + 1) * dv];
-        w.scratch.tile.weigh::<S>(logits, error.score(), seen[i], &mut sums[at + i], out, &mut e[i]);
+        let out = &mut outs[at * dv..(at + 1) * dv];
+        weigh::<S>(v_unit, left_v, logits, error.score(), seen, &mut sums[at], out, &mut e[i]);
     }
-    w.scratch.tile.add_values::<S, R>(&e, n, &mut outs[at * dv..(at + R) * dv]);
+    overflow
 }

@@ -1,7 +1,7 @@
 //! Vector arithmetic over tiles and rows. Sums run in 16 lanes and are folded as a tree.
 
 use super::simd::{LANES, Simd};
-use crate::format::{Bits, PLANES, TILE};
+use crate::format::{PLANES, TILE};
 
 /// A tile's worth of floats: one per token.
 pub type Lane128 = [f32; TILE];
@@ -92,11 +92,13 @@ pub fn max<S: Simd>(x: &Lane128) -> f32 {
 
 /// Largest of some tokens' numbers, all 0 or more.
 #[inline(always)]
-pub fn max_of(x: &Lane128, tokens: u128) -> f32 {
-    if tokens == u128::MAX {
-        return x.iter().fold(0.0f32, |m, &x| m.max(x));
+pub fn max_of<S: Simd>(x: &Lane128, tokens: u128) -> f32 {
+    let mut most = S::splat(0.0);
+    for (b, x) in blocks(x).iter().enumerate() {
+        let bits = (tokens >> (LANES * b)) as u16;
+        most = S::load(x).keep(bits, most).max(most);
     }
-    Bits(tokens).fold(0.0f32, |m, i| m.max(x[i]))
+    most.most()
 }
 
 /// `e = exp(s - max)`.
@@ -286,8 +288,9 @@ pub fn axpy<S: Simd>(a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y.iter_mut().zip(x) {
         S::load(x).fma(S::splat(a), S::load(y)).store(y);
     }
-    for (y, x) in y_rest.iter_mut().zip(x_rest) {
-        *y = a.mul_add(*x, *y);
+    if !y_rest.is_empty() {
+        let sum = lanes(S::load(&tail(x_rest)).fma(S::splat(a), S::load(&tail(y_rest))));
+        y_rest.copy_from_slice(&sum[..y_rest.len()]);
     }
 }
 

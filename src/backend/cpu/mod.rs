@@ -13,6 +13,7 @@ mod pool;
 mod progressive;
 mod published;
 mod refine;
+mod rows;
 mod scan;
 mod simd;
 mod unit;
@@ -39,7 +40,7 @@ use workspace::{Arena, ThreadScratch, UnitScratch};
 pub enum Isa {
     /// Portable code.
     Scalar,
-    /// AVX2 and FMA.
+    /// AVX2, FMA, F16C.
     Avx2,
     /// AVX-512 F, BW, VL, VNNI.
     Avx512,
@@ -63,7 +64,11 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         return match self {
             Isa::Scalar => true,
-            Isa::Avx2 => std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                std::arch::is_x86_feature_detected!("avx2")
+                    && std::arch::is_x86_feature_detected!("fma")
+                    && std::arch::is_x86_feature_detected!("f16c")
+            }
             Isa::Avx512 => {
                 std::arch::is_x86_feature_detected!("avx512f")
                     && std::arch::is_x86_feature_detected!("avx512bw")
@@ -177,7 +182,7 @@ fn scalar(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn avx2(w: &mut Worker, unit: &Unit, split: usize, phase: Phase) {
     step::<simd::Avx2>(w, unit, split, phase);
 }

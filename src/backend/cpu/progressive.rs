@@ -58,7 +58,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
         // SAFETY: the worker's scan is that of an instruction set that this machine has.
         unsafe { (w.scan)(t.k0, next.k0, digits, d / 2, n_blocks, &mut w.scratch.integers[..g]) };
         let units = v_units::<S>(&t);
-        let unit_max = if seen == u128::MAX { math::max::<S>(&units) } else { math::max_of(&units, seen) };
+        let unit_max = if seen == u128::MAX { math::max::<S>(&units) } else { math::max_of::<S>(&units, seen) };
         let scores = w.scores(tile + 1);
         for (h, scanned) in scanned.iter().enumerate() {
             scanned.folded.scores::<S>(&w.scratch.integers[h], &mut scores[h]);
@@ -158,7 +158,7 @@ fn sum_exact<S: Simd>(
         let (e, head) = (&mut w.scratch.e[h], unit.kv_head * g + h);
         math::weights::<S>(logits::<S>(call, unit.row, head, 0, &scores[h], &mut bent), sums.max, e);
         sums.add_scores(scanned[h].folded.error.of_rows(), math::sums::<S>(e, &units));
-        sums.note(seen.count_ones() as usize, math::max_of(&units, seen) * PEAK);
+        sums.note(seen.count_ones() as usize, math::max_of::<S>(&units, seen) * PEAK);
     }
     for i in Bits(seen) {
         v.read(i, unit.kv_head, row);

@@ -125,7 +125,7 @@ mod x86 {
     }
 
     /// Two products per 16-bit lane (at most 2 * 15 * 128: no saturation), then pairs of those.
-    #[target_feature(enable = "avx2")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub fn avx2(rows: &[u8], stride: usize, half: usize, tokens: &[u8], digits: &[i8], out: &mut [[i32; TILE]]) {
         check(rows, stride, half, tokens, digits, out);
         let (nibbles, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));

@@ -144,7 +144,7 @@ mod x86 {
     }
 
     /// Two products per 16-bit lane (at most 2 * 15 * 128: no saturation), then pairs of those.
-    #[target_feature(enable = "avx2")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub fn avx2(k0: &[u8], next: &[u8], digits: &[i8], half: usize, n_blocks: usize, out: &mut [[i32; TILE]]) {
         let heads = out.len();
         check(k0, digits, half, n_blocks, heads);
@@ -166,7 +166,7 @@ mod x86 {
     ///
     /// # Safety
     /// As `check` asserts; `out` has at least `H` heads.
-    #[target_feature(enable = "avx2")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn avx2_block<const H: usize>(
         k0: &[u8],
         next: &[u8],

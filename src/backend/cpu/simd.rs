@@ -1,8 +1,10 @@
 //! Sixteen lanes of binary32 (or of i32 on their way there), per instruction set. The operations and their order are the
-//! same everywhere, so results are the same bits.
+//! same everywhere, and what is fused in one is fused in all, so results are the same bits.
 //!
 //! Everything is inlined into functions that enable the instruction set (`super::kernels`); called from anywhere else
-//! it would still be right, only slow.
+//! it would still be right, only slow. Closures that `core` calls are elsewhere: kernels loop.
+
+use half::{bf16, f16};
 
 /// Lanes of a vector.
 pub const LANES: usize = 16;
@@ -13,6 +15,8 @@ pub const LANES: usize = 16;
 /// Implementations may use instructions that the machine lacks: only code that was entered through the kernels of an
 /// available instruction set may name them. That is what makes their (safe) methods sound.
 pub unsafe trait Simd: Copy {
+    /// Registers for 16 sums and what is added to them. (Without: for 4.)
+    const WIDE: bool;
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
     fn store(self, x: &mut [f32; LANES]);
@@ -48,6 +52,25 @@ pub unsafe trait Simd: Copy {
     /// # Safety
     /// [`LANES`] bytes are readable at `planes + p * stride` for p < N.
     unsafe fn digits<const N: usize>(planes: *const u8, stride: usize) -> (Self, Self);
+    fn from_f16(x: &[f16; LANES]) -> Self;
+    fn from_bf16(x: &[bf16; LANES]) -> Self;
+    /// Lane i is what `fold` makes of the lanes of vector i: those 8 apart first, then 4, 2 and 1.
+    fn fold_rows(x: &[Self; LANES], fold: impl Fn(Self, Self) -> Self) -> Self;
+    /// Lane i of vector j is lane j of vector i.
+    fn transpose(x: &[Self; LANES]) -> [Self; LANES];
+}
+
+/// Asks for the cache line of an address, which need not be one.
+#[inline(always)]
+pub fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, that every x86_64 has and that no address makes fail.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }
 
 /// Portable: the definition.
@@ -63,6 +86,7 @@ impl Scalar {
 
 // SAFETY: no instructions beyond the target's.
 unsafe impl Simd for Scalar {
+    const WIDE: bool = false;
     #[inline(always)]
     fn splat(x: f32) -> Self {
         Scalar([x; LANES])
@@ -158,6 +182,26 @@ unsafe impl Simd for Scalar {
         let value = |x: i32| (x - offset::<N>()) as f32 * unit::<N>();
         (Scalar(low.map(value)), Scalar(high.map(value)))
     }
+    #[inline(always)]
+    fn from_f16(x: &[f16; LANES]) -> Self {
+        Scalar(x.map(f16::to_f32))
+    }
+    #[inline(always)]
+    fn from_bf16(x: &[bf16; LANES]) -> Self {
+        Scalar(x.map(bf16::to_f32))
+    }
+    #[inline(always)]
+    fn fold_rows(x: &[Self; LANES], fold: impl Fn(Self, Self) -> Self) -> Self {
+        let mut rows = *x;
+        for width in [8, 4, 2, 1] {
+            rows = rows.map(|row| fold(row, Scalar(std::array::from_fn(|l| row.0[(l + width) % LANES]))));
+        }
+        Scalar(rows.map(|row| row.0[0]))
+    }
+    #[inline(always)]
+    fn transpose(x: &[Self; LANES]) -> [Self; LANES] {
+        std::array::from_fn(|j| Scalar(std::array::from_fn(|i| x[i].0[j])))
+    }
 }
 
 /// What the nibbles of `N` digits of 0 make.
@@ -194,7 +238,7 @@ pub use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::*;
+    use super::{DIGITS, LANES, SCALE_BITS, Simd, bf16, f16, offset, unit};
     use std::arch::x86_64::*;
 
     /// Sum of 8 lanes.
@@ -225,6 +269,7 @@ mod x86 {
 
     // SAFETY: named only by the kernels of AVX2 (the trait's rule); loads and stores are of whole arrays.
     unsafe impl Simd for Avx2 {
+        const WIDE: bool = false;
         #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: see the impl.
@@ -384,6 +429,92 @@ mod x86 {
                 (Avx2(halves[0].0, halves[1].0), Avx2(halves[0].1, halves[1].1))
             }
         }
+        #[inline(always)]
+        fn from_f16(x: &[f16; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let (low, high) = (x.as_ptr().cast(), x.as_ptr().add(8).cast());
+                Avx2(_mm256_cvtph_ps(_mm_loadu_si128(low)), _mm256_cvtph_ps(_mm_loadu_si128(high)))
+            }
+        }
+        #[inline(always)]
+        fn from_bf16(x: &[bf16; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let (low, high) = (x.as_ptr().cast(), x.as_ptr().add(8).cast());
+                let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(low)));
+                let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(high)));
+                Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+            }
+        }
+        #[inline(always)]
+        fn fold_rows(x: &[Self; LANES], fold: impl Fn(Self, Self) -> Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let mut groups = [x[0]; 4];
+                for e in 0..4 {
+                    // Rows e, 4 + e, 8 + e, 12 + e: one 128-bit part each in the end.
+                    let [p, q, r, s] = [x[e], x[4 + e], x[8 + e], x[12 + e]];
+                    let a = fold(Avx2(p.0, q.0), Avx2(p.1, q.1));
+                    let b = fold(Avx2(r.0, s.0), Avx2(r.1, s.1));
+                    groups[e] = fold(
+                        Avx2(_mm256_permute2f128_ps::<0x20>(a.0, a.1), _mm256_permute2f128_ps::<0x20>(b.0, b.1)),
+                        Avx2(_mm256_permute2f128_ps::<0x31>(a.0, a.1), _mm256_permute2f128_ps::<0x31>(b.0, b.1)),
+                    );
+                }
+                let [p, q, r, s] = groups;
+                let a = fold(
+                    Avx2(_mm256_shuffle_ps::<0x44>(p.0, q.0), _mm256_shuffle_ps::<0x44>(p.1, q.1)),
+                    Avx2(_mm256_shuffle_ps::<0xee>(p.0, q.0), _mm256_shuffle_ps::<0xee>(p.1, q.1)),
+                );
+                let b = fold(
+                    Avx2(_mm256_shuffle_ps::<0x44>(r.0, s.0), _mm256_shuffle_ps::<0x44>(r.1, s.1)),
+                    Avx2(_mm256_shuffle_ps::<0xee>(r.0, s.0), _mm256_shuffle_ps::<0xee>(r.1, s.1)),
+                );
+                fold(
+                    Avx2(_mm256_shuffle_ps::<0x88>(a.0, b.0), _mm256_shuffle_ps::<0x88>(a.1, b.1)),
+                    Avx2(_mm256_shuffle_ps::<0xdd>(a.0, b.0), _mm256_shuffle_ps::<0xdd>(a.1, b.1)),
+                )
+            }
+        }
+        #[inline(always)]
+        fn transpose(x: &[Self; LANES]) -> [Self; LANES] {
+            // SAFETY: see the impl.
+            unsafe {
+                let mut out = *x;
+                for h in 0..2 {
+                    // Four rows each; channel 4 j + c of this half of them is part j of number c.
+                    let mut quarters = [[_mm256_setzero_ps(); 4]; 4];
+                    for g in 0..4 {
+                        let mut rows = [_mm256_setzero_ps(); 4];
+                        for i in 0..4 {
+                            rows[i] = if h == 0 { x[4 * g + i].0 } else { x[4 * g + i].1 };
+                        }
+                        let [p, q, r, s] = rows;
+                        let (a, b) = (_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q));
+                        let (c, d) = (_mm256_unpacklo_ps(r, s), _mm256_unpackhi_ps(r, s));
+                        quarters[g] = [
+                            _mm256_shuffle_ps::<0x44>(a, c),
+                            _mm256_shuffle_ps::<0xee>(a, c),
+                            _mm256_shuffle_ps::<0x44>(b, d),
+                            _mm256_shuffle_ps::<0xee>(b, d),
+                        ];
+                    }
+                    let [p, q, r, s] = quarters;
+                    for c in 0..4 {
+                        out[8 * h + c] = Avx2(
+                            _mm256_permute2f128_ps::<0x20>(p[c], q[c]),
+                            _mm256_permute2f128_ps::<0x20>(r[c], s[c]),
+                        );
+                        out[8 * h + 4 + c] = Avx2(
+                            _mm256_permute2f128_ps::<0x31>(p[c], q[c]),
+                            _mm256_permute2f128_ps::<0x31>(r[c], s[c]),
+                        );
+                    }
+                }
+                out
+            }
+        }
     }
 
     /// Lanes 8 to 15.
@@ -399,6 +530,7 @@ mod x86 {
 
     // SAFETY: named only by the kernels of AVX-512 (the trait's rule); loads and stores are of whole arrays.
     unsafe impl Simd for Avx512 {
+        const WIDE: bool = true;
         #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: see the impl.
@@ -517,6 +649,111 @@ mod x86 {
                 }
                 (Avx512(low), Avx512(high))
             }
+        }
+        #[inline(always)]
+        fn from_f16(x: &[f16; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) }
+        }
+        #[inline(always)]
+        fn from_bf16(x: &[bf16; LANES]) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)))
+            }
+        }
+        #[inline(always)]
+        fn fold_rows(x: &[Self; LANES], fold: impl Fn(Self, Self) -> Self) -> Self {
+            // SAFETY: see the impl.
+            unsafe {
+                let mut groups = [_mm512_setzero_ps(); 4];
+                for e in 0..4 {
+                    // Rows e, 4 + e, 8 + e, 12 + e: one 128-bit part each in the end.
+                    let [p, q, r, s] = [x[e].0, x[4 + e].0, x[8 + e].0, x[12 + e].0];
+                    let a =
+                        fold(Avx512(_mm512_shuffle_f32x4::<0x44>(p, q)), Avx512(_mm512_shuffle_f32x4::<0xee>(p, q)));
+                    let b =
+                        fold(Avx512(_mm512_shuffle_f32x4::<0x44>(r, s)), Avx512(_mm512_shuffle_f32x4::<0xee>(r, s)));
+                    groups[e] = fold(
+                        Avx512(_mm512_shuffle_f32x4::<0x88>(a.0, b.0)),
+                        Avx512(_mm512_shuffle_f32x4::<0xdd>(a.0, b.0)),
+                    )
+                    .0;
+                }
+                let [p, q, r, s] = groups;
+                let a = fold(Avx512(_mm512_shuffle_ps::<0x44>(p, q)), Avx512(_mm512_shuffle_ps::<0xee>(p, q)));
+                let b = fold(Avx512(_mm512_shuffle_ps::<0x44>(r, s)), Avx512(_mm512_shuffle_ps::<0xee>(r, s)));
+                fold(Avx512(_mm512_shuffle_ps::<0x88>(a.0, b.0)), Avx512(_mm512_shuffle_ps::<0xdd>(a.0, b.0)))
+            }
+        }
+        #[inline(always)]
+        fn transpose(x: &[Self; LANES]) -> [Self; LANES] {
+            // SAFETY: see the impl.
+            unsafe {
+                // Four rows each; channel 4 j + c of them is part j of number c.
+                let mut quarters = [[_mm512_setzero_ps(); 4]; 4];
+                for g in 0..4 {
+                    let [p, q, r, s] = [x[4 * g].0, x[4 * g + 1].0, x[4 * g + 2].0, x[4 * g + 3].0];
+                    let (a, b) = (_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
+                    let (c, d) = (_mm512_unpacklo_ps(r, s), _mm512_unpackhi_ps(r, s));
+                    quarters[g] = [
+                        _mm512_shuffle_ps::<0x44>(a, c),
+                        _mm512_shuffle_ps::<0xee>(a, c),
+                        _mm512_shuffle_ps::<0x44>(b, d),
+                        _mm512_shuffle_ps::<0xee>(b, d),
+                    ];
+                }
+                let [p, q, r, s] = quarters;
+                let mut out = *x;
+                for c in 0..4 {
+                    let (a, b) = (_mm512_shuffle_f32x4::<0x88>(p[c], q[c]), _mm512_shuffle_f32x4::<0x88>(r[c], s[c]));
+                    out[c] = Avx512(_mm512_shuffle_f32x4::<0x88>(a, b));
+                    out[8 + c] = Avx512(_mm512_shuffle_f32x4::<0xdd>(a, b));
+                    let (a, b) = (_mm512_shuffle_f32x4::<0xdd>(p[c], q[c]), _mm512_shuffle_f32x4::<0xdd>(r[c], s[c]));
+                    out[4 + c] = Avx512(_mm512_shuffle_f32x4::<0x88>(a, b));
+                    out[12 + c] = Avx512(_mm512_shuffle_f32x4::<0xdd>(a, b));
+                }
+                out
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Turned and folded rows of a set of instructions are those of the definition, bit for bit.
+    fn check<S: Simd>() {
+        let x: [[f32; LANES]; LANES] =
+            std::array::from_fn(|i| std::array::from_fn(|l| ((i * LANES + l) as f32 * 0.37).sin() * 1e3));
+        let bits = |x: [f32; LANES]| x.map(f32::to_bits);
+        let out = |x: S| {
+            let mut lanes = [0.0; LANES];
+            x.store(&mut lanes);
+            bits(lanes)
+        };
+        let (got, want) = (x.map(|x| S::load(&x)), x.map(Scalar));
+        assert_eq!(out(S::fold_rows(&got, S::add)), bits(Scalar::fold_rows(&want, Scalar::add).0));
+        assert_eq!(out(S::fold_rows(&got, S::max)), bits(Scalar::fold_rows(&want, Scalar::max).0));
+        assert_eq!(S::transpose(&got).map(out), Scalar::transpose(&want).map(|x| bits(x.0)));
+        assert_eq!(out(got[0].fma(got[1], got[2])), bits(want[0].fma(want[1], want[2]).0));
+        let (halves, shorts) = (x.map(|x| x.map(f16::from_f32)), x.map(|x| x.map(bf16::from_f32)));
+        assert_eq!(out(S::from_f16(&halves[3])), bits(Scalar::from_f16(&halves[3]).0));
+        assert_eq!(out(S::from_bf16(&shorts[3])), bits(Scalar::from_bf16(&shorts[3]).0));
+    }
+
+    #[test]
+    fn instruction_sets_agree() {
+        check::<Scalar>();
+        #[cfg(target_arch = "x86_64")]
+        if super::super::Isa::Avx2.available() {
+            check::<Avx2>();
+        }
+        #[cfg(target_arch = "x86_64")]
+        if super::super::Isa::Avx512.available() {
+            check::<Avx512>();
         }
     }
 }

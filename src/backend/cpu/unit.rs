@@ -145,6 +145,12 @@ pub fn bend_error(call: &Attention, row: usize, head: usize, tile: usize, reach:
     error
 }
 
+/// True of scores that have left binary32.
+#[inline(always)]
+pub fn overflows(bound: f32, max: f32) -> bool {
+    !bound.is_finite() || max == f32::INFINITY
+}
+
 /// What the heads of a unit may leave out, from the scans of all its splits.
 #[derive(Debug, Clone, Copy)]
 pub struct Shares {
@@ -188,7 +194,7 @@ impl<'a> Worker<'a> {
     /// Notes scores that have left binary32.
     #[inline(always)]
     pub fn check(&mut self, bound: f32, max: f32) {
-        self.overflow |= !bound.is_finite() || max == f32::INFINITY;
+        self.overflow |= overflows(bound, max);
     }
 
     /// Sums and outputs of a split.
