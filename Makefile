@@ -15,7 +15,7 @@ CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-oracle test-llamacpp bench bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -53,7 +53,13 @@ test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache
 bench-llamacpp: | setup-test ## quality and speed inside llama.cpp, written to benches/results
 	bindings/llamacpp/ci.sh bench
 
-bench: all ## criterion benchmarks (BENCH=name picks some)
+bench: all setup-test ## decode side by side with ggml (a quarter of an hour; BENCH="--only words" picks cases), written to benches/results
+	$(PYTHON) benches/peers/cpu_decode.py run --build $(CARGO_TARGET_DIR)/peers $(BENCH)
+
+bench-full: all setup-test ## the same for every shape, length, data and peer (hours)
+	$(PYTHON) benches/peers/cpu_decode.py run --full --build $(CARGO_TARGET_DIR)/peers $(BENCH)
+
+bench-pieces: all ## criterion benchmarks of the pieces: scan, refine, encode, prefill, merge (BENCH=name picks some)
 	cargo bench -- $(BENCH)
 
 install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR

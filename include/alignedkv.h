@@ -96,7 +96,7 @@ typedef int32_t akv_status;
 
 // Instruction sets: akv_context_desc.isa (0 = the best of this machine), akv_stats.isa
 #define AKV_ISA_SCALAR 1  // Portable code.
-#define AKV_ISA_AVX2   2  // x86-64 with AVX2.
+#define AKV_ISA_AVX2   2  // x86-64 with AVX2, FMA and F16C.
 #define AKV_ISA_AVX512 3  // x86-64 with AVX-512 F, BW, VL and VNNI.
 
 // Ways that attention can take: akv_stats.path and akv_supports (sums)

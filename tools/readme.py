@@ -18,7 +18,7 @@ def table(columns, rows):
 
 
 def figures():
-    """benches/results/tinylm.json (make demo) and traces.json (make test-oracle), as far as they are there."""
+    """benches/results/tinylm.json (make demo) and traces.json (make test-oracle), cpu_decode.json (make bench), as far as they are there."""
     parts = []
     path = ROOT / "benches/results/tinylm.json"
     if path.exists():
@@ -30,6 +30,18 @@ def figures():
             rows.append([name, f"{r['bits_from_1024']:.2f}", f"{100 * r['byte_share']:.0f}%", f"{r['loss_delta_from_1024']:+.5f} ± {r['se_from_1024']:.5f}"])
         parts.append("Loss of a small causal language model, decoded token by token over 16 texts of 2048 bytes (`make demo`):\n\n"
                      + table(["scheme", "bits read per element, from token 1024", "bytes against f16, all tokens", "loss against f32, nats per byte, from token 1024"], rows))
+    path = ROOT / "benches/results/cpu_decode.json"
+    if path.exists():
+        measured = {}
+        for r in json.loads(path.read_text()):
+            if r["peer"] == "aligned:1e-3":
+                measured.setdefault(r["shape"], {})[r["threads"]] = r
+        rows = [[shape, *(f"{by[t]['us']:.0f}" if t in by else "" for t in (1, 2)), *(f"{by[t]['speedup_vs_ggml_f16']:.1f}x" if t in by else "" for t in (1, 2)),
+                 f"{by[1]['rel_l2']:.0e}", f"{by[1]['bits_per_element']:.2f}"] for shape, by in measured.items() if 1 in by]
+        parts.append("One decode step of one layer on the CPU at the default tolerance, beside ggml's flash attention on an f16 cache in llama.cpp's layout "
+                     "(the faster of two builds), in one process and in turns, K and V in memory, not in a cache (`make bench`; every peer, error and "
+                     "aim, also those missed, in [`benches/results/cpu_decode.md`](benches/results/cpu_decode.md)):\n\n"
+                     + table(["case", "µs, 1 thread", "µs, 2 threads", "against ggml f16, 1 thread", "2 threads", "relative L2 error", "bits read"], rows))
     path = ROOT / "benches/results/traces.json"
     if path.exists():
         data = json.loads(path.read_text())["table"]

@@ -58,7 +58,7 @@ pub const AKV_CUDA: i32 = 2;
 /// # Instruction sets: akv_context_desc.isa (0 = the best of this machine), akv_stats.isa
 /// Portable code.
 pub const AKV_ISA_SCALAR: i32 = 1;
-/// x86-64 with AVX2.
+/// x86-64 with AVX2, FMA and F16C.
 pub const AKV_ISA_AVX2: i32 = 2;
 /// x86-64 with AVX-512 F, BW, VL and VNNI.
 pub const AKV_ISA_AVX512: i32 = 3;

@@ -7,7 +7,8 @@
 // FILE: per sequence q f32 [heads][dim], K f16 [n][kv_heads][dim], V the same (see inputs.py). LIST:
 //   ggml:TYPE:LAYOUT:BUILD     f16, bf16, q8_0, q4_0; llama (a token's heads together) or contiguous (a head's tokens
 //                              together); native or portable
-//   aligned:TOLERANCE[:ISA]    this library; exact[:ISA] and raw[:ISA] (rows as given) too
+//   aligned:TOLERANCE[:ISA]    this library; exact[:ISA] and raw[:ISA] (rows as given) too; scan[:ISA]: plane 0 of K
+//                              alone, at a tolerance that asks for no more
 //   roof                       sums over memory
 // Prints a JSON line for every peer.
 #include "peer.h"
@@ -437,13 +438,14 @@ int main(int argc, char **argv) {
             peer = std::make_unique<Roof>(c.threads, std::max<size_t>(256 << 20, 8 * cache));
             peer->build = "this program";
         } else {
+            if (kind != "aligned" && kind != "exact" && kind != "raw" && kind != "scan") fail(spec + ": unknown peer");
             size_t isa_at = kind == "aligned" ? 2 : 1;
             string name = part.size() > isa_at ? part[isa_at] : "";
             int isa = name == "avx512" ? AKV_ISA_AVX512 : name == "avx2" ? AKV_ISA_AVX2 : name == "scalar" ? AKV_ISA_SCALAR : 0;
             int format = kind == "raw" ? AKV_FORMAT_RAW : AKV_FORMAT_ALIGNED;
             auto &shared = caches[(format == AKV_FORMAT_RAW ? "raw" : "aligned") + name];
             if (!shared) shared = std::make_shared<Ours>(c, isa, format, copies);
-            float tolerance = kind == "aligned" ? stof(part.at(1)) : 0;
+            float tolerance = kind == "aligned" ? stof(part.at(1)) : kind == "scan" ? 1e3f : 0;
             peer = std::make_unique<Aligned>(c, shared, tolerance, kind == "exact" ? AKV_EXACT : AKV_EXPECTED);
             peer->kv_type = format == AKV_FORMAT_RAW ? "f16" : "aligned", peer->layout = "library", peer->build = "alignedkv";
         }
