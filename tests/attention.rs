@@ -4,10 +4,11 @@ mod common;
 
 use alignedkv::Error;
 use alignedkv::backend::cpu::{Cpu, Isa};
-use alignedkv::backend::{Attention, Mode, Threads};
+use alignedkv::backend::{Attention, Mask, Mode, Threads};
 use alignedkv::cache::{Allocator, Block, Memory};
 use alignedkv::format::{Dtype, Format, Layout, RowsMut};
 use common::*;
+use half::f16;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -77,6 +78,87 @@ fn same_bits_on_all_threads_and_instruction_sets() {
                 assert!(error <= f64::from(want.bound[at]), "{told}: error {error:e}, bound {:e}", want.bound[at]);
                 assert!((f64::from(want.lse[at]) - lse).abs() <= f64::from(want.lse_bound[at]), "{told}");
             }
+        }
+    }
+}
+
+/// Rows as given, by few heads (in place) and by many (decoded): every dtype, size, mask and cap, within the bound of
+/// float64 and the same bits everywhere. Rows that nobody sees do not count, whatever they hold.
+#[test]
+fn rows_as_given() {
+    let cpus: Vec<Cpu> = Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| cpu(isa, 1)).collect();
+    let mut rng = Rng::new(17);
+    let (dims, dtypes) = ([16, 24, 32, 40, 64, 72, 80, 96, 128, 136, 200, 256], [Dtype::F16, Dtype::Bf16, Dtype::F32]);
+    for case in 0..420 {
+        let (d, dv) = (dims[rng.below(12)], dims[case % 12]);
+        let (g, n) = ([1, 2, 3, 4, 5, 8][case % 6], [1, 15, 16, 17, 127, 128, 129, 1100][rng.below(8)]);
+        let (n_q, kv_heads) = (1 + rng.below(3), 1 + rng.below(2));
+        let mut s = shape(g, kv_heads, d, dv, dtypes[rng.below(3)], 4);
+        s.dtype_v = dtypes[case % 3];
+        let (mut k, mut v) = (rng.normals(n * kv_heads * d), rng.normals(n * kv_heads * dv));
+        let masked = rng.below(2) == 0;
+        // Rows that no query row sees.
+        let hidden: Vec<bool> = (0..n).map(|i| masked && i > 0 && rng.below(4) == 0).collect();
+        for i in (0..n).filter(|&i| hidden[i]) {
+            k[i * kv_heads * d..(i + 1) * kv_heads * d].fill(6e4);
+            v[i * kv_heads * dv..(i + 1) * kv_heads * dv].fill(-6e4);
+        }
+        round(&mut k, s.dtype_k);
+        round(&mut v, s.dtype_v);
+        let added: Vec<Vec<f32>> = (0..n_q)
+            .map(|_| {
+                let cell = |i: usize, r: usize, x: f32| match hidden[i] || r == 0 {
+                    true => f32::NEG_INFINITY,
+                    false => f16::from_f32(x).to_f32(),
+                };
+                (0..n)
+                    .map(|i| if masked { cell(i, rng.below(3) + usize::from(i == 0), rng.normal()) } else { 0.0 })
+                    .collect()
+            })
+            .collect();
+        let mut mask = Mask::new(n_q, n).unwrap();
+        let bits: Vec<Vec<u16>> =
+            added.iter().map(|row| row.iter().map(|&x| f16::from_f32(x).to_bits()).collect()).collect();
+        mask.set(0, bits.iter().map(|row| &row[..])).unwrap();
+        let sinks = rng.normals(s.n_q_heads);
+        let bent = Bent {
+            softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
+            mask: masked.then_some(&mask),
+            sinks: (rng.below(3) == 0).then_some(&sinks),
+        };
+        let q: Vec<f32> = rng.normals(n_q * s.n_q_heads * d).iter().map(|x| 2.0 * x).collect();
+        let run = Single::new(Format::Raw, s, 0);
+        run.append(&k, &v);
+        let how = How { scale: 1.0 / (d as f32).sqrt(), ..EXPECTED };
+        let told = format!("case {case}: g {g} d {d} dv {dv} n {n} n_q {n_q} {:?} {:?}", s.dtype_k, s.dtype_v);
+        let ranges = vec![(0, n); n_q];
+        let want = run.attend_bent(&cpus[0], &q, &ranges, how, bent).unwrap();
+        for cpu in &cpus[1..] {
+            let got = run.attend_bent(cpu, &q, &ranges, how, bent).unwrap();
+            assert_eq!(got, want, "{told}: {:?}", cpu.isa());
+        }
+        for at in 0..n_q * s.n_q_heads {
+            let (row, head) = (at / s.n_q_heads, at % s.n_q_heads);
+            let (k, v) = (of_head(&k, kv_heads, d, head / g), of_head(&v, kv_heads, dv, head / g));
+            let q = &q[at * d..(at + 1) * d];
+            let (mut sum, mut out) = (0.0, vec![0.0f64; dv]);
+            for i in (0..n).filter(|&i| added[row][i] > f32::NEG_INFINITY) {
+                let dot: f64 = q.iter().zip(&k[i * d..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                let (score, cap) = (dot * f64::from(how.scale), f64::from(bent.softcap));
+                let score = if cap > 0.0 { cap * (score / cap).tanh() } else { score };
+                let e = (score + f64::from(added[row][i])).exp();
+                sum += e;
+                out.iter_mut().zip(&v[i * dv..]).for_each(|(out, &v)| *out += e * f64::from(v));
+            }
+            if let Some(sinks) = bent.sinks {
+                sum += f64::from(sinks[head]).exp();
+            }
+            let error = want.out[at * dv..(at + 1) * dv].iter().zip(&out);
+            let error = error.fold(0.0f64, |m, (&a, b)| m.max((f64::from(a) - b / sum).abs()));
+            assert!(error <= f64::from(want.bound[at]), "{told}: error {error:e}, bound {:e}", want.bound[at]);
+            // A decoded tile's peaks are of all its rows.
+            assert!(want.bound[at] < 1e-2 || n_q * g > 8 && masked, "{told}: bound {:e}", want.bound[at]);
+            assert!((f64::from(want.lse[at]) - sum.ln()).abs() <= f64::from(want.lse_bound[at]), "{told}");
         }
     }
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use alignedkv::backend::cpu::{Cpu, Isa};
-use alignedkv::backend::{Attention, Floats, Mode, QueryRow, Stats};
+use alignedkv::backend::{Attention, Floats, Mask, Mode, QueryRow, Stats};
 use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, Placement, StepSequence};
 use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
@@ -107,6 +107,14 @@ pub struct How {
     pub dense: bool,
 }
 
+/// What bends scores.
+#[derive(Clone, Copy, Default)]
+pub struct Bent<'a> {
+    pub softcap: f32,
+    pub mask: Option<&'a Mask>,
+    pub sinks: Option<&'a [f32]>,
+}
+
 /// One sequence in a cache of one layer.
 pub struct Single {
     pub cache: Arc<Cache>,
@@ -161,6 +169,18 @@ impl Single {
 
     /// Attends `[row][q head][dim_k]` f32 queries, each row over tokens `ranges[row]`.
     pub fn attend(&self, cpu: &Cpu, q: &[f32], ranges: &[(usize, usize)], how: How) -> alignedkv::Result<Output> {
+        self.attend_bent(cpu, q, ranges, how, Bent::default())
+    }
+
+    /// The same, of scores that are not the products alone.
+    pub fn attend_bent(
+        &self,
+        cpu: &Cpu,
+        q: &[f32],
+        ranges: &[(usize, usize)],
+        how: How,
+        bent: Bent,
+    ) -> alignedkv::Result<Output> {
         let s = &self.shape;
         let (n_q, heads) = (ranges.len(), s.n_q_heads);
         let reader = self.cache.read(self.sequence, 0)?;
@@ -189,10 +209,10 @@ impl Single {
                 q: q.rows(),
                 out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
                 scale: how.scale,
-                softcap: 0.0,
-                mask: None,
+                softcap: bent.softcap,
+                mask: bent.mask,
                 slopes: None,
-                sinks: None,
+                sinks: bent.sinks,
                 tolerance: how.tolerance,
                 mode: how.mode,
                 lse: Some(Floats::new(o.lse.as_mut_ptr())),

@@ -468,9 +468,8 @@ fn given_heads<S: Simd, const R: usize>(
     let Block { at, any, n, .. } = block;
     let (d, dv) = (w.call.shape.dim_k, w.call.shape.dim_v);
     let (mut s, mut e, mut v_unit) = ([[0.0; TILE]; R], [[0.0; TILE]; R], [0.0; TILE]);
-    let mut peaks = [[0.0; LANES]; MAX_DIM / LANES];
     let q: [&[f32]; R] = std::array::from_fn(|i| &w.scratch.q[(at + i) * d..(at + i + 1) * d]);
-    asked.given.products::<S, R>(q, any, n, &mut s, &mut peaks);
+    let peaks = asked.given.products::<S, R>(q, any, n, &mut s);
     asked.given.v_unit::<S>(any, n, &mut v_unit);
     let mut error = [Uncertain { bound: 0.0, rms: 0.0, reach: 0.0 }; R];
     for i in 0..R {

@@ -17,6 +17,8 @@ pub const LANES: usize = 16;
 pub unsafe trait Simd: Copy {
     /// Registers for 16 sums and what is added to them. (Without: for 4.)
     const WIDE: bool;
+    /// Runs it, compiled for this instruction set.
+    fn enter(kernel: impl Kernel);
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
     fn store(self, x: &mut [f32; LANES]);
@@ -60,6 +62,12 @@ pub unsafe trait Simd: Copy {
     fn transpose(x: &[Self; LANES]) -> [Self; LANES];
 }
 
+/// A loop that is compiled by itself, so that all registers are its own.
+pub trait Kernel {
+    /// Always inlined.
+    fn run<S: Simd>(self);
+}
+
 /// Asks for the cache line of an address, which need not be one.
 #[inline(always)]
 pub fn prefetch(p: *const u8) {
@@ -87,6 +95,10 @@ impl Scalar {
 // SAFETY: no instructions beyond the target's.
 unsafe impl Simd for Scalar {
     const WIDE: bool = false;
+    #[inline(never)]
+    fn enter(kernel: impl Kernel) {
+        kernel.run::<Self>();
+    }
     #[inline(always)]
     fn splat(x: f32) -> Self {
         Scalar([x; LANES])
@@ -238,7 +250,7 @@ pub use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{DIGITS, LANES, SCALE_BITS, Simd, bf16, f16, offset, unit};
+    use super::{DIGITS, Kernel, LANES, SCALE_BITS, Simd, bf16, f16, offset, unit};
     use std::arch::x86_64::*;
 
     /// Sum of 8 lanes.
@@ -270,6 +282,16 @@ mod x86 {
     // SAFETY: named only by the kernels of AVX2 (the trait's rule); loads and stores are of whole arrays.
     unsafe impl Simd for Avx2 {
         const WIDE: bool = false;
+        #[inline(always)]
+        fn enter(kernel: impl Kernel) {
+            #[inline(never)]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn compiled(kernel: impl Kernel) {
+                kernel.run::<Avx2>();
+            }
+            // SAFETY: see the impl.
+            unsafe { compiled(kernel) }
+        }
         #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: see the impl.
@@ -531,6 +553,16 @@ mod x86 {
     // SAFETY: named only by the kernels of AVX-512 (the trait's rule); loads and stores are of whole arrays.
     unsafe impl Simd for Avx512 {
         const WIDE: bool = true;
+        #[inline(always)]
+        fn enter(kernel: impl Kernel) {
+            #[inline(never)]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+            fn compiled(kernel: impl Kernel) {
+                kernel.run::<Avx512>();
+            }
+            // SAFETY: see the impl.
+            unsafe { compiled(kernel) }
+        }
         #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: see the impl.
