@@ -316,9 +316,7 @@ impl<E: Element> Kernel for Peaks<'_, '_, E> {
                         some[t] = v.abs().max(some[t]);
                     }
                 }
-                for t in 0..ROWS {
-                    peaks[i + t] = some[t];
-                }
+                peaks[i..i + ROWS].copy_from_slice(&some);
             }
             let peaks = S::fold_rows(&peaks, S::max).mul(S::splat(1.0 / PEAK));
             peaks.store(&mut math::blocks_mut(self.unit)[first / LANES]);
