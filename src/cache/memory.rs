@@ -1,5 +1,7 @@
 //! Memory from the caller's allocator or the system's, counted against a limit.
 
+#[cfg(unix)]
+use super::region::Regions;
 use crate::capi::types::AKV_CPU;
 use crate::{Error, Result};
 use parking_lot::Mutex;
@@ -13,8 +15,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 /// Blocks start on cache lines.
 const ALIGN: usize = 64;
 
-/// From here on a block of the system's is made by `calloc`, which leaves fresh pages untouched until they are used: a
-/// cache of cells takes its memory at once, long before its rows come. (Over-aligned memory is zeroed by hand.)
+/// From here on pages and kept rows lie in regions, where the system has them: fresh memory that costs nothing until it
+/// is used, as a cache of cells takes its memory long before its rows come.
 const LARGE: usize = 1 << 15;
 
 /// Where memory comes from.
@@ -56,20 +58,6 @@ impl Allocator {
     /// Zeroed bytes, aligned to [`ALIGN`]; `bytes` > 0.
     fn alloc(&self, bytes: usize) -> Option<NonNull<u8>> {
         match self {
-            Allocator::System if bytes >= LARGE => {
-                let layout =
-                    std::alloc::Layout::from_size_align(bytes.checked_add(ALIGN)?, align_of::<usize>()).ok()?;
-                // SAFETY: the size is not 0.
-                let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-                let ahead = ALIGN - start.as_ptr() as usize % ALIGN;
-                // SAFETY: `ahead` is a multiple of a `usize`'s alignment, from its size to ALIGN: `bytes` bytes fit
-                // after it, and before them the note for `dealloc`.
-                unsafe {
-                    let p = start.add(ahead);
-                    p.cast::<usize>().sub(1).write(ahead);
-                    Some(p)
-                }
-            }
             Allocator::System => {
                 let layout = std::alloc::Layout::from_size_align(bytes, ALIGN).ok()?;
                 // SAFETY: the size is not 0.
@@ -90,12 +78,6 @@ impl Allocator {
     /// `p` came from `alloc(bytes)` of this allocator and is not used again.
     unsafe fn dealloc(&self, p: NonNull<u8>, bytes: usize) {
         match self {
-            // SAFETY: `alloc` made this layout, and noted before `p` how far it lies in it.
-            Allocator::System if bytes >= LARGE => unsafe {
-                let ahead = p.cast::<usize>().sub(1).read();
-                let layout = std::alloc::Layout::from_size_align_unchecked(bytes + ALIGN, align_of::<usize>());
-                dealloc(p.sub(ahead).as_ptr(), layout)
-            },
             Allocator::System => {
                 // SAFETY: `alloc` made this layout, and `p` with it.
                 unsafe { dealloc(p.as_ptr(), std::alloc::Layout::from_size_align_unchecked(bytes, ALIGN)) }
@@ -130,6 +112,8 @@ pub struct Memory {
     pages: AtomicU64,
     shared: AtomicU64,
     free: Mutex<Vec<Class>>,
+    #[cfg(unix)]
+    regions: Mutex<Regions>,
 }
 
 /// Free blocks of one kind and size: a list that runs through the blocks' own first bytes, so that freeing never
@@ -174,6 +158,8 @@ impl Memory {
             pages: AtomicU64::new(0),
             shared: AtomicU64::new(0),
             free: Mutex::new(Vec::new()),
+            #[cfg(unix)]
+            regions: Mutex::new(Regions::default()),
         })
     }
 
@@ -235,7 +221,7 @@ impl Memory {
             while released < bytes {
                 let Some(p) = class.pop() else { break };
                 // SAFETY: the block was in the list, hence nobody's.
-                unsafe { self.allocator.dealloc(p, class.bytes) };
+                unsafe { self.dealloc(class.kind, p, class.bytes) };
                 self.waiting.fetch_sub(class.bytes as u64, Relaxed);
                 self.give(class.bytes);
                 released += class.bytes as u64;
@@ -244,10 +230,10 @@ impl Memory {
         released > 0
     }
 
-    fn allocate(&self, bytes: usize) -> Result<NonNull<u8>> {
+    fn allocate(&self, kind: Kind, bytes: usize) -> Result<NonNull<u8>> {
         self.take(bytes)?;
         loop {
-            if let Some(p) = self.allocator.alloc(bytes) {
+            if let Some(p) = self.alloc(kind, bytes)? {
                 return Ok(p);
             }
             if !self.release(bytes as u64) {
@@ -270,6 +256,34 @@ impl Memory {
         reserve(&mut free, 1)?;
         free.push(Class { kind, bytes, n: 0, first: None });
         Ok(None)
+    }
+}
+
+impl Memory {
+    /// True if a block lies in a region.
+    fn in_region(&self, kind: Kind, bytes: usize) -> bool {
+        cfg!(unix) && kind != Kind::Other && bytes >= LARGE && matches!(self.allocator, Allocator::System)
+    }
+
+    fn alloc(&self, kind: Kind, bytes: usize) -> Result<Option<NonNull<u8>>> {
+        #[cfg(unix)]
+        if self.in_region(kind, bytes) {
+            return self.regions.lock().alloc(bytes);
+        }
+        Ok(self.allocator.alloc(bytes))
+    }
+
+    /// # Safety
+    /// `p` came from `alloc` of the same kind and size, and is not used again.
+    unsafe fn dealloc(&self, kind: Kind, p: NonNull<u8>, bytes: usize) {
+        #[cfg(unix)]
+        if self.in_region(kind, bytes) {
+            // SAFETY: the contract.
+            unsafe { self.regions.lock().dealloc(p) };
+            return;
+        }
+        // SAFETY: the contract.
+        unsafe { self.allocator.dealloc(p, bytes) };
     }
 }
 
@@ -311,7 +325,7 @@ impl Block {
         let reused = if kind == Kind::Other { None } else { memory.reuse(kind, bytes)? };
         let data = match reused {
             Some(p) => p,
-            None => memory.allocate(bytes)?,
+            None => memory.allocate(kind, bytes)?,
         };
         match kind {
             Kind::Page => memory.pages.fetch_add(1, Relaxed),
@@ -346,7 +360,7 @@ impl Drop for Block {
             }
         }
         // SAFETY: the block is going away.
-        unsafe { memory.allocator.dealloc(self.data, self.bytes) };
+        unsafe { memory.dealloc(self.kind, self.data, self.bytes) };
         memory.give(self.bytes);
     }
 }

@@ -9,6 +9,8 @@ mod layer;
 mod memory;
 mod positions;
 mod reader;
+#[cfg(unix)]
+mod region;
 mod sequence;
 mod slots;
 
