@@ -60,7 +60,7 @@ bench-full: all setup-test ## the same for every shape, length, data and peer (h
 	$(PYTHON) benches/peers/cpu_decode.py run --full --build $(CARGO_TARGET_DIR)/peers $(BENCH)
 
 bench-pieces: all ## criterion benchmarks of the pieces: scan, refine, encode, prefill, merge (BENCH=name picks some)
-	cargo bench -- $(BENCH)
+	cargo bench --bench attention -- $(BENCH)
 
 install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR
 	cargo build --release --lib

@@ -209,7 +209,81 @@ fn encode(c: &mut Criterion) {
             });
         }
     }
+    let mut random = Random::new();
+    let from: Vec<_> = (0..16).map(|_| random.rows(4096 * HEADS)).collect();
+    let mut to = from.clone();
+    let mut i = 0;
+    group.bench_function(BenchmarkId::new("a plain copy", 4096), |b| {
+        b.iter(|| {
+            i = (i + 2) % 16;
+            for j in [i, i + 1] {
+                to[j].copy_from_slice(&from[j]);
+            }
+        });
+    });
     group.finish();
+}
+
+/// The same attention as products of f32 matrices: scores of all tokens, softmax, weighted sums, a head at a time. `k` and
+/// `v` are `[KV head][tokens][DIM]`; row i of `q` sees all but the last `MAX_Q - 1 - i` tokens.
+fn by_products(q: &[f32], k: &[f32], v: &[f32], n: usize, scores: &mut [f32], out: &mut [f32]) {
+    for head in 0..Q_HEADS {
+        let kv = head / (Q_HEADS / HEADS) * n * DIM;
+        let (row, d) = (Q_HEADS * DIM, DIM as isize);
+        // SAFETY: matrices of these sizes and strides, asserted by the slices.
+        unsafe {
+            let (q, k) = (&q[head * DIM..], &k[kv..kv + n * DIM]);
+            assert!(q.len() >= (MAX_Q - 1) * row + DIM && scores.len() >= MAX_Q * n);
+            matrixmultiply::sgemm(
+                MAX_Q,
+                DIM,
+                n,
+                0.088,
+                q.as_ptr(),
+                row as isize,
+                1,
+                k.as_ptr(),
+                1,
+                d,
+                0.0,
+                scores.as_mut_ptr(),
+                n as isize,
+                1,
+            );
+        }
+        for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
+            let (seen, hidden) = scores.split_at_mut(n - MAX_Q + 1 + i);
+            hidden.fill(0.0);
+            let max = seen.iter().fold(f32::MIN, |max, &s| max.max(s));
+            let mut sum = 0.0;
+            for s in seen.iter_mut() {
+                *s = (*s - max).exp();
+                sum += *s;
+            }
+            seen.iter_mut().for_each(|s| *s /= sum);
+        }
+        // SAFETY: as above.
+        unsafe {
+            let (v, out) = (&v[kv..kv + n * DIM], &mut out[head * DIM..]);
+            assert!(out.len() >= (MAX_Q - 1) * row + DIM);
+            matrixmultiply::sgemm(
+                MAX_Q,
+                n,
+                DIM,
+                1.0,
+                scores.as_ptr(),
+                n as isize,
+                1,
+                v.as_ptr(),
+                d,
+                1,
+                0.0,
+                out.as_mut_ptr(),
+                row as isize,
+                1,
+            );
+        }
+    }
 }
 
 /// 512 query rows over 4096 tokens: every digit is read, on the dense path.
@@ -225,6 +299,13 @@ fn prefill(c: &mut Criterion) {
             b.iter(|| engine.attend(MAX_Q, 1e-3));
         });
     }
+    let mut random = Random::new();
+    let mut floats = |n: usize| random.rows(n).iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+    let (q, k, v) = (floats(MAX_Q * Q_HEADS), floats(4096 * HEADS), floats(4096 * HEADS));
+    let (mut scores, mut out) = (vec![0.0; MAX_Q * 4096], vec![0.0; MAX_Q * Q_HEADS * DIM]);
+    group.bench_function(BenchmarkId::new("products of f32 matrices", 4096), |b| {
+        b.iter(|| by_products(&q, &k, &v, 4096, &mut scores, &mut out));
+    });
     group.finish();
 }
 
