@@ -15,7 +15,7 @@ CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -25,7 +25,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-c test-sanitize test-oracle ## run every test
+test: setup-test test-rust test-kernels test-c test-sanitize test-oracle ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -42,6 +42,17 @@ test-sanitize: | setup-test ## the C tests again under AddressSanitizer and Unde
 	cmake -S ctests -B $(BUILD)/sanitize -G Ninja -DSANITIZE=ON -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
 	cmake --build $(BUILD)/sanitize
 	ctest --test-dir $(BUILD)/sanitize --output-on-failure
+
+KERNELS_HOST = $(CXX) -std=c++17 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror kernels/host/runner.cpp -x c++ kernels/alignedkv.cu
+TEST_KERNELS = cargo test --release --features kernels-host --test kernels
+
+test-kernels: | setup-test ## the CUDA kernels, run on the CPU against the CPU backend, twice: the second time under sanitizers
+	mkdir -p $(BUILD)
+	$(KERNELS_HOST) -O2 -o $(BUILD)/libakv_kernels.so
+	AKV_KERNELS_HOST=$(abspath $(BUILD)/libakv_kernels.so) $(TEST_KERNELS)
+	$(KERNELS_HOST) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -o $(BUILD)/libakv_kernels_sanitized.so
+	AKV_KERNELS_HOST=$(abspath $(BUILD)/libakv_kernels_sanitized.so) ASAN_OPTIONS=detect_leaks=0 $(TEST_KERNELS) \
+		--config 'target."cfg(all())".runner=["env", "LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so)"]'
 
 test-oracle: | setup-test ## the library against its definition in NumPy
 	cargo build --release --lib
@@ -88,7 +99,7 @@ readme: ## refresh what README.md quotes: the quickstart program and measured fi
 
 lint: ## formatting, clippy, and drift of generated files
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	cargo run -q -p alignedkv-gen -- --check
 	python3 tools/readme.py --check
 

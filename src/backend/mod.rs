@@ -1,6 +1,7 @@
 //! Backends: what computes. [`cpu`] is the embedded default.
 
 pub mod cpu;
+pub mod cuda;
 mod mask;
 
 pub use mask::Mask;

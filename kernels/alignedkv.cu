@@ -1,0 +1,5 @@
+// The translation unit: all kernels.
+#include "attend.cu"
+#include "dequantize.cu"
+#include "encode.cu"
+#include "merge.cu"

@@ -1,0 +1,418 @@
+// Second phase of a split: who is read how finely, and what comes of it. The last block of a unit merges its splits, in
+// their order.
+#pragma once
+#include "scan.cuh"
+
+namespace akv {
+
+// Tokens that are listed, each with its number of planes.
+struct List {
+    u16 entries[TILE];
+
+    DEVICE i32 token(i32 i) const { return entries[i] & 255; }
+    DEVICE i32 planes(i32 i) const { return entries[i] >> 8; }
+    // Lists the tokens 4 lane .. 4 lane + 3 of all lanes that have more than `least` planes. Returns how many.
+    DEVICE i32 fill(const i32 (&planes)[4], i32 least) {
+        i32 n = 0;
+        for (i32 i = 0; i < 4; i++) {
+            u32 listed = ballot(planes[i] > least);
+            if (planes[i] > least) entries[n + popc(listed & ((1u << lane()) - 1))] = u16(planes[i] << 8 | (4 * lane() + i));
+            n += popc(listed);
+        }
+        return n;
+    }
+};
+
+// A warp's part of the shared memory.
+struct Work {
+    List k, v;
+    float weights[4][TILE];  // e times the V scale, of four heads
+};
+
+// Shared memory of a block: q, then shares, then by warp sums, outputs, and what it works with.
+template <i32 S, i32 NT>
+struct Memory {
+    static constexpr i32 HEADS = 4 * NT;
+    u8 *start;
+    i32 dim_v;
+
+    static constexpr i32 Q_BYTES = HEADS * Queries<S>::STRIDE * 4;
+    static constexpr i32 SHARES = Q_BYTES, SUMS = SHARES + HEADS * sizeof(Share), WORK = SUMS + ATTEND_WARPS * HEADS * sizeof(Sums),
+                         FLAG = WORK + ATTEND_WARPS * sizeof(Work), OUTS = FLAG + 16;  // to OUTS + ATTEND_WARPS * HEADS * dim_v * 4
+
+    DEVICE Queries<S> q() const { return {reinterpret_cast<float *>(start)}; }
+    DEVICE Share &share(i32 h) const { return reinterpret_cast<Share *>(start + SHARES)[h]; }
+    DEVICE Sums &sums(i32 warp, i32 h) const { return reinterpret_cast<Sums *>(start + SUMS)[warp * HEADS + h]; }
+    DEVICE Work &work() const { return reinterpret_cast<Work *>(start + WORK)[warp()]; }
+    DEVICE u32 &flag() const { return *reinterpret_cast<u32 *>(start + FLAG); }
+    DEVICE float *outs(i32 warp, i32 h) const { return reinterpret_cast<float *>(start + OUTS) + (warp * HEADS + h) * dim_v; }
+};
+
+// What a warp has counted.
+struct Counts {
+    u32 k[PLANES + 1], v[PLANES + 1], tokens, exact, tiles;
+};
+
+// One head's view of the whole context, from all splits' scans, by a warp.
+DEVICE Share share_of(const Unit &u, i32 h) {
+    const float sink = u.p.sinks ? reinterpret_cast<const float *>(u.p.sinks)[u.first_head + h] : -infinity();
+    float max = sink;
+    for (i32 s = lane(); s < u.n_splits; s += 32) max = larger(max, u.partial(s, h).max);
+    max = warp_max(max);
+    double sum = 0.0, weighted = 0.0;
+    for (i32 s = lane(); s < u.n_splits; s += 32) {
+        const Partial &partial = u.partial(s, h);
+        double factor = factor_of(partial.max, max);
+        sum += factor * partial.sum;
+        weighted += factor * partial.weighted;
+    }
+    sum = warp_sum(sum) + factor_of(sink, max);
+    return Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, warp_sum(weighted));
+}
+
+// Adds further digits of K to the scores of the listed tokens, sixteen at a time.
+template <i32 S, i32 NT>
+DEVICE void refine_keys(const Unit &u, const Queries<S> &q, const Tile &tile, i32 t, const List &list, i32 n) {
+    Fold<S, NT> fold;
+    fold.load(q, tile);
+    const i32 quad = lane() / 4, lane_head = lane() % 4, row_bytes = (tile.planes_k - 1) * tile.half_k;
+    for (i32 start = 0; start < n; start += 16) {
+        const i32 i = start + quad, j = i + 8;
+        const i32 token[2] = {i < n ? list.token(i) : 0, j < n ? list.token(j) : 0}, planes[2] = {i < n ? list.planes(i) : 0, j < n ? list.planes(j) : 0};
+        float score[NT][2];
+        for (i32 nt = 0; nt < NT; nt++) {
+            for (i32 r = 0; r < 2; r++) {
+                const bool mine = planes[r] > 1 && 4 * nt + lane_head < u.heads;
+                score[nt][r] = mine ? u.scores(t, 4 * nt + lane_head)[token[r]] : 0.0f;
+            }
+        }
+        for (i32 plane = 1; plane < PLANES && any(planes[0] > plane || planes[1] > plane); plane++) {
+            u32 x[S] = {}, y[S] = {};
+            if (planes[0] > plane) load_words<S>(tile.k_rest + token[0] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, x);
+            if (planes[1] > plane) load_words<S>(tile.k_rest + token[1] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, y);
+            i32 c[NT][4] = {};
+            for (i32 s = 0; s < S; s++) {
+                const u32 a[4] = {x[s] & 0x0f0f0f0f, y[s] & 0x0f0f0f0f, x[s] >> 4 & 0x0f0f0f0f, y[s] >> 4 & 0x0f0f0f0f};
+                for (i32 nt = 0; nt < NT; nt++) mma_u8s8(c[nt], a, fold.b[nt][s][0], fold.b[nt][s][1]);
+            }
+            for (i32 nt = 0; nt < NT; nt++) {
+                if (planes[0] > plane) score[nt][0] += fold.head[nt].more(c[nt][0], c[nt][1], plane, planes[0]);
+                if (planes[1] > plane) score[nt][1] += fold.head[nt].more(c[nt][2], c[nt][3], plane, planes[1]);
+            }
+        }
+        for (i32 nt = 0; nt < NT; nt++) {
+            for (i32 r = 0; r < 2; r++) {
+                const bool mine = planes[r] > 1 && 4 * nt + lane_head < u.heads;
+                if (mine) u.scores(t, 4 * nt + lane_head)[token[r]] = score[nt][r];
+            }
+        }
+    }
+    sync_warp();
+}
+
+// V of the listed tokens for four heads: each lane has eight channels of a word, and of several tokens one.
+struct Values {
+    float acc[4][8];
+    i32 slot, word, slots;
+
+    DEVICE explicit Values(const Tile &tile) {
+        const i32 words = tile.half_v / 4;
+        slots = 32 / words;
+        slot = lane() / words, word = lane() % words;
+        for (i32 h = 0; h < 4; h++) {
+            for (i32 i = 0; i < 8; i++) acc[h][i] = 0.0f;
+        }
+    }
+    DEVICE void add(const Tile &tile, const List &list, i32 n, const float (&weights)[4][TILE]) {
+        for (i32 at = slot; at < n; at += slots) {
+            if (slot >= slots) break;
+            const i32 token = list.token(at), planes = list.planes(at);
+            const u8 *row = tile.v_word(token, 0, word);
+            u32 low[4], high[4];
+            prefixes(row, tile.half_v, planes, false, low);
+            prefixes(row, tile.half_v, planes, true, high);
+            float x[8];
+            for (i32 i = 0; i < 4; i++) x[i] = decode(low[i], planes), x[i + 4] = decode(high[i], planes);
+            for (i32 h = 0; h < 4; h++) {
+                float w = weights[h][token];
+                for (i32 i = 0; i < 8; i++) acc[h][i] = fma_rn(w, x[i], acc[h][i]);
+            }
+        }
+    }
+    // Adds them to an output, that is rescaled first, and a multiple of the tile's mean.
+    DEVICE void flush(const Tile &tile, i32 h, float *out, float factor, float mean) const {
+        const float unit = mean * tile.mean_unit();
+        for (i32 r = 0; r < slots; r++) {
+            if (slot == r) {
+                for (i32 i = 0; i < 8; i++) {
+                    i32 c = 4 * word + i % 4 + (i < 4 ? 0 : tile.half_v);
+                    float x = acc[h][i];
+                    if (r == 0) x = fma_rn(out[c], factor, fma_rn(float(i8(tile.v_mean[c])), unit, x));
+                    out[c] = r == 0 ? x : out[c] + x;
+                }
+            }
+            sync_warp();
+        }
+    }
+};
+
+// A tile, by a warp.
+template <i32 S, i32 NT>
+DEVICE void attend_tile(const Unit &u, const Memory<S, NT> &m, i32 t, Counts &counts) {
+    const i32 n_seen = u.count_paged(t);
+    if (n_seen == 0) return;
+    const Tile tile = u.tile(t);
+    Work &work = m.work();
+    const u32 seen = u.seen_paged(t, lane() / 8) >> 4 * (lane() % 8) & 15;  // of tokens 4 lane ..
+    const u32 v_scales = *reinterpret_cast<const u32 *>(tile.v_scales + 4 * lane());
+    float mean_peak = 0.0f;
+    for (i32 c = lane(); c < 2 * tile.half_v; c += 32) mean_peak = larger(mean_peak, magnitude(float(i8(tile.v_mean[c]))));
+    mean_peak = warp_max(mean_peak) * tile.mean_unit();
+
+    // Who reads more than the scan has, over the heads the maximum.
+    bool need = false;
+    if (i32(lane()) < u.heads) {
+        const Scanned &s = u.scanned(t, lane());
+        need = s.max > -infinity() && m.share(lane()).any(error_of(s), mean_peak, s.max, s.unit);
+    }
+    const u32 needs = ballot(need);
+    i32 planes_k[4] = {1, 1, 1, 1}, planes_v[4] = {};
+    for (i32 h = 0; h < u.heads; h++) {
+        if (!(needs >> h & 1)) continue;
+        const Share &share = m.share(h);
+        const Thresholds limits(share, error_of(u.scanned(t, h)), mean_peak);
+        for (i32 i = 0; i < 4; i++) {
+            float s = u.logit(u.scores(t, h)[4 * lane() + i], t, 4 * lane() + i, h);
+            float e = exp(s - share.max), vs = scale_of(v_scales >> 8 * i & 255);
+            i32 k = limits.planes_k(e, vs), v = limits.planes_v(e, vs);
+            planes_k[i] = k > planes_k[i] ? k : planes_k[i];
+            planes_v[i] = v > planes_v[i] ? v : planes_v[i];
+        }
+    }
+    bool more = false;
+    for (i32 i = 0; i < 4; i++) {
+        planes_k[i] = planes_k[i] < tile.planes_k ? planes_k[i] : tile.planes_k;
+        planes_v[i] = planes_v[i] < tile.planes_v ? planes_v[i] : tile.planes_v;
+        more |= planes_k[i] > 1 || planes_v[i] > 0;
+    }
+    for (i32 p = 0; p <= PLANES; p++) {
+        for (i32 i = 0; i < 4; i++) {
+            counts.k[p] += popc(ballot((seen >> i & 1) && planes_k[i] == p));
+            counts.v[p] += popc(ballot((seen >> i & 1) && planes_v[i] == p));
+        }
+    }
+    counts.tokens += n_seen;
+    counts.tiles++;
+
+    if (!any(more)) {
+        // All tokens stand for the tile's mean of V, and the sums are those of the scan.
+        float factor = 0.0f, weight = 0.0f;
+        if (i32(lane()) < u.heads) {
+            const Scanned &s = u.scanned(t, lane());
+            Sums &sums = m.sums(warp(), lane());
+            const TileError error = error_of(s);
+            const float max = larger(sums.max, s.max);
+            factor = float(factor_of(sums.max, max));
+            if (max > sums.max) rescale(sums, max);
+            const double f = factor_of(s.max, max);
+            weight = float(f * s.e);
+            add_scores(sums, error.bound(1), error.rms(1), f * s.e, f * s.e_vs, f * f * s.e_vs2);
+            if (weight > 0.0f) add_values(sums, left(0), mean_peak, f * s.e, f * s.e_vs, f * f * s.e_vs2);
+            note(sums, n_seen, s.unit * PEAK);
+        }
+        const Values none(tile);
+        for (i32 h = 0; h < u.heads; h++) {
+            const float f = shuffle(factor, h), w = shuffle(weight, h);
+            if (f != 1.0f || w != 0.0f) none.flush(tile, 0, m.outs(warp(), h), f, w);
+        }
+        return;
+    }
+
+    const i32 n_k = work.k.fill(planes_k, 1), n_v = work.v.fill(planes_v, 0);
+    sync_warp();
+    if (n_k > 0) refine_keys<S, NT>(u, m.q(), tile, t, work.k, n_k);
+    for (i32 nt = 0; nt < NT && 4 * nt < u.heads; nt++) {
+        float factors[4], unread[4];
+        for (i32 hh = 0; hh < 4; hh++) {
+            const i32 h = 4 * nt + hh;
+            factors[hh] = 1.0f, unread[hh] = 0.0f;
+            for (i32 i = 0; i < 4; i++) work.weights[hh][4 * lane() + i] = 0.0f;
+            if (h >= u.heads) continue;
+            const Scanned &scanned = u.scanned(t, h);
+            const TileError error = error_of(scanned);
+            Sums &sums = m.sums(warp(), h);
+            float s[4], max = sums.max;
+            const float before = sums.max;
+            for (i32 i = 0; i < 4; i++) {
+                s[i] = u.logit(u.scores(t, h)[4 * lane() + i], t, 4 * lane() + i, h);
+                max = larger(max, s[i]);
+            }
+            max = warp_max(max);
+            // Classes of K: a lane each.
+            const i32 planes = lane() < PLANES ? lane() + 1 : 1;
+            const float bound = error.bound(planes), class_spread = spread_of(bound), class_square = square_of(error.rms(planes));
+            float most = 0.0f, sum = 0.0f, sum_vs = 0.0f, spread = 0.0f, spread_vs = 0.0f, value = 0.0f, square = 0.0f, rest = 0.0f;
+            for (i32 p = 1; p <= PLANES; p++) {
+                bool present = false;
+                for (i32 i = 0; i < 4; i++) present |= (seen >> i & 1) && planes_k[i] == p;
+                const float of_class = shuffle(bound, p - 1);
+                if (any(present)) most = larger(most, of_class);
+            }
+            for (i32 i = 0; i < 4; i++) {
+                const float grow = shuffle(class_spread, planes_k[i] - 1), rough = shuffle(class_square, planes_k[i] - 1);
+                const float e = max == -infinity() ? 0.0f : exp(s[i] - max), x = e * scale_of(v_scales >> 8 * i & 255), l = left(planes_v[i]);
+                sum += e, sum_vs += x;
+                spread += e * grow, spread_vs += x * grow;
+                value += x * l, square += x * x * (rough + l * l * (1.0f / 3.0f));
+                if (planes_v[i] == 0) rest += e;
+                work.weights[hh][4 * lane() + i] = x;
+            }
+            sum = warp_sum(sum), sum_vs = warp_sum(sum_vs), spread = warp_sum(spread), spread_vs = warp_sum(spread_vs);
+            value = warp_sum(value), square = warp_sum(square), rest = warp_sum(rest);
+            sync_warp();
+            if (lane() == 0) {
+                if (max > before) rescale(sums, max);
+                sums.sum += sum;
+                sums.weighted += double(sum_vs) * double(PEAK);
+                sums.spread += spread;
+                sums.spread_weighted += double(spread_vs) * double(PEAK);
+                sums.value += double(value) + double(mean_peak) * double(rest);
+                sums.square += square;
+                sums.bound = larger(sums.bound, most);
+                note(sums, n_seen, scanned.unit * PEAK);
+            }
+            factors[hh] = float(factor_of(before, max)), unread[hh] = rest;
+            if (before == -infinity()) factors[hh] = 0.0f;
+        }
+        sync_warp();
+        Values values(tile);
+        values.add(tile, work.v, n_v, work.weights);
+        for (i32 hh = 0; hh < 4; hh++) {
+            if (4 * nt + hh < u.heads) values.flush(tile, hh, m.outs(warp(), 4 * nt + hh), factors[hh], unread[hh]);
+        }
+    }
+}
+
+// The rows that are kept as given, by the warp that has scanned them.
+template <i32 S, i32 NT>
+DEVICE void attend_exact(const Unit &u, const Memory<S, NT> &m) {
+    const Shape &s = u.p.shape;
+    const i32 n = u.count_exact();
+    for (i32 h = 0; h < u.heads; h++) {
+        const Scanned &scanned = u.scanned(-1, h);
+        const TileError error = error_of(scanned);
+        float *out = m.outs(warp(), h);
+        for (i32 w = 0; w < 4; w++) {
+            const u32 seen = u.seen_exact(w);
+            for (i32 i = 0; i < 32; i++) {
+                if (!(seen >> i & 1)) continue;
+                const i32 row = 32 * w + i;
+                const float e = exp(u.logit(u.scores(-1, h)[row], 0, row, h) - scanned.max);
+                u64 v = u.view.head_v + (i64(row) * s.n_kv_heads + u.kv_head) * s.dim_v * size_of_dtype(s.dtype_v);
+                for (i32 c = lane(); c < s.dim_v; c += 32) out[c] = fma_rn(e, load_element(v, s.dtype_v, c), out[c]);
+            }
+        }
+        if (lane() == 0) {
+            Sums &sums = m.sums(warp(), h);
+            sums.max = scanned.max;
+            add_scores(sums, error.bound_of_rows(), 0.0f, scanned.e, scanned.e_vs, scanned.e_vs2);
+            note(sums, n, scanned.unit * PEAK);
+        }
+    }
+    sync_warp();
+}
+
+// Merges a unit's splits and writes its outputs.
+DEVICE void finish(const Unit &u) {
+    const AttendParams &p = u.p;
+    const i32 dv = p.shape.dim_v;
+    for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
+        const i32 head = u.first_head + h;
+        Sums total = no_sums(-infinity());
+        for (i32 s = 0; s < u.n_splits; s++) merge(total, u.sums(s, h));
+        if (p.sinks) {
+            // A token more, whose value is 0: nothing is known less well for it.
+            Sums sink = no_sums(reinterpret_cast<const float *>(p.sinks)[head]);
+            sink.sum = sink.n = 1.0;
+            merge(total, sink);
+        }
+        const u64 out = row_of(p.out, u.row_index, head);
+        float peak = 0.0f;
+        for (i32 c = lane(); c < dv; c += 32) {
+            double x = 0.0;
+            for (i32 s = 0; s < u.n_splits; s++) x += factor_of(u.sums(s, h).max, total.max) * double(u.outs(s, h)[c]);
+            float y = total.sum > 0.0 ? float(x / total.sum) : 0.0f;
+            peak = magnitude(y) <= peak ? peak : magnitude(y);
+            store_element(out, p.out.dtype, c, y);
+        }
+        peak = warp_max(peak);
+        if (!(peak <= (p.out.dtype == F16 ? 65519.0f : -LOWEST))) u.report(FAULT_OVERFLOW);
+        if (lane() == 0) {
+            const Certificate c = certificate(total, peak);
+            const i64 at = i64(u.row_index) * p.shape.n_q_heads + head;
+            if (p.lse) reinterpret_cast<float *>(p.lse)[at] = c.lse;
+            if (p.bound) reinterpret_cast<float *>(p.bound)[at] = c.bound;
+            if (p.lse_bound) reinterpret_cast<float *>(p.lse_bound)[at] = c.lse_bound;
+            if (p.estimate) reinterpret_cast<float *>(p.estimate)[at] = c.estimate;
+            if (p.amplitude) reinterpret_cast<float *>(p.amplitude)[at] = c.amplitude;
+        }
+    }
+}
+
+// The whole phase.
+template <i32 S, i32 NT>
+DEVICE void attend_split(const Unit &u, const Memory<S, NT> &m) {
+    const i32 dv = u.p.shape.dim_v;
+    for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
+        const Share share = share_of(u, h);
+        if (lane() == 0) m.share(h) = share;
+    }
+    for (i32 h = 0; h < u.heads; h++) {
+        if (lane() == 0) m.sums(warp(), h) = no_sums(-infinity());
+        for (i32 c = lane(); c < dv; c += 32) m.outs(warp(), h)[c] = 0.0f;
+    }
+    sync_block();
+    Counts counts = {};
+    if (warp() == 0 && u.count_exact() > 0) {
+        attend_exact(u, m);
+        counts.exact = u.count_exact();
+    }
+    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) attend_tile(u, m, t, counts);
+    if (u.p.stats && lane() == 0) {
+        Stats *stats = reinterpret_cast<Stats *>(u.p.stats);
+        for (i32 p = 0; p <= PLANES; p++) {
+            if (counts.k[p]) atomic_add(&stats->planes_k[p], u64(counts.k[p]));
+            if (counts.v[p]) atomic_add(&stats->planes_v[p], u64(counts.v[p]));
+        }
+        if (counts.tokens) atomic_add(&stats->tokens, u64(counts.tokens));
+        if (counts.exact) atomic_add(&stats->tokens_exact, u64(counts.exact));
+        if (counts.tiles) atomic_add(&stats->tiles, u64(counts.tiles));
+    }
+    sync_block();
+
+    // The warps' sums in their order.
+    for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
+        Sums total = m.sums(0, h);
+        for (i32 w = 1; w < ATTEND_WARPS; w++) merge(total, m.sums(w, h));
+        float factor[ATTEND_WARPS];
+        for (i32 w = 0; w < ATTEND_WARPS; w++) factor[w] = float(factor_of(m.sums(w, h).max, total.max));
+        for (i32 c = lane(); c < dv; c += 32) {
+            float x = 0.0f;
+            for (i32 w = 0; w < ATTEND_WARPS; w++) x = fma_rn(factor[w], m.outs(w, h)[c], x);
+            u.outs(u.split, h)[c] = x;
+        }
+        if (lane() == 0) u.sums(u.split, h) = total;
+    }
+    fence();
+    sync_block();
+    u32 *done = reinterpret_cast<u32 *>(u.p.done) + u.index;
+    if (thread() == 0) m.flag() = atomic_add(done, 1u) + 1 == u32(u.n_splits);
+    sync_block();
+    if (m.flag()) {
+        fence();
+        finish(u);
+        if (thread() == 0) *done = 0;
+    }
+}
+
+}  // namespace akv

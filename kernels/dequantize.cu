@@ -1,0 +1,44 @@
+// Reads tokens back as attention sees them with all stored planes. Blocks are (token, KV head).
+#include "unit.cuh"
+
+namespace akv {
+
+KERNEL(akv_dequantize, 64, 8, DequantizeParams) {
+    const View view = *reinterpret_cast<const View *>(p.view);
+    const Shape &s = p.shape;
+    const i32 token = p.first + block_x(), head = block_y(), row = token % TILE;
+    const bool exact = token < view.n_exact;
+    const Tile tile(s, reinterpret_cast<const u64 *>(view.pages)[token / TILE], head);
+    for (i32 which = 0; which < 2; which++) {
+        const Rows &to = which == 0 ? p.k : p.v;
+        if (to.data == 0) continue;
+        const i32 dim = which == 0 ? s.dim_k : s.dim_v, dtype = which == 0 ? s.dtype_k : s.dtype_v, planes = which == 0 ? s.planes_k : s.planes_v;
+        const u64 given = (which == 0 ? view.head_k : view.head_v) + (i64(token) * s.n_kv_heads + head) * dim * size_of_dtype(dtype);
+        const float limit = to.dtype == F16 ? 65519.0f : -LOWEST;
+        for (i32 c = thread(); c < dim; c += 64) {
+            float x;
+            if (exact) {
+                x = load_element(given, dtype, c);
+            } else {
+                const i32 half = dim / 2, j = c % half / 4, shift = 8 * (c % 4) + (c < half ? 0 : 4);
+                u32 prefix = 0;
+                for (i32 plane = 0; plane < planes; plane++) {
+                    const u8 *word = which == 0 ? tile.k_word(row, plane, j) : tile.v_word(row, plane, j);
+                    prefix = prefix << 4 | (*reinterpret_cast<const u32 *>(word) >> shift & 15);
+                }
+                x = mul_rn(decode(prefix, planes), scale_of(which == 0 ? tile.k_scales[c] : tile.v_scales[row]));
+            }
+            if (!(magnitude(x) <= limit)) {
+                Fault *fault = reinterpret_cast<Fault *>(p.fault);
+                if (atomic_cas(&fault->status, 0u, u32(FAULT_RANGE)) == 0) {
+                    fault->sequence_row = token;
+                    fault->head = head;
+                    fault->is_value = which;
+                }
+            }
+            store_element(row_of(to, block_x(), head), to.dtype, c, x);
+        }
+    }
+}
+
+}  // namespace akv

@@ -1,0 +1,107 @@
+// What kernels use of the machine: indices, barriers, shuffles, tensor cores, rounded arithmetic. On the device as PTX and
+// built-ins; elsewhere from kernels/host, which runs the same sources on the CPU.
+#pragma once
+#include "params.h"
+
+#ifdef __CUDACC__
+
+#define DEVICE __device__ __forceinline__
+// Blocks are one-dimensional. The parameters, `p`, are one struct.
+#define KERNEL(name, threads, blocks, Params) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+
+namespace akv {
+
+DEVICE u32 thread() { return threadIdx.x; }
+DEVICE u32 lane() { return threadIdx.x & 31; }
+DEVICE u32 warp() { return threadIdx.x >> 5; }
+DEVICE u32 block_x() { return blockIdx.x; }
+DEVICE u32 block_y() { return blockIdx.y; }
+DEVICE u32 block_z() { return blockIdx.z; }
+
+// Dynamic shared memory.
+template <class T>
+DEVICE T *shared() {
+    extern __shared__ uint4 shared_memory[];
+    return reinterpret_cast<T *>(shared_memory);
+}
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void fence() { __threadfence(); }
+
+// Among all lanes of a warp.
+template <class T>
+DEVICE T shuffle(T x, u32 from) {
+    return __shfl_sync(~0u, x, from);
+}
+template <class T>
+DEVICE T shuffle_xor(T x, u32 mask) {
+    return __shfl_xor_sync(~0u, x, mask);
+}
+DEVICE u32 ballot(bool x) { return __ballot_sync(~0u, x); }
+DEVICE bool any(bool x) { return __any_sync(~0u, x); }
+
+// c += a * b: 16 x 32 unsigned by 32 x 8 signed bytes (PTX ISA, "Matrix fragments for mma.m16n8k32").
+DEVICE void mma_u8s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Of memory that nobody writes while the kernel runs.
+DEVICE u32 load_u32(const void *p) { return __ldg(static_cast<const u32 *>(p)); }
+DEVICE uint2 load_u32x2(const void *p) { return __ldg(static_cast<const uint2 *>(p)); }
+DEVICE uint4 load_u32x4(const void *p) { return __ldg(static_cast<const uint4 *>(p)); }
+
+DEVICE u32 atomic_add(u32 *p, u32 x) { return atomicAdd(p, x); }
+DEVICE u64 atomic_add(u64 *p, u64 x) { return atomicAdd(p, x); }
+DEVICE u32 atomic_max(u32 *p, u32 x) { return atomicMax(p, x); }
+DEVICE u32 atomic_cas(u32 *p, u32 expected, u32 x) { return atomicCAS(p, expected, x); }
+
+DEVICE i32 popc(u32 x) { return __popc(x); }
+DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+
+// Rounded once, and never contracted into something else.
+DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float sqrt_rn(float x) { return __fsqrt_rn(x); }
+
+DEVICE float half_to_float(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+DEVICE u16 float_to_half(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// Of floats within 2 units in the last place.
+using ::exp;
+using ::expm1;
+using ::log;
+using ::log1p;
+using ::sqrt;
+
+}  // namespace akv
+
+#else
+#include "host/device.h"
+#endif
+
+namespace akv {
+
+DEVICE float bf16_to_float(u16 x) { return bits_float(u32(x) << 16); }
+// To the nearest, ties to even; NaN stays NaN.
+DEVICE u16 float_to_bf16(float x) {
+    u32 bits = float_bits(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return u16(bits >> 16 | 0x40);
+    return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace akv

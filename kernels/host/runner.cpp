@@ -1,0 +1,352 @@
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+#include "device.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define SANITIZED 1
+#else
+#define SANITIZED 0
+#endif
+
+namespace akv {
+namespace host {
+
+Place place;
+
+namespace {
+
+constexpr size_t STACK = SANITIZED ? 256 << 10 : 64 << 10;
+constexpr size_t GUARD = 4096;  // beside shared memory
+constexpr u8 POISON = 0xcd;     // as floats and integers: large, and never right
+
+const Kernel *kernels = nullptr;
+std::string failure;
+
+// A thread of a block. It runs on its own stack until it has to wait.
+struct Fibre {
+    void *stack_pointer;
+    std::unique_ptr<u8[]> stack;
+    void *fake_stack;
+    u32 index;
+    bool done;
+    const u64 *waits_for;  // it waits until this is no longer `seen`; or null
+    u64 seen;
+    Site site;
+    const char *at;
+};
+
+struct Warp {
+    u32 arrived;
+    u64 meetings;
+    Kind kind;
+    Site site;
+    Operand *operands[32];
+};
+
+struct Block {
+    const Kernel *kernel;
+    const void *params;
+    u32 threads, arrived;
+    u64 barriers;
+    Site site;  // of the barrier that some have arrived at
+    std::vector<Warp> warps;
+};
+
+std::vector<Fibre> fibres;
+Block block;
+Fibre *current;
+void *scheduler_stack;
+#if SANITIZED
+const void *scheduler_bottom;
+size_t scheduler_size;
+#endif
+
+extern "C" void akv_host_switch(void **from, void *to);
+// Saves what a call preserves on the stack, and goes on with another one.
+asm(R"(
+.text
+.type akv_host_switch, @function
+akv_host_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size akv_host_switch, .-akv_host_switch
+)");
+
+void fail(const std::string &text) {
+    if (failure.empty()) failure = text;
+}
+
+// Back to the scheduler, until what the fibre waits for has happened.
+void pause() {
+    Fibre *self = current;
+#if SANITIZED
+    __sanitizer_start_switch_fiber(self->done ? nullptr : &self->fake_stack, scheduler_bottom, scheduler_size);
+#endif
+    akv_host_switch(&self->stack_pointer, scheduler_stack);
+#if SANITIZED
+    __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_bottom, &scheduler_size);
+#endif
+}
+
+void wait(const u64 *for_, u64 seen, Site site, const char *at) {
+    Fibre *self = current;
+    self->waits_for = for_, self->seen = seen, self->site = site, self->at = at;
+    pause();
+    self->waits_for = nullptr;
+}
+
+void begin() {
+#if SANITIZED
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
+#endif
+    block.kernel->run(block.params);
+    current->done = true;
+    pause();
+}
+
+void resume(Fibre &fibre) {
+    current = &fibre;
+    place.thread = fibre.index;
+#if SANITIZED
+    void *fake;
+    __sanitizer_start_switch_fiber(&fake, fibre.stack.get(), STACK);
+#endif
+    akv_host_switch(&scheduler_stack, fibre.stack_pointer);
+#if SANITIZED
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void start(Fibre &fibre, u32 index) {
+    if (!fibre.stack) fibre.stack.reset(new u8[STACK]);
+    fibre.index = index, fibre.done = false, fibre.waits_for = nullptr, fibre.site = {"", 0}, fibre.fake_stack = nullptr;
+    void **top = reinterpret_cast<void **>((reinterpret_cast<size_t>(fibre.stack.get()) + STACK) & ~size_t(63));
+    *--top = nullptr;  // alignment, as after a call
+    *--top = reinterpret_cast<void *>(begin);
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    fibre.stack_pointer = top;
+}
+
+std::string text(Site site) {
+    const char *name = strrchr(site.file, '/');
+    return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+std::string describe(const Fibre &fibre) {
+    char text[128];
+    snprintf(text, sizeof text, "thread %u of block (%u, %u, %u)", fibre.index, place.block[0], place.block[1], place.block[2]);
+    return text;
+}
+
+void run_block(const std::vector<u32> &order) {
+    block.arrived = 0, block.barriers = 0;
+    block.warps.assign(block.threads / 32, Warp{});
+    for (u32 i = 0; i < block.threads; i++) start(fibres[i], i);
+    u32 left = block.threads;
+    while (left > 0 && failure.empty()) {
+        bool moved = false;
+        for (u32 warp : order) {
+            for (u32 i = 32 * warp; i < 32 * warp + 32 && failure.empty(); i++) {
+                Fibre &fibre = fibres[i];
+                if (fibre.done || (fibre.waits_for && *fibre.waits_for == fibre.seen)) continue;
+                resume(fibre);
+                moved = true;
+                left -= fibre.done;
+            }
+        }
+        if (moved || !failure.empty()) continue;
+        for (u32 i = 0; i < block.threads; i++) {
+            if (fibres[i].done) continue;
+            u32 other = 0;
+            while (other < block.threads && !fibres[other].done && fibres[other].site == fibres[i].site) other++;
+            std::string why = other == block.threads ? "" : "; thread " + std::to_string(other) + (fibres[other].done ? " has ended" : " waits in " + text(fibres[other].site));
+            fail(describe(fibres[i]) + " waits for others at the " + fibres[i].at + " in " + text(fibres[i].site) + why);
+            break;
+        }
+    }
+}
+
+void product(Operand *const (&x)[32]) {
+    // Row-major A: lane 4 g + t has rows g and g + 8, columns 4 t .. and 16 + 4 t ..; B: column g, rows likewise.
+    i32 a[16][32], b[32][8];
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 i = 0; i < 4; i++) {
+            for (u32 n = 0; n < 4; n++) a[l / 4 + 8 * (n % 2)][16 * (n / 2) + 4 * (l % 4) + i] = x[l]->a[n] >> 8 * i & 255;
+            for (u32 n = 0; n < 2; n++) b[16 * n + 4 * (l % 4) + i][l / 4] = i8(x[l]->b[n] >> 8 * i & 255);
+        }
+    }
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 n = 0; n < 4; n++) {
+            u32 sum = u32(x[l]->c[n]);
+            for (u32 k = 0; k < 32; k++) sum += u32(a[l / 4 + 8 * (n / 2)][k] * b[k][2 * (l % 4) + n % 2]);
+            x[l]->c[n] = i32(sum);
+        }
+    }
+}
+
+template <class T>
+T aligned(const void *p) {
+    if (reinterpret_cast<size_t>(p) % sizeof(T) != 0) fail("a load of " + std::to_string(sizeof(T)) + " bytes is not aligned");
+    T x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+}  // namespace
+
+Kernel::Kernel(const char *name, u32 threads, size_t params_bytes, void (*run)(const void *))
+    : name(name), threads(threads), params_bytes(params_bytes), run(run), next(kernels) {
+    kernels = this;
+}
+
+const Kernel *Kernel::find(const char *name) {
+    const Kernel *kernel = kernels;
+    while (kernel && strcmp(kernel->name, name) != 0) kernel = kernel->next;
+    return kernel;
+}
+
+void meet_block(Site site) {
+    // All threads of a block meet at the same barrier, not just at any one.
+    if (block.arrived == 0) block.site = site;
+    if (!(block.site == site)) {
+        fail(describe(*current) + " is at the barrier in " + text(site) + ", others at that in " + text(block.site));
+        pause();
+    }
+    if (++block.arrived == block.threads) {
+        block.arrived = 0;
+        block.barriers++;
+        return;
+    }
+    wait(&block.barriers, block.barriers, site, "barrier");
+}
+
+void meet_warp(Kind kind, Site site, Operand &operand) {
+    Warp &w = block.warps[place.thread / 32];
+    if (w.arrived == 0) w.kind = kind, w.site = site;
+    if (w.kind != kind || !(w.site == site)) {
+        fail(describe(*current) + " meets its warp in " + text(site) + ", lanes before it in " + text(w.site));
+        pause();
+    }
+    w.operands[place.thread % 32] = &operand;
+    if (++w.arrived < 32) {
+        wait(&w.meetings, w.meetings, site, "meeting of its warp");
+        return;
+    }
+    if (kind == SHUFFLE) {
+        u64 values[32];
+        for (u32 l = 0; l < 32; l++) values[l] = w.operands[w.operands[l]->from]->value;
+        for (u32 l = 0; l < 32; l++) w.operands[l]->value = values[l];
+    } else if (kind == BALLOT) {
+        u64 bits = 0;
+        for (u32 l = 0; l < 32; l++) bits |= (w.operands[l]->value & 1) << l;
+        for (u32 l = 0; l < 32; l++) w.operands[l]->value = bits;
+    } else if (kind == MMA_U8S8) {
+        product(w.operands);
+    }
+    w.arrived = 0;
+    w.meetings++;
+}
+
+}  // namespace host
+
+u32 load_u32(const void *p) { return host::aligned<u32>(p); }
+uint2 load_u32x2(const void *p) {
+    if (reinterpret_cast<size_t>(p) % 8 != 0) host::fail("a load of 8 bytes is not aligned");
+    uint2 x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+uint4 load_u32x4(const void *p) { return host::aligned<uint4>(p); }
+
+float half_to_float(u16 x) {
+    u32 sign = u32(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 1023;
+    if (exponent == 31) return bits_float(sign | 0x7f800000 | fraction << 13);
+    float size = exponent == 0 ? float(fraction) * 5.9604644775390625e-8f : bits_float((exponent + 112) << 23 | fraction << 13);
+    return bits_float(sign | float_bits(size));
+}
+
+u16 float_to_half(float x) {
+    u32 bits = float_bits(x), sign = bits >> 16 & 0x8000;
+    float size = bits_float(bits & 0x7fffffff);
+    if (size != size) return u16(sign | 0x7e00);
+    if (size >= 65520.0f) return u16(sign | 0x7c00);
+    if (size < 6.103515625e-5f) return u16(sign | u32(std::nearbyint(size * 16777216.0f)));
+    u32 rounded = float_bits(size) + 0xfff + (float_bits(size) >> 13 & 1);
+    return u16(sign | ((rounded >> 13) - (112 << 10)));
+}
+
+}  // namespace akv
+
+using namespace akv;
+using namespace akv::host;
+
+extern "C" {
+
+// Runs a kernel: 0, or -1 and a text. Blocks and warps go in an order that `seed` decides (0: as they are numbered).
+__attribute__((visibility("default"))) int akv_host_launch(const char *name, const u32 grid[3], u32 threads, u32 shared_bytes,
+                                                           const void *params, u64 params_bytes, u64 seed) {
+    failure.clear();
+    const Kernel *kernel = Kernel::find(name);
+    if (!kernel) fail(std::string("no kernel ") + name);
+    if (kernel && (threads % 32 != 0 || threads == 0 || threads > kernel->threads)) fail(std::string(name) + ": threads beyond the launch bounds");
+    if (kernel && params_bytes != kernel->params_bytes) fail(std::string(name) + ": parameters of another size");
+    if (!failure.empty()) return -1;
+    std::vector<u8> shared(shared_bytes + 2 * GUARD + 16);
+    u8 *start = reinterpret_cast<u8 *>((reinterpret_cast<size_t>(shared.data()) + GUARD + 15) & ~size_t(15));
+    place.shared = start;
+    if (fibres.size() < threads) fibres.resize(threads);
+    block.kernel = kernel, block.params = params, block.threads = threads;
+    const u64 n = u64(grid[0]) * grid[1] * grid[2];
+    std::vector<u64> blocks(n);
+    std::vector<u32> warps(threads / 32);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::mt19937_64 random(seed);
+    if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
+#if SANITIZED
+    __asan_poison_memory_region(shared.data(), start - shared.data());
+    __asan_poison_memory_region(start + shared_bytes, shared.data() + shared.size() - start - shared_bytes);
+#else
+    memset(shared.data(), POISON, shared.size());
+#endif
+    for (u64 i : blocks) {
+        if (seed) std::shuffle(warps.begin(), warps.end(), random);
+        memset(start, POISON, shared_bytes);
+        place.block[0] = u32(i % grid[0]), place.block[1] = u32(i / grid[0] % grid[1]), place.block[2] = u32(i / grid[0] / grid[1]);
+        run_block(warps);
+        if (!failure.empty()) break;
+    }
+#if SANITIZED
+    __asan_unpoison_memory_region(shared.data(), shared.size());
+#else
+    for (u8 *p = shared.data(); p < shared.data() + shared.size() && failure.empty(); p++) {
+        if ((p < start || p >= start + shared_bytes) && *p != POISON) fail(std::string(name) + ": wrote beside its shared memory");
+    }
+#endif
+    return failure.empty() ? 0 : -1;
+}
+
+// Why the last launch failed.
+__attribute__((visibility("default"))) const char *akv_host_error() { return failure.c_str(); }
+}

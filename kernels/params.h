@@ -1,0 +1,165 @@
+// What kernels are called with: one struct each, passed by value. The same structs are in src/backend/cuda/params.rs,
+// whose tests compare sizes and offsets. Addresses are integers, so that both sides agree on every byte.
+#pragma once
+
+namespace akv {
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef int i32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+enum Dtype { F32 = 0, F16 = 1, BF16 = 2 };
+
+// Shape of a layer's attention.
+struct Shape {
+    i32 n_q_heads, n_kv_heads;
+    i32 dim_k, dim_v;
+    i32 planes_k, planes_v;
+    i32 dtype_k, dtype_v;
+};
+
+// Rows of a caller: [row][head][dim].
+struct Rows {
+    u64 data;
+    i64 stride_row, stride_head;
+    i32 dtype;
+    i32 reserved;
+};
+
+// A sequence in one layer.
+struct View {
+    u64 pages;   // const u64 [tile]: addresses of its pages
+    u64 head_k;  // the first n_exact rows as given, [row][n_kv_heads][dim_k]
+    u64 head_v;
+    u64 written;  // const u32 [tile][4]: cells with rows; 0 = all
+    i32 len;
+    i32 n_exact;  // at most len
+};
+
+// A query row: it sees tokens from..to of its sequence, n in all.
+struct QueryRow {
+    i32 sequence;
+    i32 from, to;
+    i32 n;
+};
+
+// Rows of one tile that are appended. Row i of the tile is row source + i - from of the caller's.
+struct Append {
+    u64 page;
+    u64 kept;    // block of TILE rows as given, K and then V, or 0
+    u64 head;    // block of `exact_head` such rows, of a first tile; or 0
+    u64 base;    // page of a reopened tile, or 0
+    i64 source;
+    i32 from, to;
+    i32 base_rows;  // rows that only the base knows
+    i32 exact_head;
+};
+
+struct EncodeParams {
+    Shape shape;
+    Rows k, v;
+    u64 appends;  // const Append [blocks in x]; blocks in y are KV heads
+    u64 fault;    // Fault
+};
+
+// The first fault of launched work; 0 = none.
+struct Fault {
+    u32 status;  // FAULT_*
+    u32 sequence_row;
+    u32 head;
+    u32 is_value;
+};
+
+enum { FAULT_NONFINITE = 1, FAULT_RANGE = 2, FAULT_OVERFLOW = 3 };
+
+// One tile's scan, for one query head.
+struct Scanned {
+    float max;             // largest score
+    float unit;            // largest V scale among the tokens seen
+    float e, e_vs, e_vs2;  // sums of e = exp(score - max), of e * V scale, of the square of that
+    float worst, rough, q_worst, q_rms, slack, bend;  // see TileError
+    float reserved;
+};
+
+// One split's scan, for one query head.
+struct Partial {
+    double sum, weighted;
+    float max;
+    float reserved;
+};
+
+// See Sums in src/alignment/certificate.rs.
+struct Sums {
+    double sum, weighted, spread, spread_weighted, value, square, n;
+    float max, peak, bound;
+    float reserved;
+};
+
+struct AttendParams {
+    Shape shape;
+    Rows q, out;
+    u64 views;  // const View [sequence]
+    u64 rows;   // const QueryRow [blocks in z]
+    u64 sinks;   // const float [n_q_heads] or 0
+    u64 slopes;  // the same: factors of what the mask adds
+    // The mask, or 0: [row][mask_tiles] of cells that are seen, of the largest magnitude added, [TILE] of f16 added.
+    u64 mask_seen, mask_peak, mask_added;
+    u64 lse, bound, lse_bound, estimate, amplitude;  // float [row][n_q_heads] or 0
+    u64 stats;    // Stats or 0
+    u64 fault;    // Fault
+    // Workspace. A unit is a query row on up to 16 query heads of one KV head: [row][KV head][16 of its query heads].
+    u64 scores;    // float [unit][1 + tile][heads][TILE]; tile 0 = the rows that are kept as given
+    u64 scanned;   // Scanned [unit][1 + tile][heads]
+    u64 partials;  // Partial [unit][split][heads]
+    u64 sums;      // Sums [unit][split][heads]
+    u64 outs;      // float [unit][split][heads][dim_v]
+    u64 done;      // u32 [unit]: splits that are done; 0 between calls
+    i32 max_tiles, mask_tiles;
+    i32 mode;  // MODE_*
+    i32 fused;  // non-zero: no scan has been launched before; contexts of one split only
+    float scale, softcap, tolerance;
+    float reserved;
+};
+
+enum { MODE_EXPECTED = 0, MODE_GUARANTEED = 1 };
+
+// What a call read; the counts of akv_stats. Scale bytes, exact rows and bytes follow from these.
+struct Stats {
+    u64 planes_k[5], planes_v[5];  // tokens by planes read
+    u64 tokens;        // seen through pages
+    u64 tokens_exact;  // seen through rows as given
+    u64 tiles;         // pairs of a tile and a KV head, with a token that is seen
+};
+
+struct MergeParams {
+    u64 states;  // const State [n]
+    u64 rows;    // of all heads
+    i32 n, dim;
+    u64 out, lse, bound, lse_bound, estimate, amplitude;  // float; the latter four or 0
+};
+
+// A partial state: float [row], out [row][dim]; the latter four or 0.
+struct State {
+    u64 out, lse, bound, lse_bound, estimate, amplitude;
+};
+
+struct DequantizeParams {
+    Shape shape;
+    u64 view;  // const View
+    Rows k, v;  // data 0: not wanted
+    u64 fault;
+    i32 first, n;
+};
+
+// No struct has padding; Rust asserts the same sizes.
+static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 40, "");
+static_assert(sizeof(QueryRow) == 16 && sizeof(Append) == 56 && sizeof(EncodeParams) == 112, "");
+static_assert(sizeof(Fault) == 16 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
+static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 288 && sizeof(Stats) == 104, "");
+static_assert(sizeof(MergeParams) == 72 && sizeof(State) == 48 && sizeof(DequantizeParams) == 120, "");
+
+}  // namespace akv

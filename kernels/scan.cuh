@@ -1,0 +1,184 @@
+// First phase of a split: scores of all its tokens from plane 0 of K, and the sums that everything is decided from.
+#pragma once
+#include "fold.cuh"
+
+namespace akv {
+
+// The scan of a tile by a warp. Lane 4 g + t has, of every 32 tokens, scores of tokens 4 g .. 4 g + 3 for the heads t, t + 4...
+template <i32 S, i32 NT>
+DEVICE void scan_tile(const Unit &u, const Queries<S> &q, i32 t) {
+    const i32 quad = lane() / 4, lane_head = lane() % 4;
+    u32 seen[4];
+    for (i32 w = 0; w < 4; w++) seen[w] = u.seen_paged(t, w);
+    if ((seen[0] | seen[1] | seen[2] | seen[3]) == 0) {
+        for (i32 h = lane(); h < u.heads; h += 32) {
+            Scanned none = {};
+            none.max = -infinity();
+            u.scanned(t, h) = none;
+        }
+        return;
+    }
+    const Tile tile = u.tile(t);
+    Fold<S, NT> fold;
+    fold.load(q, tile);
+
+    float score[NT][4][4];
+    const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16;
+    for (i32 block = 0; block < 4; block++) {
+        uint4 words[S];
+        for (i32 s = 0; s < S; s++) {
+            i32 j = S * lane_head + s;
+            words[s] = j < tile.half_k / 4 ? load_u32x4(from + block * 2 * LANES * tile.half_k + j * 4 * LANES) : uint4{0, 0, 0, 0};
+        }
+        for (i32 pair = 0; pair < 2; pair++) {
+            i32 c[NT][4] = {};
+            for (i32 s = 0; s < S; s++) {
+                const u32 x = pair == 0 ? words[s].x : words[s].z, y = pair == 0 ? words[s].y : words[s].w;
+                const u32 a[4] = {x & 0x0f0f0f0f, y & 0x0f0f0f0f, x >> 4 & 0x0f0f0f0f, y >> 4 & 0x0f0f0f0f};
+                for (i32 nt = 0; nt < NT; nt++) mma_u8s8(c[nt], a, fold.b[nt][s][0], fold.b[nt][s][1]);
+            }
+            for (i32 nt = 0; nt < NT; nt++) {
+                score[nt][block][2 * pair] = fold.head[nt].score(c[nt][0], c[nt][1]);
+                score[nt][block][2 * pair + 1] = fold.head[nt].score(c[nt][2], c[nt][3]);
+            }
+        }
+    }
+
+    u32 v_scales[4];
+    float unit_max = 0.0f;
+    for (i32 block = 0; block < 4; block++) {
+        v_scales[block] = *reinterpret_cast<const u32 *>(tile.v_scales + 32 * block + 4 * quad);
+        for (i32 i = 0; i < 4; i++) {
+            if (seen[block] >> (4 * quad + i) & 1) unit_max = larger(unit_max, scale_of(v_scales[block] >> 8 * i & 255));
+        }
+    }
+    for (u32 mask = 4; mask <= 16; mask *= 2) unit_max = larger(unit_max, shuffle_xor(unit_max, mask));
+
+    for (i32 nt = 0; nt < NT; nt++) {
+        const i32 h = 4 * nt + lane_head;
+        const bool mine = h < u.heads;
+        const Folded &head = fold.head[nt];
+        float max = -infinity();
+        for (i32 block = 0; block < 4; block++) {
+            float(&s)[4] = score[nt][block];
+            for (i32 i = 0; i < 4; i++) {
+                if (!(seen[block] >> (4 * quad + i) & 1)) s[i] = -infinity();
+            }
+            if (mine) *reinterpret_cast<float4 *>(u.scores(t, h) + 32 * block + 4 * quad) = float4{s[0], s[1], s[2], s[3]};
+            for (i32 i = 0; i < 4; i++) {
+                s[i] = mine ? u.logit(s[i], t, 32 * block + 4 * quad + i, h) : 0.0f;
+                max = larger(max, s[i]);
+            }
+        }
+        for (u32 mask = 4; mask <= 16; mask *= 2) max = larger(max, shuffle_xor(max, mask));
+        float e_sum = 0.0f, e_vs = 0.0f, e_vs2 = 0.0f;
+        for (i32 block = 0; block < 4; block++) {
+            for (i32 i = 0; i < 4; i++) {
+                float e = exp(score[nt][block][i] - max), x = e * scale_of(v_scales[block] >> 8 * i & 255);
+                e_sum += e;
+                e_vs += x;
+                e_vs2 = fma_rn(x, x, e_vs2);
+            }
+        }
+        for (u32 mask = 4; mask <= 16; mask *= 2) {
+            e_sum += shuffle_xor(e_sum, mask);
+            e_vs += shuffle_xor(e_vs, mask);
+            e_vs2 += shuffle_xor(e_vs2, mask);
+        }
+        if (quad == 0 && mine) {
+            float reach = head.worst * PEAK;
+            float q_rms = head.step * 0.28867513f * sqrt_rn(float(tile.digit_square_sum()));
+            u.scanned(t, h) = {max,       unit_max,      e_sum,         e_vs,  e_vs2,
+                               head.worst, head.rough,   head.q_worst,  q_rms, tile.slack() + score_rounding(2 * tile.half_k),
+                               u.bend(t, h, reach),      0.0f};
+            u.check(reach, max);
+        }
+    }
+}
+
+// Largest magnitude of V of a row as given, as if in units of a scale; its address on every lane.
+DEVICE float exact_unit(const Unit &u, i32 row) {
+    const Shape &s = u.p.shape;
+    u64 v = u.view.head_v + (i64(row) * s.n_kv_heads + u.kv_head) * s.dim_v * size_of_dtype(s.dtype_v);
+    float peak = 0.0f;
+    for (i32 c = lane(); c < s.dim_v; c += 32) peak = larger(peak, magnitude(load_element(v, s.dtype_v, c)));
+    return warp_max(peak) * (1.0f / PEAK);
+}
+
+// The rows that are kept as given, by a warp: their scores are final.
+template <i32 S>
+DEVICE void scan_exact(const Unit &u, const Queries<S> &q) {
+    const Shape &s = u.p.shape;
+    const i32 d = s.dim_k, half = d / 2;
+    for (i32 h = 0; h < u.heads; h++) {
+        // By lanes: channels while a row is read, rows while they are weighed.
+        float peak[MAX_DIM / 32] = {}, score[4], unit[4];
+        for (i32 w = 0; w < 4; w++) {
+            score[w] = -infinity(), unit[w] = 0.0f;
+            const u32 seen = u.seen_exact(w);
+            for (i32 i = 0; i < 32; i++) {
+                if (!(seen >> i & 1)) continue;
+                const i32 row = 32 * w + i;
+                u64 k = u.view.head_k + (i64(row) * s.n_kv_heads + u.kv_head) * d * size_of_dtype(s.dtype_k);
+                float dot = 0.0f;
+                for (i32 n = 0; n < MAX_DIM / 32; n++) {
+                    i32 c = lane() + 32 * n;
+                    if (c >= d) break;
+                    float x = load_element(k, s.dtype_k, c);
+                    dot = fma_rn(q.channel(h, c, half), x, dot);
+                    peak[n] = larger(peak[n], magnitude(x));
+                }
+                dot = warp_sum(dot);
+                float largest = exact_unit(u, row);
+                if (i32(lane()) == i) score[w] = dot, unit[w] = largest;
+            }
+            u.scores(-1, h)[32 * w + lane()] = score[w];
+        }
+        float reach = 0.0f, max = -infinity(), e_sum = 0.0f, e_vs = 0.0f, e_vs2 = 0.0f;
+        for (i32 n = 0; n < MAX_DIM / 32; n++) {
+            i32 c = lane() + 32 * n;
+            if (c < d) reach += magnitude(q.channel(h, c, half)) * peak[n];
+        }
+        reach = warp_sum(reach) * (1.0f + 1e-5f);
+        for (i32 w = 0; w < 4; w++) {
+            score[w] = u.logit(score[w], 0, 32 * w + lane(), h);
+            max = larger(max, score[w]);
+        }
+        max = warp_max(max);
+        for (i32 w = 0; w < 4; w++) {
+            float e = exp(score[w] - max), x = e * unit[w];
+            e_sum += e, e_vs += x, e_vs2 += x * x;
+        }
+        e_sum = warp_sum(e_sum), e_vs = warp_sum(e_vs), e_vs2 = warp_sum(e_vs2);
+        float largest = larger(larger(unit[0], unit[1]), larger(unit[2], unit[3]));
+        largest = warp_max(largest);
+        if (lane() == 0) {
+            u.scanned(-1, h) = {max, largest, e_sum, e_vs, e_vs2, reach * (1.0f / PEAK), 0.0f, 0.0f, 0.0f, score_rounding(d), u.bend(0, h, reach), 0.0f};
+            u.check(reach, max);
+        }
+    }
+}
+
+// The whole phase.
+template <i32 S, i32 NT>
+DEVICE void scan_split(const Unit &u, const Queries<S> &q) {
+    const bool exact = u.count_exact() > 0;
+    if (exact && warp() == 0) scan_exact(u, q);
+    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) scan_tile<S, NT>(u, q, t);
+    sync_block();
+    for (i32 h = thread(); h < u.heads; h += ATTEND_THREADS) {
+        float max = exact ? u.scanned(-1, h).max : -infinity();
+        for (i32 t = u.first; t < u.last; t++) max = larger(max, u.scanned(t, h).max);
+        Partial partial = {0.0, 0.0, max, 0.0f};
+        for (i32 t = u.first - 1; t < u.last; t++) {
+            if (t < u.first && !exact) continue;
+            const Scanned &s = u.scanned(t < u.first ? -1 : t, h);
+            double factor = factor_of(s.max, max);
+            partial.sum += factor * s.e;
+            partial.weighted += factor * s.e_vs * double(PEAK);
+        }
+        u.partial(u.split, h) = partial;
+    }
+}
+
+}  // namespace akv

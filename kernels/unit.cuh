@@ -1,0 +1,134 @@
+// Pieces of work of decode attention: a unit is one query row on up to 16 query heads of one KV head, a split eight tiles
+// of its context. A block has a split; its warps take turns at the tiles.
+#pragma once
+#include "alignment.cuh"
+
+namespace akv {
+
+constexpr i32 SPLIT = 8;         // tiles; the same on every machine, since results depend on it
+constexpr i32 UNIT_HEADS = 16;   // larger groups are several units, which decide apart
+constexpr i32 ATTEND_THREADS = 128, ATTEND_WARPS = ATTEND_THREADS / 32;
+
+struct Unit {
+    const AttendParams &p;
+    QueryRow row;
+    View view;
+    i32 index, row_index, split, kv_head, first_head, heads, unit_heads;  // heads of this unit, and of the workspace
+    i32 first, last, n_splits;                                            // tiles of the split, splits of the unit
+
+    DEVICE Unit(const AttendParams &p) : p(p) {
+        const Shape &s = p.shape;
+        i32 group = s.n_q_heads / s.n_kv_heads, units = (group + UNIT_HEADS - 1) / UNIT_HEADS;
+        row_index = block_z();
+        kv_head = block_y() / units;
+        i32 part = block_y() % units;
+        unit_heads = group < UNIT_HEADS ? group : UNIT_HEADS;
+        first_head = kv_head * group + part * UNIT_HEADS;
+        heads = group - part * UNIT_HEADS < UNIT_HEADS ? group - part * UNIT_HEADS : UNIT_HEADS;
+        index = row_index * s.n_kv_heads * units + block_y();
+        row = reinterpret_cast<const QueryRow *>(p.rows)[row_index];
+        view = reinterpret_cast<const View *>(p.views)[row.sequence];
+        split = block_x();
+        i32 tiles = (row.to + TILE - 1) / TILE;
+        n_splits = tiles <= SPLIT ? 1 : (tiles + SPLIT - 1) / SPLIT;
+        first = split * SPLIT > row.from / TILE ? split * SPLIT : row.from / TILE;
+        last = (split + 1) * SPLIT < tiles ? (split + 1) * SPLIT : tiles;
+    }
+
+    DEVICE Tile tile(i32 t) const { return Tile(p.shape, reinterpret_cast<const u64 *>(view.pages)[t], kv_head); }
+    DEVICE float *scores(i32 t, i32 head) const {  // t = -1: of the exact rows
+        return reinterpret_cast<float *>(p.scores) + ((i64(index) * (p.max_tiles + 1) + t + 1) * unit_heads + head) * TILE;
+    }
+    DEVICE Scanned &scanned(i32 t, i32 head) const {
+        return reinterpret_cast<Scanned *>(p.scanned)[(i64(index) * (p.max_tiles + 1) + t + 1) * unit_heads + head];
+    }
+    DEVICE i64 of_split(i32 split, i32 head) const { return (i64(index) * ((p.max_tiles + SPLIT - 1) / SPLIT) + split) * unit_heads + head; }
+    DEVICE Partial &partial(i32 split, i32 head) const { return reinterpret_cast<Partial *>(p.partials)[of_split(split, head)]; }
+    DEVICE Sums &sums(i32 split, i32 head) const { return reinterpret_cast<Sums *>(p.sums)[of_split(split, head)]; }
+    DEVICE float *outs(i32 split, i32 head) const { return reinterpret_cast<float *>(p.outs) + of_split(split, head) * p.shape.dim_v; }
+
+    // Tokens 32 w.. of a tile that the row sees, as bits.
+    DEVICE u32 seen(i32 t, i32 w) const {
+        i32 start = t * TILE + 32 * w, from = row.from - start, to = row.to - start;
+        u32 bits = to >= 32 ? ~0u : to <= 0 ? 0 : (1u << to) - 1;
+        bits &= from >= 32 ? 0 : from <= 0 ? ~0u : ~((1u << from) - 1);
+        if (view.written) bits &= reinterpret_cast<const u32 *>(view.written)[4 * t + w];
+        if (p.mask_seen) bits &= reinterpret_cast<const u32 *>(p.mask_seen)[4 * (i64(row_index) * p.mask_tiles + t) + w];
+        return bits;
+    }
+    DEVICE u32 exact_bits(i32 w) const {
+        i32 n = view.n_exact - 32 * w;
+        return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1;
+    }
+    // Those that attend through pages, and through rows as given.
+    DEVICE u32 seen_paged(i32 t, i32 w) const { return t == 0 ? seen(t, w) & ~exact_bits(w) : seen(t, w); }
+    DEVICE u32 seen_exact(i32 w) const { return split == 0 && view.n_exact > 0 ? seen(0, w) & exact_bits(w) : 0; }
+    DEVICE i32 count_paged(i32 t) const { return popc(seen_paged(t, 0)) + popc(seen_paged(t, 1)) + popc(seen_paged(t, 2)) + popc(seen_paged(t, 3)); }
+    DEVICE i32 count_exact() const { return popc(seen_exact(0)) + popc(seen_exact(1)) + popc(seen_exact(2)) + popc(seen_exact(3)); }
+
+    DEVICE float slope(i32 head) const { return p.slopes ? reinterpret_cast<const float *>(p.slopes)[first_head + head] : 1.0f; }
+
+    // What the softmax sees of the score of a token: capped, and with what the mask adds.
+    DEVICE float logit(float score, i32 t, i32 token, i32 head) const {
+        if (score == -infinity()) return score;
+        if (p.softcap > 0.0f) {
+            float x = score / p.softcap, e = exp(-2.0f * magnitude(x)), y = (1.0f - e) / (1.0f + e) * p.softcap;
+            score = x < 0.0f ? -y : y;
+        }
+        if (p.mask_added) {
+            score += slope(head) * half_to_float(reinterpret_cast<const u16 *>(p.mask_added)[(i64(row_index) * p.mask_tiles + t) * TILE + token]);
+        }
+        return score;
+    }
+    // What that adds to the error of a score that is at most `reach`.
+    DEVICE float bend(i32 t, i32 head, float reach) const {
+        float error = p.softcap * 1e-6f;
+        if (p.mask_added) {
+            float peak = reinterpret_cast<const float *>(p.mask_peak)[i64(row_index) * p.mask_tiles + t];
+            error += 1.1920929e-7f * (2.0f * magnitude(peak * slope(head)) + reach);
+        }
+        return error;
+    }
+    DEVICE void check(float reach, float max) const {
+        if (!(reach < infinity()) || max == infinity()) report(FAULT_OVERFLOW);
+    }
+    DEVICE void report(u32 status) const {
+        Fault *fault = reinterpret_cast<Fault *>(p.fault);
+        if (atomic_cas(&fault->status, 0u, status) == 0) fault->sequence_row = row_index;
+    }
+};
+
+// A layer's q, times the softmax scale, in shared memory: [head][word of a digit row][8 channels], zeros where there are
+// none. Padded, so that heads lie in different banks.
+template <i32 S>
+struct Queries {
+    static constexpr i32 STRIDE = 32 * S + 4;
+    float *q;
+
+    DEVICE void load(const Unit &u, i32 heads) const {
+        const i32 d = u.p.shape.dim_k;
+        for (i32 at = thread(); at < heads * 32 * S; at += ATTEND_THREADS) {
+            i32 h = at / (32 * S), i = at % (32 * S), j = i / 8, c = 4 * j + i % 4 + (i % 8 < 4 ? 0 : d / 2);
+            float x = 0.0f;
+            if (h < u.heads && j < d / 8) x = load_element(row_of(u.p.q, u.row_index, u.first_head + h), u.p.q.dtype, c) * u.p.scale;
+            q[h * STRIDE + i] = x;
+        }
+    }
+    DEVICE float at(i32 head, i32 j, i32 i) const { return q[head * STRIDE + 8 * j + i]; }
+    DEVICE float channel(i32 head, i32 c, i32 half) const { return c < half ? at(head, c / 4, c % 4) : at(head, (c - half) / 4, 4 + c % 4); }
+};
+
+DEVICE float warp_max(float x) {
+    for (u32 mask = 16; mask > 0; mask /= 2) x = larger(x, shuffle_xor(x, mask));
+    return x;
+}
+DEVICE float warp_sum(float x) {
+    for (u32 mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+DEVICE double warp_sum(double x) {
+    for (u32 mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+}  // namespace akv

@@ -1,0 +1,595 @@
+//! The CUDA kernels on the CPU (`kernels/host`), against the format, the alignment and the CPU backend. AKV_KERNELS_HOST
+//! names the library that `make test-kernels` builds; blocks and warps go in many orders.
+
+mod common;
+
+use alignedkv::backend::Mode;
+use alignedkv::backend::cpu::Isa;
+use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
+use alignedkv::backend::cuda::{self, Instance, Workspace, params};
+use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
+use common::*;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::Mutex;
+
+type Launch = unsafe extern "C" fn(*const c_char, *const u32, u32, u32, *const c_void, u64, u64) -> c_int;
+
+/// The kernels, one launch at a time.
+struct Device {
+    launch: Launch,
+    error: unsafe extern "C" fn() -> *const c_char,
+}
+
+static DEVICE: Mutex<Option<Device>> = Mutex::new(None);
+
+impl Device {
+    fn load() -> Device {
+        let path = std::env::var("AKV_KERNELS_HOST").expect("AKV_KERNELS_HOST: make test-kernels sets it");
+        let path = CString::new(path).unwrap();
+        // SAFETY: a library of ours, and its functions as kernels/host/runner.cpp declares them.
+        unsafe {
+            let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+            assert!(!library.is_null(), "{path:?} cannot be loaded");
+            let find = |name: &CStr| {
+                let symbol = libc::dlsym(library, name.as_ptr());
+                assert!(!symbol.is_null(), "{name:?} is missing");
+                symbol
+            };
+            Device {
+                launch: std::mem::transmute::<*mut c_void, Launch>(find(c"akv_host_launch")),
+                error: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *const c_char>(find(
+                    c"akv_host_error",
+                )),
+            }
+        }
+    }
+}
+
+/// Runs a kernel on addresses of host memory.
+fn launch<P>(
+    name: &str,
+    grid: [usize; 3],
+    threads: u32,
+    shared_bytes: usize,
+    params: &P,
+    seed: u64,
+) -> Result<(), String> {
+    let mut device = DEVICE.lock().unwrap_or_else(|e| e.into_inner());
+    let device = device.get_or_insert_with(Device::load);
+    let (name, grid) = (CString::new(name).unwrap(), grid.map(|n| n as u32));
+    // SAFETY: parameters of the kernel's type; what they point to is the caller's claim.
+    unsafe {
+        let bytes = size_of::<P>() as u64;
+        let params = (&raw const *params).cast();
+        match (device.launch)(name.as_ptr(), grid.as_ptr(), threads, shared_bytes as u32, params, bytes, seed) {
+            0 => Ok(()),
+            _ => Err(CStr::from_ptr((device.error)()).to_string_lossy().into_owned()),
+        }
+    }
+}
+
+fn address<T>(x: &[T]) -> u64 {
+    x.as_ptr() as u64
+}
+
+fn rows_of(rows: &Rows) -> params::Rows {
+    params::Rows {
+        data: rows.address(0, 0) as u64,
+        stride_row: rows.address(1, 0) as i64 - rows.address(0, 0) as i64,
+        stride_head: rows.address(0, 1) as i64 - rows.address(0, 0) as i64,
+        dtype: rows.dtype() as i32,
+        reserved: 0,
+    }
+}
+
+/// Zeroed bytes that start on a cache line, nothing after them: sanitizers notice what goes beyond.
+struct Aligned {
+    start: *mut u8,
+    bytes: usize,
+}
+
+impl Aligned {
+    fn layout(bytes: usize) -> std::alloc::Layout {
+        std::alloc::Layout::from_size_align(bytes, 64).unwrap()
+    }
+
+    fn new(bytes: usize) -> Aligned {
+        // SAFETY: not empty.
+        let start = unsafe { std::alloc::alloc_zeroed(Aligned::layout(bytes)) };
+        assert!(bytes > 0 && !start.is_null());
+        Aligned { start, bytes }
+    }
+
+    fn copy(from: &[u8]) -> Aligned {
+        let mut copy = Aligned::new(from.len());
+        copy.get_mut().copy_from_slice(from);
+        copy
+    }
+
+    fn get(&self) -> &[u8] {
+        // SAFETY: our own memory.
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+    }
+
+    fn get_mut(&mut self) -> &mut [u8] {
+        // SAFETY: our own memory.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        // SAFETY: allocated like this.
+        unsafe { std::alloc::dealloc(self.start, Aligned::layout(self.bytes)) };
+    }
+}
+
+const DIMS: [usize; 9] = [16, 40, 64, 80, 96, 128, 192, 200, 256];
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+
+/// A tile that grows in steps, some of them after it was reopened, is the CPU's byte for byte after each.
+#[test]
+fn encoded_bytes() {
+    let mut rng = Rng::new(1);
+    for case in 0..60 {
+        let (dk, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
+        let mut s = shape(1, 1 + rng.below(3), dk, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        s.dtype_v = DTYPES[rng.below(3)];
+        let layout = Layout::new(Format::Aligned, s);
+        let skip = [0, 0, 4, 128][rng.below(4)];
+        let mut made = case_rows(&mut rng, case, &s);
+        round(&mut made.0, s.dtype_k);
+        round(&mut made.1, s.dtype_v);
+        let (k, v) =
+            (Packed::new(&made.0, s.n_kv_heads, dk, s.dtype_k), Packed::new(&made.1, s.n_kv_heads, dv, s.dtype_v));
+        let mut page = Aligned::new(layout.page_bytes());
+        let mut kept = Aligned::new(layout.kept_bytes(TILE));
+        let head = Aligned::new(layout.kept_bytes(skip.max(1)));
+        let (mut want, mut want_kept) = (Aligned::new(page.bytes), Aligned::new(kept.bytes));
+        let (mut base, mut base_rows) = (None::<Aligned>, 0);
+        let mut from = 0;
+        while from < TILE {
+            let to = if rng.below(3) == 0 { TILE } else { (from + 1 + rng.below(60)).min(TILE) };
+            // What only the page knows from here on: a tile that was closed, and cut.
+            if base.is_none() && from > skip && rng.below(4) == 0 {
+                let copy = Aligned::copy(want.get());
+                layout.reopen(want.get_mut());
+                layout.reopen(page.get_mut());
+                (base, base_rows) = (Some(copy), from);
+                // Nobody may read these.
+                let (k, v) = kept.get_mut().split_at_mut(layout.kept_bytes(TILE) / 2);
+                k.fill(0xff);
+                v.fill(0xff);
+            }
+            for row in from..to {
+                layout.keep(want_kept.get_mut(), TILE, row, k.rows().skip(row), v.rows().skip(row));
+            }
+            let source = Source { k: k.rows(), v: v.rows(), base: base.as_ref().map(|base| base.get()), base_rows };
+            layout.encode(want.get_mut(), &source, skip, from, to);
+
+            let mut fault = [Fault::default()];
+            let append = [Append {
+                page: address(page.get()),
+                kept: address(kept.get()),
+                head: if skip > 0 { address(head.get()) } else { 0 },
+                base: base.as_ref().map_or(0, |base| address(base.get())),
+                source: from as i64,
+                from: from as i32,
+                to: to as i32,
+                base_rows: base_rows as i32,
+                exact_head: skip as i32,
+            }];
+            let call = EncodeParams {
+                shape: (&s).into(),
+                k: rows_of(&k.rows()),
+                v: rows_of(&v.rows()),
+                appends: address(&append),
+                fault: fault.as_mut_ptr() as u64,
+            };
+            let grid = [1, s.n_kv_heads, 1];
+            launch("akv_encode", grid, cuda::ENCODE_THREADS, cuda::ENCODE_SHARED_BYTES, &call, rng.next()).unwrap();
+            let told = format!("case {case}: {s:?} skip {skip} {from}..{to} base {base_rows}");
+            assert_eq!(fault[0].status, 0, "{told}");
+            let differs = page.get().iter().zip(want.get()).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "{told}: of {}", page.bytes);
+            let (got_k, got_v) = layout.kept(kept.get(), TILE);
+            let (want_k, want_v) = layout.kept(want_kept.get(), TILE);
+            for row in from..to {
+                for h in 0..s.n_kv_heads {
+                    assert_eq!(got_k.bytes(row, h), want_k.bytes(row, h), "{told}");
+                    assert_eq!(got_v.bytes(row, h), want_v.bytes(row, h), "{told}");
+                    if row < skip {
+                        let (exact_k, exact_v) = layout.kept(head.get(), skip);
+                        assert_eq!(exact_k.bytes(row, h), want_k.bytes(row, h), "{told}");
+                        assert_eq!(exact_v.bytes(row, h), want_v.bytes(row, h), "{told}");
+                    }
+                }
+            }
+            from = to;
+        }
+    }
+}
+
+/// Rows of a tile that make scales grow late, early, or not at all.
+fn case_rows(rng: &mut Rng, case: usize, s: &Shape) -> (Vec<f32>, Vec<f32>) {
+    let (mut k, mut v) = (rng.normals(TILE * s.n_kv_heads * s.dim_k), rng.normals(TILE * s.n_kv_heads * s.dim_v));
+    let row = s.n_kv_heads * s.dim_k;
+    for (i, x) in k.iter_mut().enumerate() {
+        *x *= match case % 4 {
+            0 => (1 + i / row) as f32,
+            1 if i % 97 == 0 => 300.0,
+            2 => 0.0,
+            _ => 1.0,
+        };
+    }
+    for (i, x) in v.iter_mut().enumerate() {
+        *x *= if case.is_multiple_of(5) { 10f32.powi(-((i / s.dim_v) as i32 % 12)) } else { 1.0 };
+    }
+    (k, v)
+}
+
+/// What cannot be stored is a fault that names the row and head, and leaves numbers behind.
+#[test]
+fn faults_of_rows() {
+    let s = shape(1, 2, 64, 64, Dtype::F32, 4);
+    let layout = Layout::new(Format::Aligned, s);
+    let mut rng = Rng::new(9);
+    for (bad, status) in
+        [(f32::NAN, params::FAULT_NONFINITE), (f32::NEG_INFINITY, params::FAULT_NONFINITE), (1e30, params::FAULT_RANGE)]
+    {
+        for value in [false, true] {
+            let (mut k, mut v) = (rng.normals(10 * 128), rng.normals(10 * 128));
+            let rows = if value { &mut v } else { &mut k };
+            rows[7 * 128 + 64 + 5] = bad;
+            let (k, v) = (Packed::new(&k, 2, 64, Dtype::F32), Packed::new(&v, 2, 64, Dtype::F32));
+            let (page, mut fault) = (Aligned::new(layout.page_bytes()), [Fault::default()]);
+            let append = [Append { page: address(page.get()), to: 10, ..Append::default() }];
+            let call = EncodeParams {
+                shape: (&s).into(),
+                k: rows_of(&k.rows()),
+                v: rows_of(&v.rows()),
+                appends: address(&append),
+                fault: fault.as_mut_ptr() as u64,
+            };
+            launch("akv_encode", [1, 2, 1], cuda::ENCODE_THREADS, cuda::ENCODE_SHARED_BYTES, &call, 0).unwrap();
+            let found = (fault[0].status, fault[0].sequence_row, fault[0].head, fault[0].is_value);
+            assert_eq!(found, (status, 7, 1, u32::from(value)));
+            let (mut out_k, mut out_v) = ([0.0; 64], [0.0; 64]);
+            layout.decode(page.get(), 1, 7, &mut out_k, &mut out_v);
+            assert_eq!(if value { out_v[5] } else { out_k[5] }, 0.0);
+        }
+    }
+}
+
+/// Decode attention by the kernels: as the CPU backend, and within its bound of float64.
+#[test]
+fn attention() {
+    let cpu = cpu(Isa::best(), 1);
+    let mut rng = Rng::new(4);
+    let (mut alike, mut calls) = (0, 0);
+    for case in 0..120 {
+        let (d, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
+        let (g, kv_heads) = ([1, 2, 3, 4, 5, 8, 12, 16, 24][rng.below(9)], 1 + rng.below(2));
+        let n = [1, 2, 127, 128, 129, 1 + rng.below(600), 1020 + rng.below(10), 2300][case % 8];
+        let s = shape(g, kv_heads, d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        let mut q = Vec::new();
+        let kind = if case % 3 == 0 { rng.below(KINDS) } else { 0 };
+        let cases: Vec<Case> = (0..kv_heads).map(|_| common::case(&mut rng, kind, n, d, dv, g)).collect();
+        for row in 0..n {
+            cases.iter().for_each(|c| k.extend_from_slice(&c.k[row * d..(row + 1) * d]));
+            cases.iter().for_each(|c| v.extend_from_slice(&c.v[row * dv..(row + 1) * dv]));
+        }
+        cases.iter().for_each(|c| q.extend_from_slice(&c.q));
+        let more: Vec<f32> = rng.normals(q.len()).iter().map(|x| 2.0 * x).collect();
+        q.extend(more);
+        round(&mut k, s.dtype_k);
+        round(&mut v, s.dtype_v);
+        let run = Single::new(Format::Aligned, s, [0, 4, 30][rng.below(3)]);
+        // In steps: what an open tile holds is attended too.
+        let cut = rng.below(n + 1);
+        for (a, b) in [(0, cut), (cut, n)] {
+            if a < b {
+                run.append(&k[a * kv_heads * d..b * kv_heads * d], &v[a * kv_heads * dv..b * kv_heads * dv]);
+            }
+        }
+        let ranges = [(0, n), (rng.below(n), rng.below(n + 1))];
+        let how = How {
+            mode: [Mode::Expected, Mode::Guaranteed][rng.below(2)],
+            tolerance: 10f32.powf(-1.0 - 3.0 * rng.uniform() as f32),
+            scale: 1.0 / (d as f32).sqrt(),
+            dense: false,
+        };
+        let sinks: Vec<f32> = rng.normals(s.n_q_heads);
+        let bent = Bent {
+            softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
+            sinks: (rng.below(3) == 0).then_some(&sinks[..]),
+            mask: None,
+        };
+        let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} {:?} {ranges:?} {how:?}", s.dtype_k);
+        let want = match run.attend_bent(&cpu, &q, &ranges, how, bent) {
+            Ok(want) => want,
+            Err(_) => continue,
+        };
+        let (got, stats) = attend(&run, &q, &ranges, how, bent, rng.next());
+        calls += 1;
+        let same = stats.planes_k == want.stats.planes_k && stats.planes_v == want.stats.planes_v;
+        let tokens: u64 = stats.planes_k.iter().sum();
+        // A larger group decides in parts.
+        let parts = g.div_ceil(cuda::UNIT_HEADS) as u64;
+        assert_eq!(stats.tokens, tokens, "{told}");
+        assert_eq!(tokens, parts * want.stats.planes_k.iter().sum::<u64>(), "{told}");
+        assert_eq!(stats.tokens + stats.tokens_exact, parts * want.stats.tokens, "{told}");
+        alike += usize::from(same || g > cuda::UNIT_HEADS);
+        for (row, &(from, to)) in ranges.iter().enumerate() {
+            for head in 0..s.n_q_heads {
+                let (at, kv_head) = (row * s.n_q_heads + head, head / g);
+                let near = |a: f32, b: f32, most: f32| a == b || (a - b).abs() <= most;
+                let amplitude = want.amplitude[at];
+                assert!(
+                    near(got.lse[at], want.lse[at], got.lse_bound[at] + want.lse_bound[at]),
+                    "{told}: {} {}",
+                    got.lse[at],
+                    want.lse[at]
+                );
+                if from >= to && bent.sinks.is_none() {
+                    assert_eq!((got.lse[at], got.bound[at]), (f32::NEG_INFINITY, 0.0), "{told}");
+                }
+                if same {
+                    assert!(
+                        near(got.lse[at], want.lse[at], 2e-5 * (1.0 + want.lse[at].abs())),
+                        "{told}: {} {}",
+                        got.lse[at],
+                        want.lse[at]
+                    );
+                    for (a, b, what) in [
+                        (got.bound[at], want.bound[at], "bound"),
+                        (got.lse_bound[at], want.lse_bound[at], "lse_bound"),
+                        (got.estimate[at], want.estimate[at], "estimate"),
+                        (got.amplitude[at], want.amplitude[at], "amplitude"),
+                    ] {
+                        assert!(near(a, b, 2e-3 * b.abs() + 1e-6 * amplitude), "{told}: {what} {a} {b}");
+                    }
+                }
+                let out = &got.out[at * dv..(at + 1) * dv];
+                if same {
+                    let other = &want.out[at * dv..(at + 1) * dv];
+                    let error = out.iter().zip(other).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+                    assert!(error <= 3e-5 * amplitude, "{told}: {error:e} of {amplitude:e}");
+                }
+                if from >= to || bent.softcap > 0.0 || bent.sinks.is_some() {
+                    continue;
+                }
+                let (k, v) = (of_head(&k, kv_heads, d, kv_head), of_head(&v, kv_heads, dv, kv_head));
+                let q = &q[at * d..(at + 1) * d];
+                let (truth, lse) =
+                    attention64(q, &k[from * d..to * d], &v[from * dv..to * dv], dv, f64::from(how.scale));
+                let error = out.iter().zip(&truth).fold(0.0f64, |m, (&a, b)| m.max((f64::from(a) - b).abs()));
+                assert!(error <= f64::from(got.bound[at]), "{told}: error {error:e}, bound {:e}", got.bound[at]);
+                assert!((f64::from(got.lse[at]) - lse).abs() <= f64::from(got.lse_bound[at]), "{told}");
+            }
+        }
+    }
+    assert!(calls > 90 && 20 * alike >= 19 * calls, "{alike} of {calls} read the same digits as the CPU");
+}
+
+/// A call as [`Single::attend_bent`], by the kernels.
+fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
+    let s = &run.shape;
+    let (n_rows, heads) = (ranges.len(), s.n_q_heads);
+    let reader = run.cache.read(run.sequence, 0).unwrap();
+    let view = reader.view();
+    let tiles = view.len.div_ceil(TILE);
+    let copies: Vec<Aligned> = (0..tiles).map(|tile| Aligned::copy(view.page(tile))).collect();
+    let pages: Vec<u64> = copies.iter().map(|page| address(page.get())).collect();
+    let (head_k, head_v) = view.exact.map_or((0, 0), |(k, v)| (k.address(0, 0) as u64, v.address(0, 0) as u64));
+    let views = [View {
+        pages: address(&pages),
+        head_k,
+        head_v,
+        written: 0,
+        len: view.len as i32,
+        n_exact: view.n_exact as i32,
+    }];
+    let rows: Vec<QueryRow> = ranges
+        .iter()
+        .map(|&(from, to)| {
+            let n = to.saturating_sub(from) as i32;
+            QueryRow { sequence: 0, from: from.min(to) as i32, to: to as i32, n }
+        })
+        .collect();
+    let nothing = || vec![f32::NAN; n_rows * heads];
+    let mut o = Output {
+        out: vec![f32::NAN; n_rows * heads * s.dim_v],
+        lse: nothing(),
+        bound: nothing(),
+        lse_bound: nothing(),
+        estimate: nothing(),
+        amplitude: nothing(),
+        stats: Default::default(),
+    };
+    let workspace = Workspace::new(s, n_rows, tiles);
+    let mut scratch = Aligned::new(workspace.bytes);
+    let splits = tiles.div_ceil(cuda::SPLIT).max(1);
+    let (mut stats, mut fault) = ([Stats::default()], [Fault::default()]);
+    let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
+    let stride = (s.dim_v * 4) as i64;
+    let mut call = AttendParams {
+        shape: s.into(),
+        q: rows_of(&q.rows()),
+        out: params::Rows {
+            data: o.out.as_mut_ptr() as u64,
+            stride_row: stride * heads as i64,
+            stride_head: stride,
+            ..Default::default()
+        },
+        views: address(&views),
+        rows: address(&rows),
+        sinks: bent.sinks.map_or(0, address),
+        lse: o.lse.as_mut_ptr() as u64,
+        bound: o.bound.as_mut_ptr() as u64,
+        lse_bound: o.lse_bound.as_mut_ptr() as u64,
+        estimate: o.estimate.as_mut_ptr() as u64,
+        amplitude: o.amplitude.as_mut_ptr() as u64,
+        stats: stats.as_mut_ptr() as u64,
+        fault: fault.as_mut_ptr() as u64,
+        mode: if how.mode == Mode::Guaranteed { params::MODE_GUARANTEED } else { params::MODE_EXPECTED },
+        fused: i32::from(splits == 1),
+        scale: how.scale,
+        softcap: bent.softcap,
+        tolerance: how.tolerance,
+        ..AttendParams::default()
+    };
+    workspace.place(scratch.get_mut().as_mut_ptr() as u64, tiles, &mut call);
+    let (instance, grid) = (Instance::of(s), [splits, cuda::units(s), n_rows]);
+    let shared = instance.shared_bytes(s.dim_v);
+    for kernel in if splits == 1 { &["attend"][..] } else { &["scan", "attend"] } {
+        launch(&instance.name(kernel), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
+    }
+    assert_eq!(fault[0].status, 0);
+    (o, stats[0])
+}
+
+/// Rows read back are what the format says, in every dtype.
+#[test]
+fn rows_read_back() {
+    let mut rng = Rng::new(6);
+    for case in 0..20 {
+        let (d, dv, kv_heads) = (DIMS[case % 9], DIMS[rng.below(9)], 1 + rng.below(3));
+        let s = shape(1, kv_heads, d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        let n = 1 + rng.below(400);
+        let (mut k, mut v) = (rng.normals(n * kv_heads * d), rng.normals(n * kv_heads * dv));
+        round(&mut k, s.dtype_k);
+        round(&mut v, s.dtype_v);
+        let run = Single::new(Format::Aligned, s, 4);
+        run.append(&k, &v);
+        let reader = run.cache.read(run.sequence, 0).unwrap();
+        let view = reader.view();
+        let pages: Vec<u64> = (0..n.div_ceil(TILE)).map(|tile| address(view.page(tile))).collect();
+        let (head_k, head_v) = view.exact.map_or((0, 0), |(k, v)| (k.address(0, 0) as u64, v.address(0, 0) as u64));
+        let views =
+            [View { pages: address(&pages), head_k, head_v, written: 0, len: n as i32, n_exact: view.n_exact as i32 }];
+        let first = rng.below(n);
+        let n = 1 + rng.below(n - first);
+        let dtype = DTYPES[case % 3];
+        let rows = |out: &mut Aligned, dim: usize| params::Rows {
+            data: out.get_mut().as_mut_ptr() as u64,
+            stride_row: (kv_heads * dim * dtype.size()) as i64,
+            stride_head: (dim * dtype.size()) as i64,
+            dtype: dtype as i32,
+            reserved: 0,
+        };
+        let (mut out_k, mut out_v) =
+            (Aligned::new(n * kv_heads * d * dtype.size()), Aligned::new(n * kv_heads * dv * dtype.size()));
+        let mut fault = [Fault::default()];
+        let call = params::DequantizeParams {
+            shape: (&s).into(),
+            view: address(&views),
+            k: rows(&mut out_k, d),
+            v: rows(&mut out_v, dv),
+            fault: fault.as_mut_ptr() as u64,
+            first: first as i32,
+            n: n as i32,
+        };
+        launch("akv_dequantize", [n, kv_heads, 1], 64, 0, &call, rng.next()).unwrap();
+        assert_eq!(fault[0].status, 0);
+        let (got_k, got_v) =
+            (Rows::contiguous(out_k.get(), kv_heads, dtype, d), Rows::contiguous(out_v.get(), kv_heads, dtype, dv));
+        for (row, head) in (0..n).flat_map(|row| (0..kv_heads).map(move |head| (row, head))) {
+            let token = first + row;
+            let (mut want_k, mut want_v, mut k, mut v) = (vec![0.0; d], vec![0.0; dv], vec![0.0; d], vec![0.0; dv]);
+            match view.exact {
+                Some((exact_k, exact_v)) if token < view.n_exact => {
+                    exact_k.read(token, head, &mut want_k);
+                    exact_v.read(token, head, &mut want_v);
+                }
+                _ => view.layout.decode(view.page(token / TILE), head, token % TILE, &mut want_k, &mut want_v),
+            }
+            round(&mut want_k, dtype);
+            round(&mut want_v, dtype);
+            got_k.read(row, head, &mut k);
+            got_v.read(row, head, &mut v);
+            assert_eq!((k, v), (want_k, want_v), "case {case}: token {token} head {head}");
+        }
+    }
+}
+
+/// Merged states are the CPU's, whatever is missing, and in place.
+#[test]
+fn merged_states() {
+    use alignedkv::backend::cpu::{State, merge};
+    let mut rng = Rng::new(8);
+    for case in 0..40 {
+        let (rows, dim, n) = (1 + rng.below(5), DIMS[case % 9], 1 + rng.below(9));
+        let mut outs: Vec<Vec<f32>> = (0..n).map(|_| rng.normals(rows * dim)).collect();
+        let mut fields: Vec<[Vec<f32>; 5]> = (0..n)
+            .map(|_| {
+                let lse = rng
+                    .normals(rows)
+                    .iter()
+                    .map(|x| if rng.below(5) == 0 { f32::NEG_INFINITY } else { 4.0 * x })
+                    .collect();
+                let mut small = |scale: f32| rng.normals(rows).iter().map(|x| scale * x.abs()).collect::<Vec<_>>();
+                [lse, small(0.1), small(0.3), small(0.05), small(2.0)]
+            })
+            .collect();
+        let without = rng.below(6);
+        let states: Vec<State> = outs
+            .iter()
+            .zip(&fields)
+            .map(|(out, [lse, bound, lse_bound, estimate, amplitude])| State {
+                out,
+                lse,
+                bound: (without != 1).then_some(bound),
+                lse_bound: (without != 2).then_some(lse_bound),
+                estimate: (without != 3).then_some(estimate),
+                amplitude: (without != 4).then_some(amplitude),
+            })
+            .collect();
+        let want: Vec<_> = (0..rows)
+            .map(|row| {
+                let mut out = vec![0.0; dim];
+                (merge(&states, row, dim, &mut out), out)
+            })
+            .collect();
+        let addresses: Vec<params::State> = states
+            .iter()
+            .map(|s| params::State {
+                out: address(s.out),
+                lse: address(s.lse),
+                bound: s.bound.map_or(0, address),
+                lse_bound: s.lse_bound.map_or(0, address),
+                estimate: s.estimate.map_or(0, address),
+                amplitude: s.amplitude.map_or(0, address),
+            })
+            .collect();
+        // The result takes the place of the last state.
+        let call = params::MergeParams {
+            states: address(&addresses),
+            rows: rows as u64,
+            n: n as i32,
+            dim: dim as i32,
+            out: outs[n - 1].as_mut_ptr() as u64,
+            lse: fields[n - 1][0].as_mut_ptr() as u64,
+            bound: fields[n - 1][1].as_mut_ptr() as u64,
+            lse_bound: fields[n - 1][2].as_mut_ptr() as u64,
+            estimate: fields[n - 1][3].as_mut_ptr() as u64,
+            amplitude: fields[n - 1][4].as_mut_ptr() as u64,
+        };
+        launch("akv_merge", [rows, 1, 1], 64, cuda::MERGE_SHARED_BYTES, &call, rng.next()).unwrap();
+        for (row, (merged, out)) in want.iter().enumerate() {
+            let near = |a: f32, b: f32| a == b || (a - b).abs() <= 1e-5 * b.abs();
+            assert_eq!(&outs[n - 1][row * dim..(row + 1) * dim], &out[..], "case {case}");
+            let [lse, bound, lse_bound, estimate, amplitude] = &fields[n - 1];
+            let pairs = [
+                (lse[row], merged.lse),
+                (bound[row], merged.bound),
+                (lse_bound[row], merged.lse_bound),
+                (estimate[row], merged.estimate),
+                (amplitude[row], merged.amplitude),
+            ];
+            assert!(pairs.iter().all(|&(a, b)| near(a, b)), "case {case}: {pairs:?}");
+            assert!(bound[row] >= merged.bound * (1.0 - 1e-6), "case {case}");
+        }
+    }
+}
