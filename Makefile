@@ -43,7 +43,7 @@ test-sanitize: | setup-test ## the C tests again under AddressSanitizer and Unde
 	cmake --build $(BUILD)/sanitize
 	ctest --test-dir $(BUILD)/sanitize --output-on-failure
 
-KERNELS_HOST = $(CXX) -std=c++17 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror kernels/host/runner.cpp -x c++ kernels/alignedkv.cu
+KERNELS_HOST = $(CXX) -std=c++17 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror kernels/host/runner.cpp -x c++ kernels/alignedkv.cu kernels/host/planted.cu
 TEST_KERNELS = cargo test --release --features kernels-host --test kernels
 
 test-kernels: | setup-test ## the CUDA kernels, run on the CPU against the CPU backend, twice: the second time under sanitizers

@@ -17,6 +17,7 @@ type Launch = unsafe extern "C" fn(*const c_char, *const u32, u32, u32, *const c
 /// The kernels, one launch at a time.
 struct Device {
     launch: Launch,
+    sanitized: bool,
     error: unsafe extern "C" fn() -> *const c_char,
 }
 
@@ -35,7 +36,9 @@ impl Device {
                 assert!(!symbol.is_null(), "{name:?} is missing");
                 symbol
             };
+            let sanitized: unsafe extern "C" fn() -> c_int = std::mem::transmute(find(c"akv_host_sanitized"));
             Device {
+                sanitized: sanitized() != 0,
                 launch: std::mem::transmute::<*mut c_void, Launch>(find(c"akv_host_launch")),
                 error: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> *const c_char>(find(
                     c"akv_host_error",
@@ -43,6 +46,10 @@ impl Device {
             }
         }
     }
+}
+
+fn load() {
+    DEVICE.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_with(Device::load);
 }
 
 /// Runs a kernel on addresses of host memory.
@@ -54,8 +61,9 @@ fn launch<P>(
     params: &P,
     seed: u64,
 ) -> Result<(), String> {
-    let mut device = DEVICE.lock().unwrap_or_else(|e| e.into_inner());
-    let device = device.get_or_insert_with(Device::load);
+    load();
+    let device = DEVICE.lock().unwrap_or_else(|e| e.into_inner());
+    let device = device.as_ref().unwrap();
     let (name, grid) = (CString::new(name).unwrap(), grid.map(|n| n as u32));
     // SAFETY: parameters of the kernel's type; what they point to is the caller's claim.
     unsafe {
@@ -312,6 +320,11 @@ fn attention() {
             Err(_) => continue,
         };
         let (got, stats) = attend(&run, &q, &ranges, how, bent, rng.next());
+        let (again, _) = attend(&run, &q, &ranges, how, bent, rng.next());
+        let bits = |o: &Output| {
+            [&o.out, &o.lse, &o.bound, &o.estimate].map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+        };
+        assert_eq!(bits(&got), bits(&again), "{told}: depends on the order");
         calls += 1;
         let same = stats.planes_k == want.stats.planes_k && stats.planes_v == want.stats.planes_v;
         let tokens: u64 = stats.planes_k.iter().sum();
@@ -592,4 +605,112 @@ fn merged_states() {
             assert!(bound[row] >= merged.bound * (1.0 - 1e-6), "case {case}");
         }
     }
+}
+
+/// Parameters of the kernels in `kernels/host/planted.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Planted {
+    a: u64,
+    b: u64,
+    out: u64,
+    n: i32,
+    reserved: i32,
+}
+
+/// Threads and lanes that do not meet are an error that says where.
+#[test]
+fn planted_meetings_are_found() {
+    let (a, mut out) = ([1.0f32; 64], [0.0f32; 64]);
+    let call = Planted { a: address(&a), out: out.as_mut_ptr() as u64, ..Default::default() };
+    for (name, threads, told) in [
+        ("planted_skipped_barrier", 64, "thread 5 has ended"),
+        ("planted_two_barriers", 64, "others at that in planted.cu"),
+        ("planted_half_a_warp", 32, "has ended"),
+    ] {
+        for seed in 0..4 {
+            let error = launch(name, [1, 1, 1], threads, 0, &call, seed).unwrap_err();
+            assert!(error.contains(told), "{name}: {error}");
+        }
+    }
+}
+
+/// A barrier that is missing shows in the result, for one order of the warps or the other.
+#[test]
+fn planted_missing_barrier_is_found() {
+    let right: Vec<f32> = (0..64).map(|i| (63 - i) as f32).collect();
+    let run = |n: i32, seed: u64| {
+        let mut out = [f32::NAN; 64];
+        let call = Planted { out: out.as_mut_ptr() as u64, n, ..Default::default() };
+        launch("planted_missing_barrier", [1, 1, 1], 64, 256, &call, seed).unwrap();
+        out.as_slice() == right
+    };
+    assert!((0..8).all(|seed| run(1, seed)));
+    assert!(!(0..8).any(|seed| run(0, seed)));
+}
+
+/// Memory beside what a kernel was given.
+#[test]
+fn planted_overruns_are_found() {
+    load();
+    if !DEVICE.lock().unwrap().as_ref().unwrap().sanitized {
+        let call = Planted { n: 64 - 31, ..Default::default() };
+        let error = launch("planted_shared_overrun", [1, 1, 1], 32, 256, &call, 0).unwrap_err();
+        assert!(error.contains("beside its shared memory"), "{error}");
+        return;
+    }
+    // The sanitizer ends the process: another one.
+    for what in ["planted_shared_overrun", "planted_row_out_of_range"] {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "planted_overrun", "--ignored", "--nocapture"])
+            .env("AKV_PLANTED", what)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&child.stderr);
+        assert!(!child.status.success() && text.contains("AddressSanitizer"), "{what}: {text}");
+        assert!(text.contains("planted.cu"), "{what}: {text}");
+    }
+}
+
+#[test]
+#[ignore = "ends the process: planted_overruns_are_found runs it in another one"]
+fn planted_overrun() {
+    let (a, mut out) = (Aligned::new(4 * 32 * 10), [0.0f32; 32]);
+    let name = std::env::var("AKV_PLANTED").unwrap();
+    let n = if name == "planted_row_out_of_range" { 10 } else { 33 };
+    let call = Planted { a: address(a.get()), out: out.as_mut_ptr() as u64, n, ..Default::default() };
+    launch(&name, [1, 1, 1], 32, 256, &call, 0).unwrap();
+}
+
+/// Fragments in other lanes than the instruction has them give another product.
+#[test]
+fn planted_fragments_are_found() {
+    let mut rng = Rng::new(2);
+    let a: Vec<u8> = (0..16 * 32).map(|_| rng.below(256) as u8).collect();
+    let b: Vec<u8> = (0..32 * 8).map(|_| rng.below(256) as u8).collect();
+    let right: Vec<f32> = (0..16 * 8)
+        .map(|at| {
+            (0..32).map(|k| i32::from(a[at / 8 * 32 + k]) * i32::from(b[k * 8 + at % 8] as i8)).sum::<i32>() as f32
+        })
+        .collect();
+    let run = |n: i32| {
+        let mut out = vec![f32::NAN; 16 * 8];
+        let call = Planted { a: address(&a), b: address(&b), out: out.as_mut_ptr() as u64, n, reserved: 0 };
+        launch("planted_swapped_fragments", [1, 1, 1], 32, 0, &call, 0).unwrap();
+        out
+    };
+    assert_eq!(run(1), right);
+    assert_ne!(run(0), right);
+}
+
+/// What depends on the order of the blocks differs between seeds (attention is run twice, and must not).
+#[test]
+fn planted_order_is_found() {
+    let run = |seed: u64| {
+        let mut out = [0.0f32];
+        let call = Planted { out: out.as_mut_ptr() as u64, ..Default::default() };
+        launch("planted_order_of_blocks", [8, 1, 1], 32, 0, &call, seed).unwrap();
+        out[0]
+    };
+    assert!((1..8).any(|seed| run(seed) != run(0)));
 }

@@ -140,6 +140,10 @@ void resume(Fibre &fibre) {
 
 void start(Fibre &fibre, u32 index) {
     if (!fibre.stack) fibre.stack.reset(new u8[STACK]);
+#if SANITIZED
+    // What a launch that failed has left.
+    __asan_unpoison_memory_region(fibre.stack.get(), STACK);
+#endif
     fibre.index = index, fibre.done = false, fibre.waits_for = nullptr, fibre.site = {"", 0}, fibre.fake_stack = nullptr;
     void **top = reinterpret_cast<void **>((reinterpret_cast<size_t>(fibre.stack.get()) + STACK) & ~size_t(63));
     *--top = nullptr;  // alignment, as after a call
@@ -346,6 +350,9 @@ __attribute__((visibility("default"))) int akv_host_launch(const char *name, con
 #endif
     return failure.empty() ? 0 : -1;
 }
+
+// Non-zero if memory that nobody has allocated is noticed.
+__attribute__((visibility("default"))) int akv_host_sanitized() { return SANITIZED; }
 
 // Why the last launch failed.
 __attribute__((visibility("default"))) const char *akv_host_error() { return failure.c_str(); }
