@@ -78,8 +78,10 @@ DEVICE float infinity() { return bits_float(0x7f800000); }
 DEVICE double larger(double a, double b) { return a > b ? a : b; }
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
+DEVICE_CALL double grow_of(double x) { return expm1(x); }
+
 // What a token's sums are multiplied with: for `spread` and `square`.
-DEVICE float spread_of(float bound) { return float(expm1(bound < float(LOOSE) ? double(bound) : LOOSE)); }
+DEVICE float spread_of(float bound) { return float(grow_of(bound < float(LOOSE) ? double(bound) : LOOSE)); }
 DEVICE float square_of(float rms) {
     float x = rms * (PEAK / 2.0f), y = x * x;
     return y < 1e30f ? y : 1e30f;
@@ -93,7 +95,7 @@ DEVICE Sums no_sums(float max) {
 
 // Adds tokens whose scores are all known alike.
 DEVICE void add_scores(Sums &s, float bound, float rms, double e, double e_vs, double e_vs2) {
-    double grow = expm1(bound < float(LOOSE) ? double(bound) : LOOSE), half = double(rms) * double(PEAK) / 2.0;
+    double grow = grow_of(bound < float(LOOSE) ? double(bound) : LOOSE), half = double(rms) * double(PEAK) / 2.0;
     s.sum += e;
     s.weighted += e_vs * double(PEAK);
     s.spread += grow * e;
@@ -113,7 +115,7 @@ DEVICE void note(Sums &s, i32 n, float peak) {
 }
 
 // What sums relative to exp(from) are multiplied with to be relative to exp(to).
-DEVICE double factor_of(float from, float to) { return from == -infinity() ? 0.0 : exp(double(from) - double(to)); }
+DEVICE_CALL double factor_of(float from, float to) { return from == -infinity() ? 0.0 : exp(double(from) - double(to)); }
 
 // Makes sums relative to another maximum.
 DEVICE void rescale(Sums &s, float max) {
@@ -127,7 +129,7 @@ DEVICE void rescale(Sums &s, float max) {
     s.max = max;
 }
 // Takes in the sums of other tokens.
-DEVICE void merge(Sums &s, const Sums &other) {
+DEVICE_CALL void merge(Sums &s, const Sums &other) {
     double f = factor_of(other.max, other.max > s.max ? other.max : s.max);
     if (other.max > s.max) rescale(s, other.max);
     s.sum += f * other.sum;
@@ -148,7 +150,7 @@ struct Certificate {
 DEVICE float next_up(float x) { return x < infinity() ? bits_float(float_bits(x) + 1) : x; }  // of x >= 0
 
 // The result for one query head; out_peak = largest |channel| of the output.
-DEVICE Certificate certificate(const Sums &s, float out_peak) {
+DEVICE_CALL Certificate certificate(const Sums &s, float out_peak) {
     if (s.sum == 0.0) return {-infinity(), 0.0f, 0.0f, 0.0f, 0.0f};
     constexpr double ROUNDING = 301.0 / (1 << 24), FLUSHED = 2e-38;
     double lse = double(s.max) + log(s.sum);

@@ -26,26 +26,24 @@ struct List {
 // A warp's part of the shared memory.
 struct Work {
     List k, v;
-    float weights[4][TILE];  // e times the V scale, of four heads
+    float weights[4][TILE];         // e times the V scale, of four heads
+    float factors[4], unread[4];    // of their outputs so far, and of the tile's mean
 };
 
-// Shared memory of a block: q, then shares, then by warp sums, outputs, and what it works with.
-template <i32 S, i32 NT>
+// Shared memory of a block: q, then shares, then by warp sums, what it works with, and outputs.
 struct Memory {
-    static constexpr i32 HEADS = 4 * NT;
     u8 *start;
-    i32 dim_v;
+    i32 heads, stride, dim_v;  // stride = that of q
 
-    static constexpr i32 Q_BYTES = HEADS * Queries<S>::STRIDE * 4;
-    static constexpr i32 SHARES = Q_BYTES, SUMS = SHARES + HEADS * sizeof(Share), WORK = SUMS + ATTEND_WARPS * HEADS * sizeof(Sums),
-                         FLAG = WORK + ATTEND_WARPS * sizeof(Work), OUTS = FLAG + 16;  // to OUTS + ATTEND_WARPS * HEADS * dim_v * 4
+    DEVICE Memory(const Unit &u, i32 words) : start(shared<u8>()), heads((u.unit_heads + 3) / 4 * 4), stride(32 * words + 4), dim_v(u.p.shape.dim_v) {}
 
-    DEVICE Queries<S> q() const { return {reinterpret_cast<float *>(start)}; }
-    DEVICE Share &share(i32 h) const { return reinterpret_cast<Share *>(start + SHARES)[h]; }
-    DEVICE Sums &sums(i32 warp, i32 h) const { return reinterpret_cast<Sums *>(start + SUMS)[warp * HEADS + h]; }
-    DEVICE Work &work() const { return reinterpret_cast<Work *>(start + WORK)[warp()]; }
-    DEVICE u32 &flag() const { return *reinterpret_cast<u32 *>(start + FLAG); }
-    DEVICE float *outs(i32 warp, i32 h) const { return reinterpret_cast<float *>(start + OUTS) + (warp * HEADS + h) * dim_v; }
+    DEVICE Queries q() const { return {reinterpret_cast<float *>(start), stride}; }
+    DEVICE Share *shares() const { return reinterpret_cast<Share *>(start + heads * stride * 4); }
+    DEVICE Share &share(i32 h) const { return shares()[h]; }
+    DEVICE Sums &sums(i32 warp, i32 h) const { return reinterpret_cast<Sums *>(shares() + heads)[warp * heads + h]; }
+    DEVICE Work &work(i32 warp) const { return reinterpret_cast<Work *>(&sums(ATTEND_WARPS, 0))[warp]; }
+    DEVICE u32 &flag() const { return *reinterpret_cast<u32 *>(&work(ATTEND_WARPS)); }
+    DEVICE float *outs(i32 warp, i32 h) const { return reinterpret_cast<float *>(&flag() + 4) + (warp * heads + h) * dim_v; }
 };
 
 // What a warp has counted.
@@ -54,7 +52,8 @@ struct Counts {
 };
 
 // One head's view of the whole context, from all splits' scans, by a warp.
-DEVICE Share share_of(const Unit &u, i32 h) {
+DEVICE_CALL void share_of(const AttendParams &p, i32 h, Share &share) {
+    const Unit u(p);
     const float sink = u.p.sinks ? reinterpret_cast<const float *>(u.p.sinks)[u.first_head + h] : -infinity();
     float max = sink;
     for (i32 s = lane(); s < u.n_splits; s += 32) max = larger(max, u.partial(s, h).max);
@@ -67,44 +66,40 @@ DEVICE Share share_of(const Unit &u, i32 h) {
         weighted += factor * partial.weighted;
     }
     sum = warp_sum(sum) + factor_of(sink, max);
-    return Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, warp_sum(weighted));
+    weighted = warp_sum(weighted);
+    if (lane() == 0) share = Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, weighted);
 }
 
 // Adds further digits of K to the scores of the listed tokens, sixteen at a time.
-template <i32 S, i32 NT>
-DEVICE void refine_keys(const Unit &u, const Queries<S> &q, const Tile &tile, i32 t, const List &list, i32 n) {
-    Fold<S, NT> fold;
-    fold.load(q, tile);
-    const i32 quad = lane() / 4, lane_head = lane() % 4, row_bytes = (tile.planes_k - 1) * tile.half_k;
-    for (i32 start = 0; start < n; start += 16) {
-        const i32 i = start + quad, j = i + 8;
-        const i32 token[2] = {i < n ? list.token(i) : 0, j < n ? list.token(j) : 0}, planes[2] = {i < n ? list.planes(i) : 0, j < n ? list.planes(j) : 0};
-        float score[NT][2];
-        for (i32 nt = 0; nt < NT; nt++) {
-            for (i32 r = 0; r < 2; r++) {
-                const bool mine = planes[r] > 1 && 4 * nt + lane_head < u.heads;
-                score[nt][r] = mine ? u.scores(t, 4 * nt + lane_head)[token[r]] : 0.0f;
+template <i32 S>
+DEVICE void refine_keys(const Unit &u, const Queries &q, const Tile &tile, i32 t, const List &list, i32 n) {
+    const i32 quad = lane() / 4, row_bytes = (tile.planes_k - 1) * tile.half_k;
+    ROLLED
+    for (i32 first = 0; first < u.heads; first += 4) {
+        const Fold<S> fold(q, tile, first);
+        const i32 h = first + lane() % 4;
+        ROLLED
+        for (i32 start = 0; start < n; start += 16) {
+            const i32 i = start + quad, j = i + 8;
+            const i32 token[2] = {i < n ? list.token(i) : 0, j < n ? list.token(j) : 0}, planes[2] = {i < n ? list.planes(i) : 0, j < n ? list.planes(j) : 0};
+            const bool mine[2] = {planes[0] > 1 && h < u.heads, planes[1] > 1 && h < u.heads};
+            float score[2] = {mine[0] ? u.scores(t, h)[token[0]] : 0.0f, mine[1] ? u.scores(t, h)[token[1]] : 0.0f};
+            ROLLED
+            for (i32 plane = 1; plane < PLANES && any(planes[0] > plane || planes[1] > plane); plane++) {
+                u32 x[S] = {}, y[S] = {};
+                if (planes[0] > plane) load_words<S>(tile.k_rest + token[0] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, x);
+                if (planes[1] > plane) load_words<S>(tile.k_rest + token[1] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, y);
+                i32 c[4] = {};
+                UNROLLED
+                for (i32 s = 0; s < S; s++) {
+                    const u32 a[4] = {x[s] & 0x0f0f0f0f, y[s] & 0x0f0f0f0f, x[s] >> 4 & 0x0f0f0f0f, y[s] >> 4 & 0x0f0f0f0f};
+                    mma_u8s8(c, a, fold.b[s][0], fold.b[s][1]);
+                }
+                if (planes[0] > plane) score[0] += fold.head.more(c[0], c[1], plane, planes[0]);
+                if (planes[1] > plane) score[1] += fold.head.more(c[2], c[3], plane, planes[1]);
             }
-        }
-        for (i32 plane = 1; plane < PLANES && any(planes[0] > plane || planes[1] > plane); plane++) {
-            u32 x[S] = {}, y[S] = {};
-            if (planes[0] > plane) load_words<S>(tile.k_rest + token[0] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, x);
-            if (planes[1] > plane) load_words<S>(tile.k_rest + token[1] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, y);
-            i32 c[NT][4] = {};
-            for (i32 s = 0; s < S; s++) {
-                const u32 a[4] = {x[s] & 0x0f0f0f0f, y[s] & 0x0f0f0f0f, x[s] >> 4 & 0x0f0f0f0f, y[s] >> 4 & 0x0f0f0f0f};
-                for (i32 nt = 0; nt < NT; nt++) mma_u8s8(c[nt], a, fold.b[nt][s][0], fold.b[nt][s][1]);
-            }
-            for (i32 nt = 0; nt < NT; nt++) {
-                if (planes[0] > plane) score[nt][0] += fold.head[nt].more(c[nt][0], c[nt][1], plane, planes[0]);
-                if (planes[1] > plane) score[nt][1] += fold.head[nt].more(c[nt][2], c[nt][3], plane, planes[1]);
-            }
-        }
-        for (i32 nt = 0; nt < NT; nt++) {
-            for (i32 r = 0; r < 2; r++) {
-                const bool mine = planes[r] > 1 && 4 * nt + lane_head < u.heads;
-                if (mine) u.scores(t, 4 * nt + lane_head)[token[r]] = score[nt][r];
-            }
+            if (mine[0]) u.scores(t, h)[token[0]] = score[0];
+            if (mine[1]) u.scores(t, h)[token[1]] = score[1];
         }
     }
     sync_warp();
@@ -124,6 +119,7 @@ struct Values {
         }
     }
     DEVICE void add(const Tile &tile, const List &list, i32 n, const float (&weights)[4][TILE]) {
+        ROLLED
         for (i32 at = slot; at < n; at += slots) {
             if (slot >= slots) break;
             const i32 token = list.token(at), planes = list.planes(at);
@@ -142,6 +138,7 @@ struct Values {
     // Adds them to an output, that is rescaled first, and a multiple of the tile's mean.
     DEVICE void flush(const Tile &tile, i32 h, float *out, float factor, float mean) const {
         const float unit = mean * tile.mean_unit();
+        ROLLED
         for (i32 r = 0; r < slots; r++) {
             if (slot == r) {
                 for (i32 i = 0; i < 8; i++) {
@@ -157,12 +154,12 @@ struct Values {
 };
 
 // A tile, by a warp.
-template <i32 S, i32 NT>
-DEVICE void attend_tile(const Unit &u, const Memory<S, NT> &m, i32 t, Counts &counts) {
+template <i32 S>
+DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
     const i32 n_seen = u.count_paged(t);
     if (n_seen == 0) return;
     const Tile tile = u.tile(t);
-    Work &work = m.work();
+    Work &work = m.work(warp());
     const u32 seen = u.seen_paged(t, lane() / 8) >> 4 * (lane() % 8) & 15;  // of tokens 4 lane ..
     const u32 v_scales = *reinterpret_cast<const u32 *>(tile.v_scales + 4 * lane());
     float mean_peak = 0.0f;
@@ -177,6 +174,7 @@ DEVICE void attend_tile(const Unit &u, const Memory<S, NT> &m, i32 t, Counts &co
     }
     const u32 needs = ballot(need);
     i32 planes_k[4] = {1, 1, 1, 1}, planes_v[4] = {};
+    ROLLED
     for (i32 h = 0; h < u.heads; h++) {
         if (!(needs >> h & 1)) continue;
         const Share &share = m.share(h);
@@ -221,6 +219,7 @@ DEVICE void attend_tile(const Unit &u, const Memory<S, NT> &m, i32 t, Counts &co
             note(sums, n_seen, s.unit * PEAK);
         }
         const Values none(tile);
+        ROLLED
         for (i32 h = 0; h < u.heads; h++) {
             const float f = shuffle(factor, h), w = shuffle(weight, h);
             if (f != 1.0f || w != 0.0f) none.flush(tile, 0, m.outs(warp(), h), f, w);
@@ -230,12 +229,12 @@ DEVICE void attend_tile(const Unit &u, const Memory<S, NT> &m, i32 t, Counts &co
 
     const i32 n_k = work.k.fill(planes_k, 1), n_v = work.v.fill(planes_v, 0);
     sync_warp();
-    if (n_k > 0) refine_keys<S, NT>(u, m.q(), tile, t, work.k, n_k);
-    for (i32 nt = 0; nt < NT && 4 * nt < u.heads; nt++) {
-        float factors[4], unread[4];
+    if (n_k > 0) refine_keys<S>(u, m.q(), tile, t, work.k, n_k);
+    ROLLED
+    for (i32 first = 0; first < u.heads; first += 4) {
+        ROLLED
         for (i32 hh = 0; hh < 4; hh++) {
-            const i32 h = 4 * nt + hh;
-            factors[hh] = 1.0f, unread[hh] = 0.0f;
+            const i32 h = first + hh;
             for (i32 i = 0; i < 4; i++) work.weights[hh][4 * lane() + i] = 0.0f;
             if (h >= u.heads) continue;
             const Scanned &scanned = u.scanned(t, h);
@@ -280,28 +279,28 @@ DEVICE void attend_tile(const Unit &u, const Memory<S, NT> &m, i32 t, Counts &co
                 sums.square += square;
                 sums.bound = larger(sums.bound, most);
                 note(sums, n_seen, scanned.unit * PEAK);
+                work.factors[hh] = float(factor_of(before, max)), work.unread[hh] = rest;
             }
-            factors[hh] = float(factor_of(before, max)), unread[hh] = rest;
-            if (before == -infinity()) factors[hh] = 0.0f;
         }
         sync_warp();
         Values values(tile);
         values.add(tile, work.v, n_v, work.weights);
+        UNROLLED
         for (i32 hh = 0; hh < 4; hh++) {
-            if (4 * nt + hh < u.heads) values.flush(tile, hh, m.outs(warp(), 4 * nt + hh), factors[hh], unread[hh]);
+            if (first + hh < u.heads) values.flush(tile, hh, m.outs(warp(), first + hh), work.factors[hh], work.unread[hh]);
         }
     }
 }
 
 // The rows that are kept as given, by the warp that has scanned them.
-template <i32 S, i32 NT>
-DEVICE void attend_exact(const Unit &u, const Memory<S, NT> &m) {
-    const Shape &s = u.p.shape;
+DEVICE_CALL void attend_exact(const AttendParams &p, Sums *of_heads, float *outs) {
+    const Unit u(p);
+    const Shape &s = p.shape;
     const i32 n = u.count_exact();
     for (i32 h = 0; h < u.heads; h++) {
         const Scanned &scanned = u.scanned(-1, h);
         const TileError error = error_of(scanned);
-        float *out = m.outs(warp(), h);
+        float *out = outs + h * s.dim_v;
         for (i32 w = 0; w < 4; w++) {
             const u32 seen = u.seen_exact(w);
             for (i32 i = 0; i < 32; i++) {
@@ -313,7 +312,7 @@ DEVICE void attend_exact(const Unit &u, const Memory<S, NT> &m) {
             }
         }
         if (lane() == 0) {
-            Sums &sums = m.sums(warp(), h);
+            Sums &sums = of_heads[h];
             sums.max = scanned.max;
             add_scores(sums, error.bound_of_rows(), 0.0f, scanned.e, scanned.e_vs, scanned.e_vs2);
             note(sums, n, scanned.unit * PEAK);
@@ -323,8 +322,8 @@ DEVICE void attend_exact(const Unit &u, const Memory<S, NT> &m) {
 }
 
 // Merges a unit's splits and writes its outputs.
-DEVICE void finish(const Unit &u) {
-    const AttendParams &p = u.p;
+DEVICE_CALL void finish(const AttendParams &p) {
+    const Unit u(p);
     const i32 dv = p.shape.dim_v;
     for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
         const i32 head = u.first_head + h;
@@ -360,13 +359,13 @@ DEVICE void finish(const Unit &u) {
 }
 
 // The whole phase.
-template <i32 S, i32 NT>
-DEVICE void attend_split(const Unit &u, const Memory<S, NT> &m) {
+template <i32 S>
+DEVICE void attend_split(const Unit &u, const Memory &m) {
     const i32 dv = u.p.shape.dim_v;
     for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
-        const Share share = share_of(u, h);
-        if (lane() == 0) m.share(h) = share;
+        share_of(u.p, h, m.share(h));
     }
+    ROLLED
     for (i32 h = 0; h < u.heads; h++) {
         if (lane() == 0) m.sums(warp(), h) = no_sums(-infinity());
         for (i32 c = lane(); c < dv; c += 32) m.outs(warp(), h)[c] = 0.0f;
@@ -374,10 +373,11 @@ DEVICE void attend_split(const Unit &u, const Memory<S, NT> &m) {
     sync_block();
     Counts counts = {};
     if (warp() == 0 && u.count_exact() > 0) {
-        attend_exact(u, m);
+        attend_exact(u.p, &m.sums(0, 0), m.outs(0, 0));
         counts.exact = u.count_exact();
     }
-    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) attend_tile(u, m, t, counts);
+    ROLLED
+    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) attend_tile<S>(u, m, t, counts);
     if (u.p.stats && lane() == 0) {
         Stats *stats = reinterpret_cast<Stats *>(u.p.stats);
         for (i32 p = 0; p <= PLANES; p++) {
@@ -410,7 +410,7 @@ DEVICE void attend_split(const Unit &u, const Memory<S, NT> &m) {
     sync_block();
     if (m.flag()) {
         fence();
-        finish(u);
+        finish(u.p);
         if (thread() == 0) *done = 0;
     }
 }

@@ -6,6 +6,12 @@
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
+// What is called now and then, by many kernels: compiled once.
+#define DEVICE_CALL static __device__ __noinline__
+// Before a loop that is not worth its copies.
+#define ROLLED _Pragma("unroll 1")
+// Before a loop whose index chooses registers.
+#define UNROLLED _Pragma("unroll")
 // Blocks are one-dimensional. The parameters, `p`, are one struct.
 #define KERNEL(name, threads, blocks, Params) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)

@@ -12,7 +12,6 @@ namespace akv {
 struct Folded {
     float step, worst, rough, q_worst;
     i32 q_sum;
-    bool vanishing;
 
     // A score from the sum of nibbles * q: digits are nibbles - 8, centred on what they leave out.
     DEVICE float score(i32 high, i32 low) const {
@@ -27,59 +26,61 @@ struct Folded {
     }
 };
 
-template <i32 S, i32 NT>
+// Of the four heads from `first` on.
+template <i32 S>
 struct Fold {
-    u32 b[NT][S][2];
-    Folded head[NT];
+    u32 b[S][2];
+    Folded head;
 
-    DEVICE void load(const Queries<S> &q, const Tile &tile) {
-        const i32 t = lane() % 4, column = lane() / 4, words = tile.half_k / 4, digit = column % 2;
+    DEVICE Fold(const Queries &q, const Tile &tile, i32 first) {
+        const i32 t = lane() % 4, column = lane() / 4, words = tile.half_k / 4, digit = column % 2, h = first + column / 2;
         u32 scales[S][2];
+        UNROLLED
         for (i32 s = 0; s < S; s++) {
-            i32 j = S * t + s;
+            const i32 j = S * t + s;
             scales[s][0] = j < words ? load_u32(tile.k_scales + 4 * j) : 0;
             scales[s][1] = j < words ? load_u32(tile.k_scales + tile.half_k + 4 * j) : 0;
         }
-        for (i32 nt = 0; nt < NT; nt++) {
-            const i32 h = 4 * nt + column / 2;
-            float peak = 0.0f, worst = 0.0f, rough = 0.0f;
-            for (i32 s = 0; s < S; s++) {
-                for (i32 i = 0; i < 8; i++) {
-                    float f = mul_rn(q.at(h, S * t + s, i), scale_of(scales[s][i / 4] >> 8 * (i % 4) & 255)), size = magnitude(f);
-                    peak = larger(peak, size);
-                    worst += size;
-                    rough = fma_rn(f, f, rough);
-                }
+        float peak = 0.0f, worst = 0.0f, rough = 0.0f;
+        UNROLLED
+        for (i32 s = 0; s < S; s++) {
+            UNROLLED
+            for (i32 i = 0; i < 8; i++) {
+                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(scales[s][i / 4] >> 8 * (i % 4) & 255)), size = magnitude(f);
+                peak = larger(peak, size);
+                worst += size;
+                rough = fma_rn(f, f, rough);
             }
-            for (u32 mask = 1; mask <= 2; mask *= 2) {
-                peak = larger(peak, shuffle_xor(peak, mask));
-                worst += shuffle_xor(worst, mask);
-                rough += shuffle_xor(rough, mask);
-            }
-            constexpr float LEVELS = 127.0f * 257.0f;
-            // Too small to be rounded to anything: all digits 0, and the whole of q is error.
-            const bool vanishing = peak < 1e-30f;
-            const float step = vanishing ? 0.0f : div_rn(peak, LEVELS), inverse = vanishing ? 0.0f : div_rn(LEVELS, peak);
-            i32 q_sum = 0;
-            for (i32 s = 0; s < S; s++) {
-                for (i32 i = 0; i < 8; i++) {
-                    float f = mul_rn(q.at(h, S * t + s, i), scale_of(scales[s][i / 4] >> 8 * (i % 4) & 255));
-                    i32 r = i32(float_bits(add_rn(mul_rn(f, inverse), MAGIC)) - float_bits(MAGIC));
-                    q_sum += r;
-                    u32 byte = u32(digit == 0 ? (r + 128) >> 8 : r) & 255;
-                    b[nt][s][i / 4] = (i % 4 == 0 ? 0 : b[nt][s][i / 4]) | byte << 8 * (i % 4);
-                }
-            }
-            q_sum += shuffle_xor(q_sum, 1);
-            q_sum += shuffle_xor(q_sum, 2);
-            // Scores of head 4 nt + t go to lane t of a quad.
-            const u32 from = 8 * t;
-            head[nt] = {shuffle(step, from), shuffle(worst, from) * (1.0f + 1e-5f), sqrt_rn(shuffle(rough, from)), shuffle(peak, from), shuffle(q_sum, from), false};
-            head[nt].vanishing = head[nt].q_worst < 1e-30f;
-            // Half a step (0.51: the product is rounded too) for every channel, whose value is within its digit's +- 1.
-            head[nt].q_worst = head[nt].vanishing ? head[nt].q_worst * float(2 * tile.half_k) * PEAK
-                                                  : 0.51f * head[nt].step * float(i32(tile.digit_sum()) + 2 * tile.half_k);
         }
+        for (u32 mask = 1; mask <= 2; mask *= 2) {
+            peak = larger(peak, shuffle_xor(peak, mask));
+            worst += shuffle_xor(worst, mask);
+            rough += shuffle_xor(rough, mask);
+        }
+        constexpr float LEVELS = 127.0f * 257.0f;
+        // Too small to be rounded to anything: all digits 0, and the whole of q is error.
+        const bool vanishing = peak < 1e-30f;
+        const float step = vanishing ? 0.0f : div_rn(peak, LEVELS), inverse = vanishing ? 0.0f : div_rn(LEVELS, peak);
+        i32 q_sum = 0;
+        UNROLLED
+        for (i32 s = 0; s < S; s++) {
+            b[s][0] = b[s][1] = 0;
+            UNROLLED
+            for (i32 i = 0; i < 8; i++) {
+                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(scales[s][i / 4] >> 8 * (i % 4) & 255));
+                const i32 r = i32(float_bits(add_rn(mul_rn(f, inverse), MAGIC)) - float_bits(MAGIC));
+                q_sum += r;
+                b[s][i / 4] |= (u32(digit == 0 ? (r + 128) >> 8 : r) & 255) << 8 * (i % 4);
+            }
+        }
+        q_sum += shuffle_xor(q_sum, 1);
+        q_sum += shuffle_xor(q_sum, 2);
+        // Scores of head first + t go to lane t of a quad.
+        const u32 from = 8 * t;
+        head = {shuffle(step, from), shuffle(worst, from) * (1.0f + 1e-5f), sqrt_rn(shuffle(rough, from)), shuffle(peak, from), shuffle(q_sum, from)};
+        // Half a step (0.51: the product is rounded too) for every channel, whose value is within its digit's +- 1.
+        head.q_worst = head.q_worst < 1e-30f ? head.q_worst * float(2 * tile.half_k) * PEAK
+                                             : 0.51f * head.step * float(i32(tile.digit_sum()) + 2 * tile.half_k);
     }
 };
 

@@ -4,10 +4,11 @@
 
 namespace akv {
 
-// The scan of a tile by a warp. Lane 4 g + t has, of every 32 tokens, scores of tokens 4 g .. 4 g + 3 for the heads t, t + 4...
-template <i32 S, i32 NT>
-DEVICE void scan_tile(const Unit &u, const Queries<S> &q, i32 t) {
-    const i32 quad = lane() / 4, lane_head = lane() % 4;
+// The scan of a tile by a warp, four heads at a time: lane 4 g + t has, of every 32 tokens, scores of tokens
+// 4 g .. 4 g + 3 for the head first + t.
+template <i32 S>
+DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
+    const i32 quad = lane() / 4;
     u32 seen[4];
     for (i32 w = 0; w < 4; w++) seen[w] = u.seen_paged(t, w);
     if ((seen[0] | seen[1] | seen[2] | seen[3]) == 0) {
@@ -19,51 +20,49 @@ DEVICE void scan_tile(const Unit &u, const Queries<S> &q, i32 t) {
         return;
     }
     const Tile tile = u.tile(t);
-    Fold<S, NT> fold;
-    fold.load(q, tile);
-
-    float score[NT][4][4];
-    const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16;
-    for (i32 block = 0; block < 4; block++) {
-        uint4 words[S];
-        for (i32 s = 0; s < S; s++) {
-            i32 j = S * lane_head + s;
-            words[s] = j < tile.half_k / 4 ? load_u32x4(from + block * 2 * LANES * tile.half_k + j * 4 * LANES) : uint4{0, 0, 0, 0};
-        }
-        for (i32 pair = 0; pair < 2; pair++) {
-            i32 c[NT][4] = {};
-            for (i32 s = 0; s < S; s++) {
-                const u32 x = pair == 0 ? words[s].x : words[s].z, y = pair == 0 ? words[s].y : words[s].w;
-                const u32 a[4] = {x & 0x0f0f0f0f, y & 0x0f0f0f0f, x >> 4 & 0x0f0f0f0f, y >> 4 & 0x0f0f0f0f};
-                for (i32 nt = 0; nt < NT; nt++) mma_u8s8(c[nt], a, fold.b[nt][s][0], fold.b[nt][s][1]);
-            }
-            for (i32 nt = 0; nt < NT; nt++) {
-                score[nt][block][2 * pair] = fold.head[nt].score(c[nt][0], c[nt][1]);
-                score[nt][block][2 * pair + 1] = fold.head[nt].score(c[nt][2], c[nt][3]);
-            }
-        }
-    }
-
     u32 v_scales[4];
     float unit_max = 0.0f;
+    UNROLLED
     for (i32 block = 0; block < 4; block++) {
-        v_scales[block] = *reinterpret_cast<const u32 *>(tile.v_scales + 32 * block + 4 * quad);
+        v_scales[block] = load_u32(tile.v_scales + 32 * block + 4 * quad);
         for (i32 i = 0; i < 4; i++) {
             if (seen[block] >> (4 * quad + i) & 1) unit_max = larger(unit_max, scale_of(v_scales[block] >> 8 * i & 255));
         }
     }
     for (u32 mask = 4; mask <= 16; mask *= 2) unit_max = larger(unit_max, shuffle_xor(unit_max, mask));
 
-    for (i32 nt = 0; nt < NT; nt++) {
-        const i32 h = 4 * nt + lane_head;
+    const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16;
+    ROLLED
+    for (i32 first = 0; first < u.heads; first += 4) {
+        const Fold<S> fold(q, tile, first);
+        const Folded &head = fold.head;
+        const i32 h = first + lane() % 4;
         const bool mine = h < u.heads;
-        const Folded &head = fold.head[nt];
-        float max = -infinity();
+        float score[4][4], max = -infinity();
+        UNROLLED
         for (i32 block = 0; block < 4; block++) {
-            float(&s)[4] = score[nt][block];
-            for (i32 i = 0; i < 4; i++) {
-                if (!(seen[block] >> (4 * quad + i) & 1)) s[i] = -infinity();
+            uint4 words[S];
+            UNROLLED
+            for (i32 s = 0; s < S; s++) {
+                const i32 j = S * (lane() % 4) + s;
+                words[s] = j < tile.half_k / 4 ? load_u32x4(from + block * 2 * LANES * tile.half_k + j * 4 * LANES) : uint4{0, 0, 0, 0};
             }
+            UNROLLED
+            for (i32 pair = 0; pair < 2; pair++) {
+                i32 c[4] = {};
+                UNROLLED
+                for (i32 s = 0; s < S; s++) {
+                    const u32 x = pair == 0 ? words[s].x : words[s].z, y = pair == 0 ? words[s].y : words[s].w;
+                    const u32 a[4] = {x & 0x0f0f0f0f, y & 0x0f0f0f0f, x >> 4 & 0x0f0f0f0f, y >> 4 & 0x0f0f0f0f};
+                    mma_u8s8(c, a, fold.b[s][0], fold.b[s][1]);
+                }
+                score[block][2 * pair] = head.score(c[0], c[1]);
+                score[block][2 * pair + 1] = head.score(c[2], c[3]);
+            }
+            for (i32 i = 0; i < 4; i++) {
+                if (!(seen[block] >> (4 * quad + i) & 1)) score[block][i] = -infinity();
+            }
+            float(&s)[4] = score[block];
             if (mine) *reinterpret_cast<float4 *>(u.scores(t, h) + 32 * block + 4 * quad) = float4{s[0], s[1], s[2], s[3]};
             for (i32 i = 0; i < 4; i++) {
                 s[i] = mine ? u.logit(s[i], t, 32 * block + 4 * quad + i, h) : 0.0f;
@@ -72,9 +71,10 @@ DEVICE void scan_tile(const Unit &u, const Queries<S> &q, i32 t) {
         }
         for (u32 mask = 4; mask <= 16; mask *= 2) max = larger(max, shuffle_xor(max, mask));
         float e_sum = 0.0f, e_vs = 0.0f, e_vs2 = 0.0f;
+        UNROLLED
         for (i32 block = 0; block < 4; block++) {
             for (i32 i = 0; i < 4; i++) {
-                float e = exp(score[nt][block][i] - max), x = e * scale_of(v_scales[block] >> 8 * i & 255);
+                float e = exp(score[block][i] - max), x = e * scale_of(v_scales[block] >> 8 * i & 255);
                 e_sum += e;
                 e_vs += x;
                 e_vs2 = fma_rn(x, x, e_vs2);
@@ -86,11 +86,9 @@ DEVICE void scan_tile(const Unit &u, const Queries<S> &q, i32 t) {
             e_vs2 += shuffle_xor(e_vs2, mask);
         }
         if (quad == 0 && mine) {
-            float reach = head.worst * PEAK;
-            float q_rms = head.step * 0.28867513f * sqrt_rn(float(tile.digit_square_sum()));
-            u.scanned(t, h) = {max,       unit_max,      e_sum,         e_vs,  e_vs2,
-                               head.worst, head.rough,   head.q_worst,  q_rms, tile.slack() + score_rounding(2 * tile.half_k),
-                               u.bend(t, h, reach),      0.0f};
+            const float reach = head.worst * PEAK, q_rms = head.step * 0.28867513f * sqrt_rn(float(tile.digit_square_sum()));
+            const float slack = tile.slack() + score_rounding(2 * tile.half_k);
+            u.scanned(t, h) = {max, unit_max, e_sum, e_vs, e_vs2, head.worst, head.rough, head.q_worst, q_rms, slack, u.bend(t, h, reach), 0.0f};
             u.check(reach, max);
         }
     }
@@ -106,9 +104,9 @@ DEVICE float exact_unit(const Unit &u, i32 row) {
 }
 
 // The rows that are kept as given, by a warp: their scores are final.
-template <i32 S>
-DEVICE void scan_exact(const Unit &u, const Queries<S> &q) {
-    const Shape &s = u.p.shape;
+DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
+    const Unit u(p);
+    const Shape &s = p.shape;
     const i32 d = s.dim_k, half = d / 2;
     for (i32 h = 0; h < u.heads; h++) {
         // By lanes: channels while a row is read, rows while they are weighed.
@@ -116,6 +114,7 @@ DEVICE void scan_exact(const Unit &u, const Queries<S> &q) {
         for (i32 w = 0; w < 4; w++) {
             score[w] = -infinity(), unit[w] = 0.0f;
             const u32 seen = u.seen_exact(w);
+            ROLLED
             for (i32 i = 0; i < 32; i++) {
                 if (!(seen >> i & 1)) continue;
                 const i32 row = 32 * w + i;
@@ -160,11 +159,13 @@ DEVICE void scan_exact(const Unit &u, const Queries<S> &q) {
 }
 
 // The whole phase.
-template <i32 S, i32 NT>
-DEVICE void scan_split(const Unit &u, const Queries<S> &q) {
+template <i32 S>
+DEVICE_CALL void scan_split(const AttendParams &p, const Queries q) {
+    const Unit u(p);
     const bool exact = u.count_exact() > 0;
-    if (exact && warp() == 0) scan_exact(u, q);
-    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) scan_tile<S, NT>(u, q, t);
+    if (exact && warp() == 0) scan_exact(u.p, q);
+    ROLLED
+    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) scan_tile<S>(u, q, t);
     sync_block();
     for (i32 h = thread(); h < u.heads; h += ATTEND_THREADS) {
         float max = exact ? u.scanned(-1, h).max : -infinity();

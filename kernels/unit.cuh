@@ -9,6 +9,16 @@ constexpr i32 SPLIT = 8;         // tiles; the same on every machine, since resu
 constexpr i32 UNIT_HEADS = 16;   // larger groups are several units, which decide apart
 constexpr i32 ATTEND_THREADS = 128, ATTEND_WARPS = ATTEND_THREADS / 32;
 
+// A score after the soft cap, and with what a mask adds.
+DEVICE_CALL float bent(float score, float cap, u64 added, float slope) {
+    if (score == -infinity()) return score;
+    if (cap > 0.0f) {
+        float x = score / cap, e = exp(-2.0f * magnitude(x)), y = (1.0f - e) / (1.0f + e) * cap;
+        score = x < 0.0f ? -y : y;
+    }
+    return added ? score + slope * half_to_float(*reinterpret_cast<const u16 *>(added)) : score;
+}
+
 struct Unit {
     const AttendParams &p;
     QueryRow row;
@@ -70,15 +80,9 @@ struct Unit {
 
     // What the softmax sees of the score of a token: capped, and with what the mask adds.
     DEVICE float logit(float score, i32 t, i32 token, i32 head) const {
-        if (score == -infinity()) return score;
-        if (p.softcap > 0.0f) {
-            float x = score / p.softcap, e = exp(-2.0f * magnitude(x)), y = (1.0f - e) / (1.0f + e) * p.softcap;
-            score = x < 0.0f ? -y : y;
-        }
-        if (p.mask_added) {
-            score += slope(head) * half_to_float(reinterpret_cast<const u16 *>(p.mask_added)[(i64(row_index) * p.mask_tiles + t) * TILE + token]);
-        }
-        return score;
+        if (p.softcap == 0.0f && !p.mask_added) return score;
+        const u64 added = p.mask_added ? p.mask_added + 2 * ((i64(row_index) * p.mask_tiles + t) * TILE + token) : 0;
+        return bent(score, p.softcap, added, slope(head));
     }
     // What that adds to the error of a score that is at most `reach`.
     DEVICE float bend(i32 t, i32 head, float reach) const {
@@ -100,21 +104,20 @@ struct Unit {
 
 // A layer's q, times the softmax scale, in shared memory: [head][word of a digit row][8 channels], zeros where there are
 // none. Padded, so that heads lie in different banks.
-template <i32 S>
 struct Queries {
-    static constexpr i32 STRIDE = 32 * S + 4;
     float *q;
+    i32 stride;  // from head to head, 4 more than there are channels
 
     DEVICE void load(const Unit &u, i32 heads) const {
-        const i32 d = u.p.shape.dim_k;
-        for (i32 at = thread(); at < heads * 32 * S; at += ATTEND_THREADS) {
-            i32 h = at / (32 * S), i = at % (32 * S), j = i / 8, c = 4 * j + i % 4 + (i % 8 < 4 ? 0 : d / 2);
+        const i32 d = u.p.shape.dim_k, channels = stride - 4;
+        for (i32 at = thread(); at < heads * channels; at += ATTEND_THREADS) {
+            i32 h = at / channels, i = at % channels, j = i / 8, c = 4 * j + i % 4 + (i % 8 < 4 ? 0 : d / 2);
             float x = 0.0f;
             if (h < u.heads && j < d / 8) x = load_element(row_of(u.p.q, u.row_index, u.first_head + h), u.p.q.dtype, c) * u.p.scale;
-            q[h * STRIDE + i] = x;
+            q[h * stride + i] = x;
         }
     }
-    DEVICE float at(i32 head, i32 j, i32 i) const { return q[head * STRIDE + 8 * j + i]; }
+    DEVICE float at(i32 head, i32 j, i32 i) const { return q[head * stride + 8 * j + i]; }
     DEVICE float channel(i32 head, i32 c, i32 half) const { return c < half ? at(head, c / 4, c % 4) : at(head, (c - half) / 4, 4 + c % 4); }
 };
 

@@ -6,7 +6,7 @@ mod common;
 use alignedkv::backend::Mode;
 use alignedkv::backend::cpu::Isa;
 use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
-use alignedkv::backend::cuda::{self, Instance, Workspace, params};
+use alignedkv::backend::cuda::{self, Workspace, params};
 use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
 use common::*;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -454,10 +454,11 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         ..AttendParams::default()
     };
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, tiles, &mut call);
-    let (instance, grid) = (Instance::of(s), [splits, cuda::units(s), n_rows]);
-    let shared = instance.shared_bytes(s.dim_v);
+    let grid = [splits, cuda::units(s), n_rows];
+    let shared = cuda::attend_shared_bytes(s);
     for kernel in if splits == 1 { &["attend"][..] } else { &["scan", "attend"] } {
-        launch(&instance.name(kernel), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
+        let name = format!("akv_{kernel}_{}", cuda::words(s));
+        launch(&name, grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
     }
     assert_eq!(fault[0].status, 0);
     (o, stats[0])

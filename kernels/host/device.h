@@ -18,6 +18,9 @@ struct alignas(16) float4 {
 };
 
 #define DEVICE inline
+#define DEVICE_CALL inline
+#define ROLLED
+#define UNROLLED
 #define KERNEL(name, threads, blocks, Params)                                                                              \
     static void name(const Params &p);                                                                                     \
     static const akv::host::Kernel name##_kernel(#name, threads, sizeof(Params),                                           \

@@ -25,42 +25,22 @@ pub const MERGE_SHARED_BYTES: usize = 4 * (MAX_DIM + 4);
 pub const ATTEND_THREADS: u32 = 128;
 const WARPS: usize = ATTEND_THREADS as usize / 32;
 
-/// The compiled instance of the attention kernels that serves a shape.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instance {
-    /// Words of a digit row per lane: four lanes share one.
-    pub words: usize,
-    /// Tensor-core tiles of four query heads.
-    pub tiles: usize,
+/// Words of a digit row per lane of the compiled attention kernels: four lanes share one.
+pub const WORDS: [usize; 5] = [2, 3, 4, 6, 8];
+
+/// The one that serves a shape.
+pub fn words(shape: &Shape) -> usize {
+    let least = shape.dim_k.div_ceil(32);
+    WORDS.into_iter().find(|&words| words >= least).unwrap_or(8)
 }
 
-impl Instance {
-    /// All that there are.
-    pub const WORDS: [usize; 5] = [2, 3, 4, 6, 8];
-
-    /// The smallest that will do.
-    pub fn of(shape: &Shape) -> Instance {
-        let words = shape.dim_k.div_ceil(32);
-        let tiles = shape.group().min(UNIT_HEADS).div_ceil(4);
-        Instance {
-            words: Instance::WORDS.into_iter().find(|&w| w >= words).unwrap_or(8),
-            tiles: tiles.next_power_of_two(),
-        }
-    }
-
-    /// Name of a kernel of this instance.
-    pub fn name(&self, kernel: &str) -> String {
-        format!("akv_{kernel}_{}_{}", self.words, self.tiles)
-    }
-
-    /// Bytes of shared memory of a block (`Memory` in `kernels/attend.cuh`).
-    pub fn shared_bytes(&self, dim_v: usize) -> usize {
-        let heads = 4 * self.tiles;
-        let q = heads * (32 * self.words + 4) * 4;
-        let work = 2 * 2 * TILE + 4 * 4 * TILE;
-        let by_warp = heads * size_of::<Sums>() + work + heads * dim_v * 4;
-        q + heads * size_of::<Share>() + WARPS * by_warp + 16
-    }
+/// Bytes of shared memory of a block that attends (`Memory` in `kernels/attend.cuh`).
+pub fn attend_shared_bytes(shape: &Shape) -> usize {
+    let heads = shape.group().min(UNIT_HEADS).next_multiple_of(4);
+    let q = heads * (32 * words(shape) + 4) * 4;
+    let work = 2 * 2 * TILE + 4 * 4 * TILE + 2 * 4 * 4;
+    let by_warp = heads * size_of::<Sums>() + work + heads * shape.dim_v * 4;
+    q + heads * size_of::<Share>() + WARPS * by_warp + 16
 }
 
 /// Units of attention of one query row.
