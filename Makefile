@@ -15,7 +15,7 @@ CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels check-kernels kernels test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -25,7 +25,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels test-c test-sanitize test-oracle ## run every test
+test: setup-test test-rust test-kernels check-kernels test-c test-sanitize test-oracle ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -53,6 +53,12 @@ test-kernels: | setup-test ## the CUDA kernels, run on the CPU against the CPU b
 	$(KERNELS_HOST) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -o $(BUILD)/libakv_kernels_sanitized.so
 	AKV_KERNELS_HOST=$(abspath $(BUILD)/libakv_kernels_sanitized.so) ASAN_OPTIONS=detect_leaks=0 $(TEST_KERNELS) \
 		--config 'target."cfg(all())".runner=["env", "LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so)"]'
+
+kernels: ## compile the CUDA kernels for every architecture, and write what they need to benches/results
+	python3 kernels/build.py --tools $(CARGO_TARGET_DIR)/cuda
+
+check-kernels: ## compile them, and compare with benches/results
+	python3 kernels/build.py --tools $(CARGO_TARGET_DIR)/cuda --check
 
 test-oracle: | setup-test ## the library against its definition in NumPy
 	cargo build --release --lib

@@ -6,29 +6,30 @@
 
 namespace akv {
 
-#define INSTANCE(S, SCANS, ATTENDS)                                             \
-    KERNEL(akv_scan_##S, ATTEND_THREADS, SCANS, AttendParams) {                 \
-        const Unit u(p);                                                        \
-        const Memory m(u, S);                                                   \
-        if (u.split >= u.n_splits) return;                                      \
-        m.q().load(u, m.heads);                                                 \
-        sync_block();                                                           \
-        scan_split<S>(p, m.q());                                                \
-    }                                                                           \
-    KERNEL(akv_attend_##S, ATTEND_THREADS, ATTENDS, AttendParams) {             \
-        const Unit u(p);                                                        \
-        const Memory m(u, S);                                                   \
-        if (u.split >= u.n_splits) return;                                      \
-        m.q().load(u, m.heads);                                                 \
-        sync_block();                                                           \
-        if (p.fused) {                                                          \
-            scan_split<S>(p, m.q());                                            \
-            sync_block();                                                       \
-        }                                                                       \
-        attend_split<S>(u, m);                                                  \
+// Loads q, and says whether there is anything to do.
+DEVICE bool begin(const AttendParams &p, i32 words) {
+    const Unit u(p);
+    const Memory m(u, words);
+    if (u.split >= u.n_splits) return false;
+    m.q().load(u, m.heads);
+    sync_block();
+    return true;
+}
+
+#define INSTANCE(S, SCANS, ATTENDS)                                            \
+    KERNEL(akv_scan_##S, ATTEND_THREADS, SCANS, AttendParams) {                \
+        if (begin(p, S)) scan_split<S>(p, 32 * S + 4);                         \
+    }                                                                          \
+    KERNEL(akv_attend_##S, ATTEND_THREADS, ATTENDS, AttendParams) {            \
+        if (!begin(p, S)) return;                                              \
+        if (p.fused) {                                                         \
+            scan_split<S>(p, 32 * S + 4);                                      \
+            sync_block();                                                      \
+        }                                                                      \
+        attend_split<S>(p);                                                    \
     }
-INSTANCE(2, 4, 3)
-INSTANCE(3, 4, 2)
+INSTANCE(2, 3, 3)
+INSTANCE(3, 3, 2)
 INSTANCE(4, 3, 2)
 INSTANCE(6, 2, 2)
 INSTANCE(8, 2, 2)

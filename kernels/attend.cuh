@@ -72,7 +72,12 @@ DEVICE_CALL void share_of(const AttendParams &p, i32 h, Share &share) {
 
 // Adds further digits of K to the scores of the listed tokens, sixteen at a time.
 template <i32 S>
-DEVICE void refine_keys(const Unit &u, const Queries &q, const Tile &tile, i32 t, const List &list, i32 n) {
+DEVICE_CALL void refine_keys(const AttendParams &p, i32 t, i32 n) {
+    const Unit u(p);
+    const Memory m(u, S);
+    const Queries q = m.q();
+    const List &list = m.work(warp()).k;
+    const Tile tile = u.tile(t);
     const i32 quad = lane() / 4, row_bytes = (tile.planes_k - 1) * tile.half_k;
     ROLLED
     for (i32 first = 0; first < u.heads; first += 4) {
@@ -229,7 +234,7 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
 
     const i32 n_k = work.k.fill(planes_k, 1), n_v = work.v.fill(planes_v, 0);
     sync_warp();
-    if (n_k > 0) refine_keys<S>(u, m.q(), tile, t, work.k, n_k);
+    if (n_k > 0) refine_keys<S>(u.p, t, n_k);
     ROLLED
     for (i32 first = 0; first < u.heads; first += 4) {
         ROLLED
@@ -360,7 +365,9 @@ DEVICE_CALL void finish(const AttendParams &p) {
 
 // The whole phase.
 template <i32 S>
-DEVICE void attend_split(const Unit &u, const Memory &m) {
+DEVICE void attend_split(const AttendParams &p) {
+    const Unit u(p);
+    const Memory m(u, S);
     const i32 dv = u.p.shape.dim_v;
     for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
         share_of(u.p, h, m.share(h));
@@ -378,11 +385,11 @@ DEVICE void attend_split(const Unit &u, const Memory &m) {
     }
     ROLLED
     for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) attend_tile<S>(u, m, t, counts);
-    if (u.p.stats && lane() == 0) {
-        Stats *stats = reinterpret_cast<Stats *>(u.p.stats);
-        for (i32 p = 0; p <= PLANES; p++) {
-            if (counts.k[p]) atomic_add(&stats->planes_k[p], u64(counts.k[p]));
-            if (counts.v[p]) atomic_add(&stats->planes_v[p], u64(counts.v[p]));
+    if (p.stats && lane() == 0) {
+        Stats *stats = reinterpret_cast<Stats *>(p.stats);
+        for (i32 i = 0; i <= PLANES; i++) {
+            if (counts.k[i]) atomic_add(&stats->planes_k[i], u64(counts.k[i]));
+            if (counts.v[i]) atomic_add(&stats->planes_v[i], u64(counts.v[i]));
         }
         if (counts.tokens) atomic_add(&stats->tokens, u64(counts.tokens));
         if (counts.exact) atomic_add(&stats->tokens_exact, u64(counts.exact));

@@ -34,19 +34,19 @@ struct Fold {
 
     DEVICE Fold(const Queries &q, const Tile &tile, i32 first) {
         const i32 t = lane() % 4, column = lane() / 4, words = tile.half_k / 4, digit = column % 2, h = first + column / 2;
-        u32 scales[S][2];
-        UNROLLED
-        for (i32 s = 0; s < S; s++) {
+        // Scale bytes of four channels of a word.
+        auto scales = [&](i32 s, i32 high) {
             const i32 j = S * t + s;
-            scales[s][0] = j < words ? load_u32(tile.k_scales + 4 * j) : 0;
-            scales[s][1] = j < words ? load_u32(tile.k_scales + tile.half_k + 4 * j) : 0;
-        }
+            return j < words ? load_u32(tile.k_scales + high * tile.half_k + 4 * j) : 0;
+        };
         float peak = 0.0f, worst = 0.0f, rough = 0.0f;
-        UNROLLED
+        // Once more below: wide rows have too many channels to keep them in registers.
+        ROLLED
         for (i32 s = 0; s < S; s++) {
+            const u32 bytes[2] = {scales(s, 0), scales(s, 1)};
             UNROLLED
             for (i32 i = 0; i < 8; i++) {
-                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(scales[s][i / 4] >> 8 * (i % 4) & 255)), size = magnitude(f);
+                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(bytes[i / 4] >> 8 * (i % 4) & 255)), size = magnitude(f);
                 peak = larger(peak, size);
                 worst += size;
                 rough = fma_rn(f, f, rough);
@@ -64,10 +64,11 @@ struct Fold {
         i32 q_sum = 0;
         UNROLLED
         for (i32 s = 0; s < S; s++) {
+            const u32 bytes[2] = {scales(s, 0), scales(s, 1)};
             b[s][0] = b[s][1] = 0;
             UNROLLED
             for (i32 i = 0; i < 8; i++) {
-                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(scales[s][i / 4] >> 8 * (i % 4) & 255));
+                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(bytes[i / 4] >> 8 * (i % 4) & 255));
                 const i32 r = i32(float_bits(add_rn(mul_rn(f, inverse), MAGIC)) - float_bits(MAGIC));
                 q_sum += r;
                 b[s][i / 4] |= (u32(digit == 0 ? (r + 128) >> 8 : r) & 255) << 8 * (i % 4);

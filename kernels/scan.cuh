@@ -41,11 +41,12 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
         float score[4][4], max = -infinity();
         UNROLLED
         for (i32 block = 0; block < 4; block++) {
+            // Plain loads: they stay behind the block before, whose registers they take.
             uint4 words[S];
             UNROLLED
             for (i32 s = 0; s < S; s++) {
                 const i32 j = S * (lane() % 4) + s;
-                words[s] = j < tile.half_k / 4 ? load_u32x4(from + block * 2 * LANES * tile.half_k + j * 4 * LANES) : uint4{0, 0, 0, 0};
+                words[s] = j < tile.half_k / 4 ? *reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + j * 4 * LANES) : uint4{0, 0, 0, 0};
             }
             UNROLLED
             for (i32 pair = 0; pair < 2; pair++) {
@@ -160,8 +161,9 @@ DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
 
 // The whole phase.
 template <i32 S>
-DEVICE_CALL void scan_split(const AttendParams &p, const Queries q) {
+DEVICE_CALL void scan_split(const AttendParams &p, i32 stride) {
     const Unit u(p);
+    const Queries q{shared<float>(), stride};
     const bool exact = u.count_exact() > 0;
     if (exact && warp() == 0) scan_exact(u.p, q);
     ROLLED
