@@ -89,7 +89,7 @@ struct Unit {
         float error = p.softcap * 1e-6f;
         if (p.mask_added) {
             float peak = reinterpret_cast<const float *>(p.mask_peak)[i64(row_index) * p.mask_tiles + t];
-            error += 1.1920929e-7f * (2.0f * magnitude(peak * slope(head)) + reach);
+            if (peak > 0.0f) error += 1.1920929e-7f * (2.0f * magnitude(peak * slope(head)) + reach);
         }
         return error;
     }

@@ -3,12 +3,13 @@
 
 mod common;
 
-use alignedkv::backend::Mode;
 use alignedkv::backend::cpu::Isa;
 use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
 use alignedkv::backend::cuda::{self, Workspace, params};
+use alignedkv::backend::{Mask, Mode};
 use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
 use common::*;
+use half::f16;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::Mutex;
 
@@ -309,10 +310,25 @@ fn attention() {
             dense: false,
         };
         let sinks: Vec<f32> = rng.normals(s.n_q_heads);
+        // Every third call has a mask: cells that are hidden, stretches of them, and what is added to the others.
+        let masked = (rng.below(3) == 0).then(|| {
+            let kinds = [0xfc00, 0, 0, 0, f16::from_f32(-1.5).to_bits(), f16::from_f32(2.25).to_bits()];
+            let rows: Vec<Vec<u16>> = (0..2)
+                .map(|_| {
+                    let (kinds, gone) = (&kinds[..4 + 2 * rng.below(2)], rng.below(n));
+                    (0..n)
+                        .map(|i| if i / 200 == gone / 200 && i > 0 { 0xfc00 } else { kinds[rng.below(kinds.len())] })
+                        .collect()
+                })
+                .collect();
+            let mut mask = Mask::new(2, n).unwrap();
+            mask.set(0, rows.iter().map(|row| &row[..])).unwrap();
+            mask
+        });
         let bent = Bent {
             softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
             sinks: (rng.below(3) == 0).then_some(&sinks[..]),
-            mask: None,
+            mask: masked.as_ref(),
         };
         let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} {:?} {ranges:?} {how:?}", s.dtype_k);
         let want = match run.attend_bent(&cpu, &q, &ranges, how, bent) {
@@ -345,7 +361,7 @@ fn attention() {
                     got.lse[at],
                     want.lse[at]
                 );
-                if from >= to && bent.sinks.is_none() {
+                if from >= to && bent.sinks.is_none() && bent.mask.is_none() {
                     assert_eq!((got.lse[at], got.bound[at]), (f32::NEG_INFINITY, 0.0), "{told}");
                 }
                 if same {
@@ -370,7 +386,7 @@ fn attention() {
                     let error = out.iter().zip(other).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
                     assert!(error <= 3e-5 * amplitude, "{told}: {error:e} of {amplitude:e}");
                 }
-                if from >= to || bent.softcap > 0.0 || bent.sinks.is_some() {
+                if from >= to || bent.softcap > 0.0 || bent.sinks.is_some() || bent.mask.is_some() {
                     continue;
                 }
                 let (k, v) = (of_head(&k, kv_heads, d, kv_head), of_head(&v, kv_heads, dv, kv_head));
@@ -421,6 +437,16 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         amplitude: nothing(),
         stats: Default::default(),
     };
+    let at = || (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile)));
+    let mask = bent.mask;
+    let seen: Vec<u128> = at().map(|(row, tile)| mask.map_or(0, |mask| mask.seen(row, tile))).collect();
+    let added: Vec<_> = at().map(|(row, tile)| mask.and_then(|mask| mask.added(row, tile))).collect();
+    let peaks: Vec<f32> = added.iter().map(|added| added.map_or(0.0, |(_, peak)| peak)).collect();
+    let added: Vec<[f16; TILE]> = added.iter().map(|added| added.map_or([f16::ZERO; TILE], |(x, _)| *x)).collect();
+    let (mask_seen, mask_peak, mask_added) = match mask {
+        Some(_) => (address(&seen), address(&peaks), address(&added)),
+        None => (0, 0, 0),
+    };
     let workspace = Workspace::new(s, n_rows, tiles);
     let mut scratch = Aligned::new(workspace.bytes);
     let splits = tiles.div_ceil(cuda::SPLIT).max(1);
@@ -439,6 +465,10 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         views: address(&views),
         rows: address(&rows),
         sinks: bent.sinks.map_or(0, address),
+        mask_seen,
+        mask_peak,
+        mask_added,
+        mask_tiles: tiles as i32,
         lse: o.lse.as_mut_ptr() as u64,
         bound: o.bound.as_mut_ptr() as u64,
         lse_bound: o.lse_bound.as_mut_ptr() as u64,
