@@ -389,7 +389,7 @@ fn keys(
     }
     let mut peak = [0.0f32; MAX_DIM];
     for row in from.max(skip)..to {
-        k.read(row, head, x);
+        k.read_finite(row, head, x);
         raise(&mut peak, x);
     }
     for c in 0..d {
@@ -443,7 +443,7 @@ fn put_rows(s: &Shape, part: &mut PartMut, k: &Rows, head: usize, rows: impl Ite
         if zero {
             codes.fill(ZERO);
         } else {
-            k.read(row, head, x);
+            k.read_finite(row, head, x);
             for ((code, &v), &factor) in codes.iter_mut().zip(x.iter()).zip(&factors) {
                 *code = code_of(v, factor);
             }
@@ -472,7 +472,7 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
     let mut x = [0.0f32; MAX_DIM];
     let mut peak = [0.0f32; MAX_DIM];
     for row in Bits(new) {
-        k.read(row, head, &mut x[..d]);
+        k.read_finite(row, head, &mut x[..d]);
         raise(&mut peak, &x[..d]);
     }
     let others = written & !new;
@@ -579,7 +579,7 @@ fn put_v(s: &Shape, part: &mut PartMut, v: &Rows, head: usize, row: usize, zero:
     let (x, codes) = (&mut x[..d], &mut codes[..d]);
     part.v_scales[row] = 0;
     if !zero {
-        v.read(row, head, x);
+        v.read_finite(row, head, x);
         let byte = super::scale::smallest(f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))));
         part.v_scales[row] = byte;
         let factor = inverse(byte);
@@ -601,7 +601,7 @@ fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut
     let (sums, x) = (&mut sums[..d], &mut x[..d]);
     for row in skip..TILE {
         if s.planes_v == 0 {
-            v.read(row, head, x);
+            v.read_finite(row, head, x);
         } else {
             decode_v(&part.v[row * row_bytes..(row + 1) * row_bytes], part.v_scales[row], s.planes_v, x);
         }

@@ -16,7 +16,7 @@ mod rows;
 mod scale;
 
 pub use layout::{Format, Layout, Shape, Source};
-pub use rows::{Dtype, Rows, RowsMut};
+pub use rows::{Dtype, Rows, RowsMut, finite_f16};
 pub use scale::{PEAK_LIMIT, inverse, scale, scale_byte};
 
 /// Tokens of a tile: they share one K scale per channel.

@@ -98,6 +98,29 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// The same of a row that holds numbers only (an infinity or NaN becomes some number): vector code of whoever calls it.
+    #[inline(always)]
+    pub fn read_finite(&self, row: usize, head: usize, out: &mut [f32]) {
+        let p = self.address(row, head);
+        assert_eq!(out.len(), self.dim);
+        // SAFETY: the contract of `new`: `dim` aligned elements, of which all bits are integers.
+        unsafe {
+            match self.dtype {
+                Dtype::F32 => out.copy_from_slice(std::slice::from_raw_parts(p.cast::<f32>(), self.dim)),
+                Dtype::F16 => {
+                    for (x, &bits) in out.iter_mut().zip(std::slice::from_raw_parts(p.cast::<u16>(), self.dim)) {
+                        *x = finite_f16(bits);
+                    }
+                }
+                Dtype::Bf16 => {
+                    for (x, &bits) in out.iter_mut().zip(std::slice::from_raw_parts(p.cast::<u16>(), self.dim)) {
+                        *x = f32::from_bits(u32::from(bits) << 16);
+                    }
+                }
+            }
+        }
+    }
+
     /// Largest magnitude in one row of one head; infinity or NaN if the row has any. As integers, magnitudes order as they
     /// should, with those above all numbers.
     pub fn peak(&self, row: usize, head: usize) -> f32 {
@@ -130,6 +153,13 @@ impl<'a> Rows<'a> {
             }
         }
     }
+}
+
+/// The bits of a finite f16 as f32, in vector arithmetic, subnormals too: an exponent of 112 more.
+#[inline(always)]
+pub fn finite_f16(bits: u16) -> f32 {
+    let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    f32::from_bits(magnitude.to_bits() | u32::from(bits & 0x8000) << 16)
 }
 
 /// Rows to be written, converted from f32.

@@ -7,15 +7,8 @@ use super::unit::{Unit, Worker};
 use crate::alignment::published::{self as criterion, GROUPS};
 use crate::alignment::{ScoreError, Sums};
 use crate::format::published::{Cut, Tile};
-use crate::format::{MAX_DIM, MAX_GROUP, PEAK, TILE};
+use crate::format::{MAX_DIM, MAX_GROUP, PEAK, TILE, finite_f16};
 use half::f16;
-
-/// The bits of an f16 as f32, in vector arithmetic (subnormals too; infinities and NaN never get into a cache).
-#[inline(always)]
-fn to_f32(bits: u16) -> f32 {
-    let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    f32::from_bits(magnitude.to_bits() | u32::from(bits & 0x8000) << 16)
-}
 
 /// What is kept of an element that is read to `bits`, and the midpoint of what is not.
 #[inline(always)]
@@ -36,7 +29,7 @@ fn cut_row(bits: u8) -> &'static [(u16, u16); MAX_DIM] {
 #[inline(always)]
 fn read(row: &[u16], cuts: &[(u16, u16)], out: &mut [f32]) {
     for ((x, &bits), &(keep, middle)) in out.iter_mut().zip(row).zip(cuts) {
-        *x = to_f32(bits & keep | middle);
+        *x = finite_f16(bits & keep | middle);
     }
 }
 
@@ -148,7 +141,7 @@ pub fn attend<S: Simd>(w: &mut Worker, unit: &Unit) {
             read(&row[..dv], &cut_row(want)[..dv], &mut values[..dv]);
             // Undone when the unit is merged: outputs are divided by the sum there.
             math::axpy::<S>(p * sums[h].sum as f32, &values[..dv], &mut outs[h * dv..(h + 1) * dv]);
-            sums[h].weighted += f64::from(p) * sums[h].sum * f64::from(to_f32(peak));
+            sums[h].weighted += f64::from(p) * sums[h].sum * f64::from(finite_f16(peak));
         }
         bits_v += u64::from(most);
     }
