@@ -137,6 +137,12 @@ static void check_split(const test_case *c, akv_batch *batch, const akv_attentio
  * the progressive path, where a tile's mean of V is read too. */
 static void check_stats(const test_case *c, const akv_stats *s, uint64_t seen, uint64_t seen_exactly, uint64_t seen_tiles,
                         uint64_t means, int n_rows, int dense) {
+    if (on_cuda()) {
+        /* There dense rows take the same way, and large groups are units of up to 16 heads, which read apart. */
+        uint64_t units = ((uint64_t)c->group + 15) / 16;
+        seen *= units, seen_exactly *= units, seen_tiles *= units;
+        means = seen_tiles;
+    }
     uint64_t planes_k = 0, planes_v = 0, bytes = s->bytes_scales + s->bytes_exact, bytes_k;
     uint64_t scales_k = seen_tiles * ((uint64_t)c->dim + 12), scales_v = seen - seen_exactly + means * (uint64_t)c->dim_v;
     uint64_t row_k = (uint64_t)c->dim * dtype_size(c->dtype_k), row_v = (uint64_t)c->dim_v * dtype_size(c->dtype_v);
@@ -145,7 +151,8 @@ static void check_stats(const test_case *c, const akv_stats *s, uint64_t seen, u
         bytes += p * (s->planes_k[p] * (uint64_t)c->dim + s->planes_v[p] * (uint64_t)c->dim_v) / 2;
     }
     CHECK(s->tokens == seen, "tokens %llu of %llu", (unsigned long long)s->tokens, (unsigned long long)seen);
-    CHECK(s->backend == AKV_CPU && s->isa >= AKV_ISA_SCALAR && s->isa <= AKV_ISA_AVX512, "%d %d", s->backend, s->isa);
+    if (on_cuda()) CHECK(s->backend == AKV_CUDA && s->isa == 0, "%d %d", s->backend, s->isa);
+    else CHECK(s->backend == AKV_CPU && s->isa >= AKV_ISA_SCALAR && s->isa <= AKV_ISA_AVX512, "%d %d", s->backend, s->isa);
     CHECK(s->dense_rows == (uint64_t)(dense < 0 ? n_rows : dense), "%llu dense rows", (unsigned long long)s->dense_rows);
     if (c->format == AKV_FORMAT_RAW) CHECK(s->bytes_k == seen * row_k && s->bytes_v == seen * row_v, "raw bytes");
     if (c->format != AKV_FORMAT_ALIGNED) return;
@@ -167,6 +174,7 @@ static result run(test_case c) {
     int n_rows = 0, dense = 0, row = 0;
     double error_sum = 0, norm_sum = 0, scale;
     result res = {0};
+    if (on_cuda() && c.format != AKV_FORMAT_ALIGNED) return res;
     uint64_t seen = 0, seen_exactly = 0, seen_tiles = 0, means = 0;
     akv_cache *cache;
     akv_batch *batch;
@@ -304,7 +312,7 @@ static result run(test_case c) {
     res.bits = 8.0 * (double)(res.stats.bytes_k + res.stats.bytes_v) / ((double)res.stats.tokens * (c.dim + c.dim_v));
     if (c.dtype_out == AKV_F32 && c.planes_k == 4 && c.planes_v == 4) {
         if (c.format == AKV_FORMAT_RAW) CHECK(res.relative_l2 < 1e-5, "raw: relative error %g", res.relative_l2);
-        else if (lossy && c.mode == AKV_EXACT) CHECK(res.relative_l2 < 1e-4, "exact: relative error %g", res.relative_l2);
+        else if (lossy && c.mode == AKV_EXACT) CHECK(res.relative_l2 < (on_cuda() ? 3e-4 : 1e-4) /* there q has 16 bits */, "exact: relative error %g", res.relative_l2);
     }
     free(q), free(want), extras_free(&e), buffer_free(&queries), buffer_free(&out);
     for (int s = 0; s < c.n_seq; s++) free(k[s]), free(v[s]);

@@ -186,6 +186,12 @@ static inline int buffer_gaps_untouched(buffer *b) {
 
 static inline void buffer_free(buffer *b) { free(b->memory); }
 
+/* True if AKV_BACKEND says that contexts are on CUDA; host memory stands for the device's then (kernels/host). */
+static inline int on_cuda(void) {
+    const char *backend = getenv("AKV_BACKEND");
+    return backend && strcmp(backend, "cuda") == 0;
+}
+
 /* ---- attention in float64: one query head over tokens from..to of one KV head of k [n][heads][dim_k], v [n][heads][dim_v] */
 
 typedef struct {

@@ -45,8 +45,23 @@
  *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
  *   akv_slots_attention(cache, layer, &span, 1, &attention);
  *
- * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): CUDA; ALiBi of sequences, trees; layers that
- *   share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export and import.
+ * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND, AKV_FORMAT_ALIGNED)
+ *
+ *   Rows, outputs, sink_logits, statistics, states and workspaces are device memory; kv_from, kv_to and all else is the
+ *   host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
+ *   the caller's, by one stream or by events: memory that a call gives back is used again by later ones. Calls without
+ *   a stream that have to move rows (fork, truncate, abort) wait for all work of the CUDA context. What only the device
+ *   finds out (NaN in K, V or q, overflow) is akv_poll's to tell; such K and V are stored as 0.
+ *   Steps within all three bounds of a batch (max_sequences, max_q, max_kv; at most max_q new tokens) can be captured:
+ *
+ *   akv_batch_begin(batch, &step, stream);                     outside capture
+ *   cudaGraphLaunch(graph, stream);                            akv_quantize_kv, akv_aligned_attention of an earlier step
+ *   akv_batch_replayed(batch);                                 says so; the other calls of this step are not made
+ *   akv_batch_commit(batch);
+ *
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
+ *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export
+ *   and import.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -92,7 +107,7 @@ typedef int32_t akv_status;
 
 // Backends: akv_context_desc.backend (0 = AKV_CPU), akv_stats.backend
 #define AKV_CPU  1  // The CPU.
-#define AKV_CUDA 2  // CUDA devices. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_CUDA 2  // A CUDA device; AKV_E_UNSUPPORTED where there is no driver, or none that knows the device.
 
 // Instruction sets: akv_context_desc.isa (0 = the best of this machine), akv_stats.isa
 #define AKV_ISA_SCALAR 1  // Portable code.
@@ -446,7 +461,7 @@ typedef struct akv_attention_desc {
     int32_t window;
     // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
     const float *alibi_slopes;
-    // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. It counts in lse: of parts that are to be
+    // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     // merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
     const float *sink_logits;
     // For akv_slots_attention: who sees what; NULL = every row sees all cells of its span.
@@ -534,10 +549,15 @@ akv_status akv_context_create(const struct akv_context_desc *desc, struct akv_co
 // AKV_E_HANDLE.
 akv_status akv_context_destroy(struct akv_context *context);
 
-// Returns and clears the sticky fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none,
-// otherwise the fault's status, with the place in `*sequence`, `*layer`, `*row` (each NULL allowed). On the CPU every
-// fault is returned by the call itself, so this is always AKV_OK.
-akv_status akv_poll(struct akv_context *context, akv_sequence *sequence, int32_t *layer, uint64_t *row);
+// Returns and clears the first fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none so
+// far, otherwise the fault's status and text, with the place in `*sequence`, `*layer`, `*row` (each NULL allowed; `*row`
+// is a token of the sequence, or the call's query row if q or the outputs are at fault). It waits for nothing: whoever
+// wants to know of all work synchronises the stream before. On the CPU every fault is returned by the call itself, so
+// this is always AKV_OK.
+akv_status akv_poll(struct akv_context *context,
+                    akv_sequence *sequence,
+                    int32_t *layer,
+                    uint64_t *row);
 
 // Asks whether caches of `cache` can be created here and attended as `attention` says (NULL: with defaults), without
 // making one: AKV_OK, or what the real call would return, with its text. `*path` (NULL allowed) gets the sum of
@@ -647,6 +667,15 @@ akv_status akv_batch_begin(struct akv_batch *batch, const struct akv_batch_desc 
 // Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
 // for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
 akv_status akv_batch_commit(struct akv_batch *batch);
+
+// Says that a CUDA graph has been launched, on the step's stream, in which akv_quantize_kv of all layers was captured in
+// an earlier step of this batch: the step's new tokens are in all layers, as if the calls had been made. The graph takes
+// the step's sequences and rows from what akv_batch_begin told the device, with the addresses of K, V, q and outputs that
+// it was captured with; query rows beyond the step's are left alone. Graphs of one batch must not run at the same time.
+//
+// Errors: AKV_E_ARGUMENT (no step is begun, or it is not within the batch's bounds, so that the graph did nothing),
+// AKV_E_UNSUPPORTED on the CPU.
+akv_status akv_batch_replayed(struct akv_batch *batch);
 
 // Ends a step as if it had not begun: every sequence is as before, bit for bit. AKV_OK if none is begun; AKV_E_BUSY
 // while calls work on the step.

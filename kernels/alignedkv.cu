@@ -3,3 +3,4 @@
 #include "dequantize.cu"
 #include "encode.cu"
 #include "merge.cu"
+#include "tables.cu"

@@ -67,7 +67,10 @@ DEVICE_CALL void share_of(const AttendParams &p, i32 h, Share &share) {
     }
     sum = warp_sum(sum) + factor_of(sink, max);
     weighted = warp_sum(weighted);
-    if (lane() == 0) share = Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, weighted);
+    if (lane() == 0) {
+        share = Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, weighted);
+        if (u.row.dense) share.scaled = -1.0f;  // no error is small enough
+    }
 }
 
 // Adds further digits of K to the scores of the listed tokens, sixteen at a time.
@@ -185,6 +188,7 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
         const Share &share = m.share(h);
         const Thresholds limits(share, error_of(u.scanned(t, h)), mean_peak);
         for (i32 i = 0; i < 4; i++) {
+            if (!(seen >> i & 1)) continue;
             float s = u.logit(u.scores(t, h)[4 * lane() + i], t, 4 * lane() + i, h);
             float e = exp(s - share.max), vs = scale_of(v_scales >> 8 * i & 255);
             i32 k = limits.planes_k(e, vs), v = limits.planes_v(e, vs);
@@ -350,7 +354,7 @@ DEVICE_CALL void finish(const AttendParams &p) {
             store_element(out, p.out.dtype, c, y);
         }
         peak = warp_max(peak);
-        if (!(peak <= (p.out.dtype == F16 ? 65519.0f : -LOWEST))) u.report(FAULT_OVERFLOW);
+        if (!(peak <= (p.out.dtype == F16 ? 65519.0f : -LOWEST))) u.report(FAULT_OVERFLOW, FAULT_IN_OUT, h);
         if (lane() == 0) {
             const Certificate c = certificate(total, peak);
             const i64 at = i64(u.row_index) * p.shape.n_q_heads + head;

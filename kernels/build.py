@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compiles the CUDA kernels for every architecture, with pinned compilers from PyPI: no CUDA toolkit, no GPU.
 
-Fails if a kernel spills registers to memory, or needs more instructions than kernels/budget.json allows. What each one
-needs goes to benches/results/kernels.json, and as a table to kernels.md.
+The binaries go deflated to kernels/images, with a manifest of what they were made from; the library carries them.
+Fails if a kernel spills registers to memory, or needs more than kernels/budget.json allows. What each one needs goes to
+benches/results/kernels.json, and as a table to kernels.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -120,7 +122,7 @@ def instructions(nvdisasm, cubin):
 
 def threads(kernel):
     """Threads of a block, as the sources launch it."""
-    return {"akv_encode": 256, "akv_merge": 64, "akv_dequantize": 64}.get(kernel, 128)
+    return {"akv_encode": 256, "akv_merge": 64, "akv_dequantize": 64, "akv_poke": 256, "akv_report": 32}.get(kernel, 128)
 
 
 def over_budget(rows):
@@ -148,6 +150,21 @@ def table(rows):
     return "\n".join(lines) + "\n"
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def manifest(images):
+    """What the images were made from, and what they are."""
+    sources = sorted(p for p in (ROOT / "kernels").iterdir() if p.suffix in (".cu", ".cuh", ".h"))
+    return json.dumps({
+        "sources": {p.name: digest(p.read_bytes()) for p in sources},
+        "compilers": {name: WHEELS[name][0] for name in ("nvrtc", "nvrtc_ptx")},
+        "options": OPTIONS,
+        "images": {name: digest(data) for name, data in images.items()},
+    }, indent=1) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", type=pathlib.Path, default=ROOT / "target/cuda", help="where the compilers are kept")
@@ -163,7 +180,7 @@ def main():
         path = args.tools / f"{architecture}.{'ptx' if architecture == PTX else 'cubin'}"
         path.write_bytes(binary)
         if architecture == PTX:
-            return architecture, len(binary), []
+            return architecture, binary, []
         rows, counts = resources(architecture, log), instructions(nvdisasm, path)
         for r in rows.values():
             r["instructions"] = counts[r["kernel"]]
@@ -171,17 +188,29 @@ def main():
             warps = REGISTERS // (-(-32 * r["registers"] // 256) * 256)
             blocks = 32 * warps // threads(r["kernel"])
             r["occupancy"] = min(1.0, blocks * threads(r["kernel"]) / THREADS[architecture])
-        return architecture, len(binary), sorted(rows.values(), key=lambda r: r["kernel"])
+        return architecture, binary, sorted(rows.values(), key=lambda r: r["kernel"])
 
-    rows = []
+    rows, images = [], {}
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for architecture, size, found in pool.map(build, (*ARCHITECTURES, PTX)):
-            say(f"{architecture}: {size} bytes")
+        for architecture, binary, found in pool.map(build, (*ARCHITECTURES, PTX)):
+            say(f"{architecture}: {len(binary)} bytes")
             rows += found
+            images[architecture] = binary.rstrip(b"\0") if architecture == PTX else binary
     if problems := over_budget(rows):
         sys.exit("\n".join(f"kernels: {p}" for p in problems))
     results = ROOT / "benches/results"
     texts = {"kernels.json": "[\n" + ",\n".join(" " + json.dumps(r) for r in rows) + "\n]\n", "kernels.md": table(rows)}
+    folder = ROOT / "kernels/images"
+    if args.check:
+        # Unpacked: how they are deflated is a matter of zlib's version.
+        kept = {name: zlib.decompress((folder / f"{name}.z").read_bytes()) for name in images}
+        if kept != images or (folder / "manifest.json").read_text() != manifest(images):
+            sys.exit("kernels: kernels/images is not what the sources compile to: make kernels writes it")
+    else:
+        folder.mkdir(exist_ok=True)
+        for name, data in images.items():
+            (folder / f"{name}.z").write_bytes(zlib.compress(data, 9))
+        (folder / "manifest.json").write_text(manifest(images))
     for name, text in texts.items():
         if not args.check:
             (results / name).write_text(text)

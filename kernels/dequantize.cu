@@ -4,7 +4,7 @@
 namespace akv {
 
 KERNEL(akv_dequantize, 64, 8, DequantizeParams) {
-    const View view = *reinterpret_cast<const View *>(p.view);
+    const View &view = p.view;
     const Shape &s = p.shape;
     const i32 token = p.first + block_x(), head = block_y(), row = token % TILE;
     const bool exact = token < view.n_exact;
@@ -29,12 +29,7 @@ KERNEL(akv_dequantize, 64, 8, DequantizeParams) {
                 x = mul_rn(decode(prefix, planes), scale_of(which == 0 ? tile.k_scales[c] : tile.v_scales[row]));
             }
             if (!(magnitude(x) <= limit)) {
-                Fault *fault = reinterpret_cast<Fault *>(p.fault);
-                if (atomic_cas(&fault->status, 0u, u32(FAULT_RANGE)) == 0) {
-                    fault->sequence_row = token;
-                    fault->head = head;
-                    fault->is_value = which;
-                }
+                report_fault(p.fault, FAULT_RANGE, {view.id, token, p.layer, head, which == 0 ? FAULT_IN_K : FAULT_IN_V});
             }
             store_element(row_of(to, block_x(), head), to.dtype, c, x);
         }

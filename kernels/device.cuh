@@ -35,6 +35,7 @@ DEVICE T *shared() {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void fence() { __threadfence(); }
+DEVICE void fence_system() { __threadfence_system(); }  // the host's reads, too
 
 // Among all lanes of a warp.
 template <class T>

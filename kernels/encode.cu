@@ -25,8 +25,10 @@ struct Source {
     u64 kept;  // rows below, or 0
     i64 kept_stride;
     i32 dtype, from;
-    u64 fault;
-    u32 row, head, is_value;
+    u64 fault, sequence;
+    i64 row;  // the tile's first token
+    i32 layer, head;
+    u32 where;
 
     DEVICE u64 row_address(i32 i) const { return i >= from ? rows + i64(i) * stride : kept + i64(i) * kept_stride; }
 
@@ -35,13 +37,7 @@ struct Source {
         float x = load_element(row_address(i), dtype, channel);
         float size = magnitude(x);
         if (!(size <= limit_of(255))) {
-            Fault *f = reinterpret_cast<Fault *>(fault);
-            u32 status = size <= bits_float(0x7f7fffff) ? FAULT_RANGE : FAULT_NONFINITE;
-            if (i >= from && atomic_cas(&f->status, 0u, status) == 0) {
-                f->sequence_row = row + i - from;
-                f->head = head;
-                f->is_value = is_value;
-            }
+            if (i >= from) report_fault(fault, size <= bits_float(0x7f7fffff) ? FAULT_RANGE : FAULT_NONFINITE, {sequence, row + i, layer, head, where});
             x = 0.0f;
         }
         return x;
@@ -55,7 +51,7 @@ DEVICE Source source_of(const EncodeParams &p, const Append &a, i32 head, bool i
     i64 size = is_value ? size_v : size_k;
     i64 kept = is_value ? (TILE * size_k + 63) / 64 * 64 : 0;
     return {row_of(rows, a.source - a.from, head), rows.stride_row, a.kept + kept + head * (size / s.n_kv_heads), size, rows.dtype, a.from,
-            p.fault, u32(a.source), u32(head), is_value};
+            p.fault, a.id, i64(a.tile) * TILE, p.layer, head, u32(is_value ? FAULT_IN_V : FAULT_IN_K)};
 }
 
 // Copies the new rows to where they are kept as given.
@@ -207,7 +203,7 @@ DEVICE void encode_keys(const EncodeParams &p, const Append &a, const Source &fr
     if (thread() == 0) {
         bool whole = a.to == TILE;
         tile.set_meta(whole ? e.digit_sum : 8 * d, whole ? e.digit_square_sum : 64 * d, bits_float(e.slack));
-        if (a.from == 0) *reinterpret_cast<u32 *>(tile.meta + 8) = 0;
+        if (a.from == 0 || a.base) *reinterpret_cast<u32 *>(tile.meta + 8) = 0;
     }
 }
 
@@ -275,6 +271,7 @@ DEVICE void encode_values(const EncodeParams &p, const Append &a, const Source &
 
 KERNEL(akv_encode, ENCODE_THREADS, 2, EncodeParams) {
     const Append a = reinterpret_cast<const Append *>(p.appends)[block_x()];
+    if (a.to == 0) return;
     const i32 head = block_y();
     Encoding &e = *shared<Encoding>();
     const Tile tile(p.shape, a.page, head);

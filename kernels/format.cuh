@@ -1,13 +1,13 @@
 // The stored numbers, as src/format defines them: scale bytes, codes, planes, and where the bytes of a tile lie.
 #pragma once
-#include "device.cuh"
-#include "params.h"
+#include "fault.cuh"
 
 namespace akv {
 
 constexpr i32 TILE = 128;
 constexpr i32 MAX_DIM = 256;
 constexpr i32 PLANES = 4;
+constexpr i32 META_BYTES = 12;
 constexpr i32 OFFSET = 0x8888;
 constexpr float CODE_MAX = 0x7777, CODE_MIN = -0x8888;
 constexpr float PEAK = 30583.0f / 4096.0f;

@@ -9,7 +9,7 @@ DEVICE double said(u64 field, i64 at) { return field ? double(reinterpret_cast<c
 DEVICE double known(double x) { return x == x ? x : double(infinity()); }
 
 KERNEL(akv_merge, MERGE_THREADS, 8, MergeParams) {
-    const State *states = reinterpret_cast<const State *>(p.states);
+    const State (&states)[MAX_STATES] = p.states;
     float *all = shared<float>();  // the output, then what each warp has found
     float *found = all + MAX_DIM;
     const i64 at = block_x();
@@ -53,7 +53,7 @@ KERNEL(akv_merge, MERGE_THREADS, 8, MergeParams) {
         most = larger(most, said(states[i].lse_bound, at));
     }
     sync_block();
-    for (i32 c = thread(); c < p.dim; c += MERGE_THREADS) reinterpret_cast<float *>(p.out)[at * p.dim + c] = all[c];
+    for (i32 c = thread(); c < p.dim; c += MERGE_THREADS) reinterpret_cast<float *>(p.out.out)[at * p.dim + c] = all[c];
     if (thread() != 0) return;
     const double lse = max > nothing ? max + log(sum) : nothing, size = max > nothing ? (lse < 0 ? -lse : lse) : 0.0;
     auto up = [&](double x) { return max > nothing ? next_up(float(x * (1.0 + 1e-6))) : 0.0f; };
@@ -61,11 +61,11 @@ KERNEL(akv_merge, MERGE_THREADS, 8, MergeParams) {
     auto put = [&](u64 to, float x) {
         if (to) reinterpret_cast<float *>(to)[at] = x;
     };
-    put(p.lse, float(lse));
-    put(p.bound, up(least(known(bound), hull)));
-    put(p.lse_bound, up(least(known(log1p(u)), most) + size * 1.1920928955078125e-7));
-    put(p.estimate, float(known(sqrt(square))));
-    put(p.amplitude, float(known(amplitude)));
+    put(p.out.lse, float(lse));
+    put(p.out.bound, up(least(known(bound), hull)));
+    put(p.out.lse_bound, up(least(known(log1p(u)), most) + size * 1.1920928955078125e-7));
+    put(p.out.estimate, float(known(sqrt(square))));
+    put(p.out.amplitude, float(known(amplitude)));
 }
 
 }  // namespace akv

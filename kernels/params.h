@@ -36,15 +36,18 @@ struct View {
     u64 head_k;  // the first n_exact rows as given, [row][n_kv_heads][dim_k]
     u64 head_v;
     u64 written;  // const u32 [tile][4]: cells with rows; 0 = all
+    u64 id;       // of the sequence, for faults
     i32 len;
     i32 n_exact;  // at most len
 };
 
 // A query row: it sees tokens from..to of its sequence, n in all.
 struct QueryRow {
-    i32 sequence;
+    i32 sequence;  // -1: there is no such row
     i32 from, to;
     i32 n;
+    i32 dense;  // non-zero: it reads all digits
+    i32 reserved;
 };
 
 // Rows of one tile that are appended. Row i of the tile is row source + i - from of the caller's.
@@ -53,10 +56,13 @@ struct Append {
     u64 kept;    // block of TILE rows as given, K and then V, or 0
     u64 head;    // block of `exact_head` such rows, of a first tile; or 0
     u64 base;    // page of a reopened tile, or 0
+    u64 id;        // of the sequence, for faults
     i64 source;
-    i32 from, to;
+    i32 tile;
+    i32 from, to;   // to 0: nothing to do
     i32 base_rows;  // rows that only the base knows
     i32 exact_head;
+    i32 reserved;
 };
 
 struct EncodeParams {
@@ -64,17 +70,24 @@ struct EncodeParams {
     Rows k, v;
     u64 appends;  // const Append [blocks in x]; blocks in y are KV heads
     u64 fault;    // Fault
+    i32 layer;
+    i32 reserved;
 };
 
-// The first fault of launched work; 0 = none.
+// The first fault of launched work. In memory of the host, which clears it.
 struct Fault {
-    u32 status;  // FAULT_*
-    u32 sequence_row;
-    u32 head;
-    u32 is_value;
+    u32 claimed;  // non-zero: by the first
+    u32 status;   // FAULT_*, written last; 0 = none
+    u64 sequence;
+    i64 row;      // token of the sequence; of q and of outputs: query row of the call
+    i32 layer;
+    i32 head;
+    u32 where;    // FAULT_IN_*
+    u32 reserved;
 };
 
 enum { FAULT_NONFINITE = 1, FAULT_RANGE = 2, FAULT_OVERFLOW = 3 };
+enum { FAULT_IN_K = 0, FAULT_IN_V = 1, FAULT_IN_Q = 2, FAULT_IN_OUT = 3 };
 
 // One tile's scan, for one query head.
 struct Scanned {
@@ -122,7 +135,9 @@ struct AttendParams {
     i32 mode;  // MODE_*
     i32 fused;  // non-zero: no scan has been launched before; contexts of one split only
     float scale, softcap, tolerance;
-    float reserved;
+    i32 layer;
+    i32 first_row;  // of the caller's, for faults
+    i32 reserved;
 };
 
 enum { MODE_EXPECTED = 0, MODE_GUARANTEED = 1 };
@@ -135,11 +150,20 @@ struct Stats {
     u64 tiles;         // pairs of a tile and a KV head, with a token that is seen
 };
 
-struct MergeParams {
-    u64 states;  // const State [n]
-    u64 rows;    // of all heads
-    i32 n, dim;
-    u64 out, lse, bound, lse_bound, estimate, amplitude;  // float; the latter four or 0
+// What a call read, as the caller is told: akv_stats.
+struct Report {
+    u64 bytes_k, bytes_v, bytes_scales, bytes_exact;
+    u64 planes_k[5], planes_v[5];
+    u64 tokens, dense_rows;
+    i32 backend, isa, path, reserved;
+};
+
+struct ReportParams {
+    Shape shape;
+    u64 stats;  // Stats; 0 afterwards
+    u64 to;     // Report
+    u64 dense_rows;
+    i32 backend, path;
 };
 
 // A partial state: float [row], out [row][dim]; the latter four or 0.
@@ -147,19 +171,41 @@ struct State {
     u64 out, lse, bound, lse_bound, estimate, amplitude;
 };
 
+enum { MAX_STATES = 64 };
+
+struct MergeParams {
+    i32 n, dim;
+    State out;
+    State states[MAX_STATES];
+};
+
 struct DequantizeParams {
     Shape shape;
-    u64 view;  // const View
+    View view;
     Rows k, v;  // data 0: not wanted
     u64 fault;
     i32 first, n;
+    i32 layer;
+    i32 reserved;
+};
+
+// Writes value[i] to address[i].
+struct Poke {
+    u64 address, value;
+};
+
+struct PokeParams {
+    u64 pokes;  // const Poke [n]
+    u64 n;
 };
 
 // No struct has padding; Rust asserts the same sizes.
-static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 40, "");
-static_assert(sizeof(QueryRow) == 16 && sizeof(Append) == 56 && sizeof(EncodeParams) == 112, "");
-static_assert(sizeof(Fault) == 16 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
-static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 288 && sizeof(Stats) == 104, "");
-static_assert(sizeof(MergeParams) == 72 && sizeof(State) == 48 && sizeof(DequantizeParams) == 120, "");
+static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 48, "");
+static_assert(sizeof(QueryRow) == 24 && sizeof(Append) == 72 && sizeof(EncodeParams) == 120, "");
+static_assert(sizeof(Fault) == 40 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
+static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 296 && sizeof(Stats) == 104, "");
+static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 168, "");
+
+static_assert(sizeof(Report) == 144 && sizeof(ReportParams) == 64 && sizeof(PokeParams) == 16, "");
 
 }  // namespace akv

@@ -37,10 +37,10 @@ struct Unit {
         heads = group - part * UNIT_HEADS < UNIT_HEADS ? group - part * UNIT_HEADS : UNIT_HEADS;
         index = row_index * s.n_kv_heads * units + block_y();
         row = reinterpret_cast<const QueryRow *>(p.rows)[row_index];
-        view = reinterpret_cast<const View *>(p.views)[row.sequence];
+        view = reinterpret_cast<const View *>(p.views)[row.sequence < 0 ? 0 : row.sequence];
         split = block_x();
         i32 tiles = (row.to + TILE - 1) / TILE;
-        n_splits = tiles <= SPLIT ? 1 : (tiles + SPLIT - 1) / SPLIT;
+        n_splits = row.sequence < 0 ? 0 : tiles <= SPLIT ? 1 : (tiles + SPLIT - 1) / SPLIT;
         first = split * SPLIT > row.from / TILE ? split * SPLIT : row.from / TILE;
         last = (split + 1) * SPLIT < tiles ? (split + 1) * SPLIT : tiles;
     }
@@ -94,12 +94,9 @@ struct Unit {
         return error;
     }
     DEVICE void check(float reach, float max) const {
-        if (!(reach < infinity()) || max == infinity()) report(FAULT_OVERFLOW);
+        if (!(reach < infinity()) || max == infinity()) report(FAULT_OVERFLOW, FAULT_IN_OUT, 0);
     }
-    DEVICE void report(u32 status) const {
-        Fault *fault = reinterpret_cast<Fault *>(p.fault);
-        if (atomic_cas(&fault->status, 0u, status) == 0) fault->sequence_row = row_index;
-    }
+    DEVICE void report(u32 status, u32 where, i32 head) const { report_fault(p.fault, status, {view.id, p.first_row + row_index, p.layer, first_head + head, where}); }
 };
 
 // A layer's q, times the softmax scale, in shared memory: [head][word of a digit row][8 channels], zeros where there are
@@ -113,7 +110,12 @@ struct Queries {
         for (i32 at = thread(); at < heads * channels; at += ATTEND_THREADS) {
             i32 h = at / channels, i = at % channels, j = i / 8, c = 4 * j + i % 4 + (i % 8 < 4 ? 0 : d / 2);
             float x = 0.0f;
-            if (h < u.heads && j < d / 8) x = load_element(row_of(u.p.q, u.row_index, u.first_head + h), u.p.q.dtype, c) * u.p.scale;
+            if (h < u.heads && j < d / 8) x = load_element(row_of(u.p.q, u.row_index, u.first_head + h), u.p.q.dtype, c);
+            if (!(magnitude(x) < infinity())) {
+                u.report(FAULT_NONFINITE, FAULT_IN_Q, h);
+                x = 0.0f;
+            }
+            x *= u.p.scale;
             q[h * stride + i] = x;
         }
     }

@@ -187,6 +187,7 @@ fn encoded_bytes() {
                 to: to as i32,
                 base_rows: base_rows as i32,
                 exact_head: skip as i32,
+                ..Append::default()
             }];
             let call = EncodeParams {
                 shape: (&s).into(),
@@ -194,6 +195,7 @@ fn encoded_bytes() {
                 v: rows_of(&v.rows()),
                 appends: address(&append),
                 fault: fault.as_mut_ptr() as u64,
+                ..EncodeParams::default()
             };
             let grid = [1, s.n_kv_heads, 1];
             launch("akv_encode", grid, cuda::ENCODE_THREADS, cuda::ENCODE_SHARED_BYTES, &call, rng.next()).unwrap();
@@ -252,17 +254,20 @@ fn faults_of_rows() {
             rows[7 * 128 + 64 + 5] = bad;
             let (k, v) = (Packed::new(&k, 2, 64, Dtype::F32), Packed::new(&v, 2, 64, Dtype::F32));
             let (page, mut fault) = (Aligned::new(layout.page_bytes()), [Fault::default()]);
-            let append = [Append { page: address(page.get()), to: 10, ..Append::default() }];
+            let append = [Append { page: address(page.get()), id: 9, tile: 3, to: 10, ..Append::default() }];
             let call = EncodeParams {
                 shape: (&s).into(),
                 k: rows_of(&k.rows()),
                 v: rows_of(&v.rows()),
                 appends: address(&append),
                 fault: fault.as_mut_ptr() as u64,
+                layer: 5,
+                reserved: 0,
             };
             launch("akv_encode", [1, 2, 1], cuda::ENCODE_THREADS, cuda::ENCODE_SHARED_BYTES, &call, 0).unwrap();
-            let found = (fault[0].status, fault[0].sequence_row, fault[0].head, fault[0].is_value);
-            assert_eq!(found, (status, 7, 1, u32::from(value)));
+            let Fault { status: found, sequence, row, layer, head, place, .. } = fault[0];
+            let found = (found, sequence, row, layer, head, place);
+            assert_eq!(found, (status, 9, 3 * 128 + 7, 5, 1, u32::from(value)));
             let (mut out_k, mut out_v) = ([0.0; 64], [0.0; 64]);
             layout.decode(page.get(), 1, 7, &mut out_k, &mut out_v);
             assert_eq!(if value { out_v[5] } else { out_k[5] }, 0.0);
@@ -417,6 +422,7 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         head_k,
         head_v,
         written: 0,
+        id: 0,
         len: view.len as i32,
         n_exact: view.n_exact as i32,
     }];
@@ -424,7 +430,8 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         .iter()
         .map(|&(from, to)| {
             let n = to.saturating_sub(from) as i32;
-            QueryRow { sequence: 0, from: from.min(to) as i32, to: to as i32, n }
+            let dense = i32::from(how.mode == Mode::Exact);
+            QueryRow { sequence: 0, from: from.min(to) as i32, to: to as i32, n, dense, reserved: 0 }
         })
         .collect();
     let nothing = || vec![f32::NAN; n_rows * heads];
@@ -447,7 +454,7 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         Some(_) => (address(&seen), address(&peaks), address(&added)),
         None => (0, 0, 0),
     };
-    let workspace = Workspace::new(s, n_rows, tiles);
+    let workspace = Workspace::new(s, n_rows, tiles, 0);
     let mut scratch = Aligned::new(workspace.bytes);
     let splits = tiles.div_ceil(cuda::SPLIT).max(1);
     let (mut stats, mut fault) = ([Stats::default()], [Fault::default()]);
@@ -483,7 +490,9 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         tolerance: how.tolerance,
         ..AttendParams::default()
     };
-    workspace.place(scratch.get_mut().as_mut_ptr() as u64, tiles, &mut call);
+    let own = call.stats;
+    workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
+    call.stats = own;
     let grid = [splits, cuda::units(s), n_rows];
     let shared = cuda::attend_shared_bytes(s);
     for kernel in if splits == 1 { &["attend"][..] } else { &["scan", "attend"] } {
@@ -511,8 +520,8 @@ fn rows_read_back() {
         let view = reader.view();
         let pages: Vec<u64> = (0..n.div_ceil(TILE)).map(|tile| address(view.page(tile))).collect();
         let (head_k, head_v) = view.exact.map_or((0, 0), |(k, v)| (k.address(0, 0) as u64, v.address(0, 0) as u64));
-        let views =
-            [View { pages: address(&pages), head_k, head_v, written: 0, len: n as i32, n_exact: view.n_exact as i32 }];
+        let n_exact = view.n_exact as i32;
+        let device_view = View { pages: address(&pages), head_k, head_v, written: 0, id: 0, len: n as i32, n_exact };
         let first = rng.below(n);
         let n = 1 + rng.below(n - first);
         let dtype = DTYPES[case % 3];
@@ -528,12 +537,13 @@ fn rows_read_back() {
         let mut fault = [Fault::default()];
         let call = params::DequantizeParams {
             shape: (&s).into(),
-            view: address(&views),
+            view: device_view,
             k: rows(&mut out_k, d),
             v: rows(&mut out_v, dv),
             fault: fault.as_mut_ptr() as u64,
             first: first as i32,
             n: n as i32,
+            ..params::DequantizeParams::default()
         };
         launch("akv_dequantize", [n, kv_heads, 1], 64, 0, &call, rng.next()).unwrap();
         assert_eq!(fault[0].status, 0);
@@ -608,11 +618,7 @@ fn merged_states() {
             })
             .collect();
         // The result takes the place of the last state.
-        let call = params::MergeParams {
-            states: address(&addresses),
-            rows: rows as u64,
-            n: n as i32,
-            dim: dim as i32,
+        let out = params::State {
             out: outs[n - 1].as_mut_ptr() as u64,
             lse: fields[n - 1][0].as_mut_ptr() as u64,
             bound: fields[n - 1][1].as_mut_ptr() as u64,
@@ -620,6 +626,9 @@ fn merged_states() {
             estimate: fields[n - 1][3].as_mut_ptr() as u64,
             amplitude: fields[n - 1][4].as_mut_ptr() as u64,
         };
+        let mut states = [params::State::default(); params::MAX_STATES];
+        states[..n].copy_from_slice(&addresses);
+        let call = params::MergeParams { n: n as i32, dim: dim as i32, out, states };
         launch("akv_merge", [rows, 1, 1], 64, cuda::MERGE_SHARED_BYTES, &call, rng.next()).unwrap();
         for (row, (merged, out)) in want.iter().enumerate() {
             let near = |a: f32, b: f32| a == b || (a - b).abs() <= 1e-5 * b.abs();

@@ -92,6 +92,7 @@ inline void sync_warp(host::Site site = host::Site::here()) {
     host::meet_warp(host::WARP_BARRIER, site, x);
 }
 inline void fence() {}
+inline void fence_system() {}
 
 template <class T>
 T shuffle(T x, u32 from, host::Site site = host::Site::here()) {

@@ -1,12 +1,13 @@
 //! Steps: new tokens of some sequences, in all layers or not at all.
 
+use super::device::{Edits, Plan};
 use super::layer::{Spare, released};
 use super::memory::reserve;
 use super::sequence::{Claim, Sequence};
-use super::{Cache, Reader};
+use super::{Cache, Positions, Reader};
 use crate::format::{Rows, TILE};
 use crate::{Error, Result};
-use parking_lot::RwLock;
+use parking_lot::{RwLock, RwLockReadGuard};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed, Ordering::SeqCst};
 
@@ -158,6 +159,24 @@ impl Batch {
 
     /// Appends the step's new tokens, sequence by sequence, in one layer.
     pub fn append(&self, layer: usize, k: Rows, v: Rows) -> Result<()> {
+        self.append_once(layer, |step| self.append_rows(step, layer, k, v))
+    }
+
+    /// The same on a device, where `launch` makes the plan's work for the layer happen.
+    pub fn append_on_device(&self, layer: usize, launch: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.append_once(layer, |step| {
+            let mut layers = Vec::new();
+            reserve(&mut layers, step.members.len())?;
+            for member in step.members.iter().filter(|m| m.step.n_new > 0) {
+                layers.push((member.sequence.write_layer(layer)?, member.step.n_new));
+            }
+            launch()?;
+            layers.iter_mut().for_each(|(layer, n_new)| layer.advance(*n_new));
+            Ok(())
+        })
+    }
+
+    fn append_once(&self, layer: usize, work: impl FnOnce(&Step) -> Result<()>) -> Result<()> {
         let current = self.step.try_read().ok_or_else(|| in_use("append"))?;
         let step = current.as_ref().ok_or_else(|| no_step("append"))?;
         self.cache.check_layer(layer)?;
@@ -167,7 +186,7 @@ impl Batch {
             Err(RUNNING) => return Err(Error::Busy(format!("layer {layer}: is being appended by another call"))),
             Err(_) => return Err(Error::Argument(format!("layer {layer}: has been appended in this step already"))),
         }
-        let result = self.append_rows(step, layer, k, v);
+        let result = work(step);
         flag.store(if result.is_ok() { DONE } else { NOT_YET }, SeqCst);
         result
     }
@@ -199,6 +218,61 @@ impl Batch {
             row += n_new;
         }
         Ok(())
+    }
+
+    /// Counts the step's new tokens as appended in all layers that lack them: a device has been told by a graph.
+    pub fn replayed(&self) -> Result<()> {
+        for layer in 0..self.cache.layouts.len() {
+            let current = self.step.try_read().ok_or_else(|| in_use("replayed"))?;
+            let step = current.as_ref().ok_or_else(|| no_step("replayed"))?;
+            if step.n_new > 0 && step.appended[layer].load(SeqCst) == NOT_YET {
+                self.append_on_device(layer, || Ok(()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a device is told of the step that has begun.
+    pub fn plan(&self) -> Result<Plan> {
+        let current = self.step.try_read().ok_or_else(|| in_use("plan"))?;
+        let step = current.as_ref().ok_or_else(|| no_step("plan"))?;
+        let mut plan = Plan::default();
+        let n_layers = self.cache.layouts.len();
+        reserve(&mut plan.views, n_layers * step.members.len())?;
+        for layer in 0..n_layers {
+            let before = plan.appends.len();
+            let mut row = 0;
+            for Member { step: s, sequence, len, .. } in &step.members {
+                let mut rows = sequence.write_layer(layer)?;
+                if rows.is_unlisted() {
+                    rows.list(&mut plan.pokes);
+                }
+                plan.views.push(rows.device_view(s.sequence, len + s.n_new));
+                rows.plan(s.sequence, row, s.n_new, &mut plan.appends);
+                row += s.n_new;
+            }
+            plan.n_appends = plan.appends.len() - before;
+        }
+        Ok(plan)
+    }
+
+    /// Of each member: its tokens with the step's new ones, its query rows, its positions.
+    pub fn lengths<T>(&self, work: impl FnOnce(&[(usize, usize, RwLockReadGuard<'_, Positions>)]) -> T) -> Result<T> {
+        let current = self.step.try_read().ok_or_else(|| in_use("read"))?;
+        let step = current.as_ref().ok_or_else(|| no_step("read"))?;
+        let mut all = Vec::new();
+        reserve(&mut all, step.members.len())?;
+        for Member { step: s, sequence, len, .. } in &step.members {
+            let busy = || Error::Busy(format!("sequence {}: being written", s.sequence));
+            all.push((len + s.n_new, s.n_q, sequence.positions.try_read().ok_or_else(busy)?));
+        }
+        Ok(work(&all))
+    }
+
+    /// Fails unless the step's new tokens are in a layer.
+    pub fn check_appended(&self, layer: usize) -> Result<()> {
+        let current = self.step.try_read().ok_or_else(|| in_use("read"))?;
+        current.as_ref().ok_or_else(|| no_step("read"))?.check_appended(layer)
     }
 
     /// Makes the step's tokens part of their sequences.
@@ -233,16 +307,20 @@ impl Batch {
     /// of it must not call this.
     pub fn abort(&self) {
         let Some(step) = self.step.write().take() else { return };
+        let mut edits = Edits::new(&self.cache.memory);
         for member in &step.members {
             let Member { step: s, sequence, len, new_runs, .. } = member;
             for (layer, flag) in sequence.layers.iter().zip(&step.appended) {
                 if s.n_new > 0 && (member.new_pages() > 0 || flag.load(SeqCst) != NOT_YET) {
-                    layer.write().truncate(*len, Spare::default());
+                    layer.write().truncate(*len, Spare::default(), &mut edits);
                 }
             }
             if *new_runs {
                 sequence.positions.write().truncate(*len);
             }
+        }
+        if let (Some(device), Err(error)) = (self.cache.memory.device(), edits.run()) {
+            device.fail(error);
         }
     }
 
@@ -252,13 +330,7 @@ impl Batch {
         let current = self.step.try_read().ok_or_else(|| in_use("read"))?;
         let step = current.as_ref().ok_or_else(|| no_step("read"))?;
         self.cache.check_layer(layer)?;
-        match step.appended[layer].load(SeqCst) {
-            NOT_YET if step.n_new > 0 => {
-                return Err(Error::Argument(format!("layer {layer}: its new tokens have not been appended")));
-            }
-            RUNNING => return Err(Error::Busy(format!("layer {layer}: is being appended"))),
-            _ => {}
-        }
+        step.check_appended(layer)?;
         let mut readers = Vec::new();
         reserve(&mut readers, step.members.len())?;
         for member in &step.members {
@@ -275,6 +347,16 @@ impl Drop for Batch {
 }
 
 impl Step {
+    fn check_appended(&self, layer: usize) -> Result<()> {
+        match self.appended[layer].load(SeqCst) {
+            NOT_YET if self.n_new > 0 => {
+                Err(Error::Argument(format!("layer {layer}: its new tokens have not been appended")))
+            }
+            RUNNING => Err(Error::Busy(format!("layer {layer}: is being appended"))),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes what the new tokens need, for all sequences and layers or for none.
     fn take_room(&mut self, new: &[&[i64]]) -> Result<()> {
         let n_layers = self.appended.len();
@@ -288,7 +370,7 @@ impl Step {
             if room.n_runs > 0 {
                 runs.push((i, sequence.write_positions()?, *len, new, room));
             }
-            if member.new_pages() > 0 {
+            if member.new_pages() > 0 || sequence.is_unlisted()? {
                 reserve(&mut layers, n_layers)?;
                 for layer in 0..n_layers {
                     let layer = sequence.write_layer(layer)?;

@@ -3,7 +3,8 @@
 //! Whatever can still be written is held by this sequence alone: the open tile with its kept rows, and the exact head
 //! while it is not full. Forks and truncations copy what would break that; appending never has to.
 
-use super::memory::{Kind, Memory, Shared, Table};
+use super::device::{Edits, Listing};
+use super::memory::{Block, Kind, Memory, Shared, Table};
 use crate::Result;
 use crate::format::{Layout, Rows, Source, TILE};
 use std::sync::Arc;
@@ -13,9 +14,9 @@ use std::sync::Arc;
 pub(super) struct Page {
     pub block: Shared,
     /// Its rows as given, from `base` on: while the tile is open, and while the exact tail can reach into it.
-    kept: Option<Shared>,
+    pub kept: Option<Shared>,
     /// Of a tile that was reopened without them: the page that it was, and how many of its tokens only that knows.
-    base: Option<(Shared, usize)>,
+    pub base: Option<(Shared, usize)>,
 }
 
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub(super) struct Layer {
     pub pages: Table<Page>,
     /// The first `exact_head` rows as given.
     pub head: Option<Shared>,
+    /// Where the device finds the pages, if they are on one.
+    pub listing: Listing,
 }
 
 /// What a step needs.
@@ -37,6 +40,7 @@ pub(super) struct Room {
     pages: Table<Page>,
     table: Option<Table<Page>>,
     head: Option<Shared>,
+    listing: Option<Block>,
 }
 
 /// What a truncation needs.
@@ -54,7 +58,8 @@ pub(super) fn released(len: usize, exact_tail: usize) -> usize {
 
 impl Layer {
     pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
-        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages: Table::with_capacity(memory, 0)?, head: None })
+        let (pages, listing) = (Table::with_capacity(memory, 0)?, Listing::default());
+        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages, head: None, listing })
     }
 
     fn page(&self) -> Result<Shared> {
@@ -80,7 +85,8 @@ impl Layer {
             pages.push(Page { block: self.page()?, kept: if keep { Some(self.kept()?) } else { None }, base: None });
         }
         let head = if self.exact_head > 0 && self.head.is_none() && n > 0 { Some(self.head()?) } else { None };
-        Ok(Room { pages, table, head })
+        let listing = self.listing.room(self.pages.memory(), tiles + n_pages)?;
+        Ok(Room { pages, table, head, listing })
     }
 
     pub fn adopt(&mut self, mut room: Room) {
@@ -89,6 +95,7 @@ impl Layer {
         if room.head.is_some() {
             self.head = room.head;
         }
+        self.listing.adopt(room.listing);
     }
 
     /// Appends the first `n` rows, for which there is room.
@@ -135,7 +142,7 @@ impl Layer {
         (!len.is_multiple_of(TILE)).then_some((len / TILE, len % TILE))
     }
 
-    fn skip(&self, tile: usize) -> usize {
+    pub fn skip(&self, tile: usize) -> usize {
         if tile == 0 { self.exact_head } else { 0 }
     }
 
@@ -161,14 +168,15 @@ impl Layer {
         Ok(spare)
     }
 
-    /// Forgets all but the first `len` tokens, and the room for more.
-    pub fn truncate(&mut self, len: usize, spare: Spare) {
+    /// Forgets all but the first `len` tokens, and the room for more. What that does to rows on a device goes to `edits`.
+    pub fn truncate(&mut self, len: usize, spare: Spare, edits: &mut Edits) {
         self.len = len;
         self.pages.truncate(len.div_ceil(TILE));
+        self.listing.keep(len / TILE);
         if len == 0 {
             self.head = None;
         }
-        replace(&mut self.head, spare.head);
+        replace(&mut self.head, spare.head, edits);
         let Some((tile, rows)) = self.cut(len) else { return };
         let skip = self.skip(tile);
         let known_by_page = self.known_by_page(&self.pages[tile], tile, rows);
@@ -179,11 +187,19 @@ impl Layer {
             base => base.map(|(base, base_rows)| (base, base_rows.min(rows))),
         };
         if let Some(mut block) = spare.block {
-            block.own().copy_from_slice(&page.block);
+            edits.copy(&mut block, &page.block);
             page.block = block;
         }
-        replace(&mut page.kept, spare.kept);
+        replace(&mut page.kept, spare.kept, edits);
         let Some(kept) = &page.kept else { return };
+        if edits.device().is_some() {
+            if let Some((base, _)) = &page.base {
+                let base = base.clone();
+                edits.copy(&mut page.block, &base);
+            }
+            edits.encode(self, tile, rows);
+            return;
+        }
 
         let (block, (k, v)) = (page.block.own(), self.layout.kept(kept, TILE));
         let (base, base_rows) = page.base.as_ref().map_or((None, 0), |(base, rows)| (Some(&base[..]), *rows));
@@ -197,21 +213,21 @@ impl Layer {
     }
 
     /// The first `len` tokens as another sequence's.
-    pub fn fork(&self, len: usize) -> Result<Layer> {
+    pub fn fork(&self, len: usize, edits: &mut Edits) -> Result<Layer> {
         let mut pages = Table::with_capacity(self.pages.memory(), len.div_ceil(TILE))?;
         self.pages[..len.div_ceil(TILE)].iter().for_each(|page| pages.push(page.clone()));
-        let mut fork = Layer { pages, head: self.head.clone(), ..*self };
+        let mut fork = Layer { pages, head: self.head.clone(), listing: Listing::default(), ..*self };
         let spare = fork.spare(len)?;
-        fork.truncate(len, spare);
+        fork.truncate(len, spare, edits);
         Ok(fork)
     }
 }
 
 /// Puts a copy of what is there, if anything is, in its place.
-fn replace(block: &mut Option<Shared>, spare: Option<Shared>) {
+fn replace(block: &mut Option<Shared>, spare: Option<Shared>, edits: &mut Edits) {
     if let Some(mut spare) = spare {
         if let Some(old) = block {
-            spare.own().copy_from_slice(old);
+            edits.copy(&mut spare, old);
         }
         *block = Some(spare);
     }

@@ -2,7 +2,8 @@
 
 #[cfg(unix)]
 use super::region::Regions;
-use crate::capi::types::AKV_CPU;
+use crate::backend::cuda::Device;
+use crate::capi::types::{AKV_CPU, AKV_CUDA};
 use crate::{Error, Result};
 use parking_lot::Mutex;
 use std::alloc::{alloc_zeroed, dealloc};
@@ -55,7 +56,7 @@ impl Allocator {
         Allocator::Hooks(Hooks { alloc, dealloc, user })
     }
 
-    /// Zeroed bytes, aligned to [`ALIGN`]; `bytes` > 0.
+    /// Zeroed bytes of the host, aligned to [`ALIGN`]; `bytes` > 0.
     fn alloc(&self, bytes: usize) -> Option<NonNull<u8>> {
         match self {
             Allocator::System => {
@@ -64,9 +65,7 @@ impl Allocator {
                 NonNull::new(unsafe { alloc_zeroed(layout) })
             }
             Allocator::Hooks(h) => {
-                // SAFETY: the contract of `Allocator::hooks`.
-                let p = unsafe { (h.alloc)(h.user, bytes, ALIGN, AKV_CPU, std::ptr::null_mut()) };
-                let p = NonNull::new(p.cast::<u8>())?;
+                let p = h.alloc(bytes, AKV_CPU)?;
                 // SAFETY: the hook gave `bytes` writable bytes.
                 unsafe { p.write_bytes(0, bytes) };
                 Some(p)
@@ -82,11 +81,24 @@ impl Allocator {
                 // SAFETY: `alloc` made this layout, and `p` with it.
                 unsafe { dealloc(p.as_ptr(), std::alloc::Layout::from_size_align_unchecked(bytes, ALIGN)) }
             }
-            // SAFETY: the contract of `Allocator::hooks`.
-            Allocator::Hooks(h) => unsafe {
-                (h.dealloc)(h.user, p.as_ptr().cast(), bytes, AKV_CPU, std::ptr::null_mut())
-            },
+            // SAFETY: the contract.
+            Allocator::Hooks(h) => unsafe { h.dealloc(p, bytes, AKV_CPU) },
         }
+    }
+}
+
+impl Hooks {
+    fn alloc(&self, bytes: usize, backend: i32) -> Option<NonNull<u8>> {
+        // SAFETY: the contract of `Allocator::hooks`.
+        let p = unsafe { (self.alloc)(self.user, bytes, ALIGN, backend, std::ptr::null_mut()) };
+        NonNull::new(p.cast::<u8>())
+    }
+
+    /// # Safety
+    /// `p` came from `alloc` with the same arguments and is not used again.
+    unsafe fn dealloc(&self, p: NonNull<u8>, bytes: usize, backend: i32) {
+        // SAFETY: the contract of `Allocator::hooks`.
+        unsafe { (self.dealloc)(self.user, p.as_ptr().cast(), bytes, backend, std::ptr::null_mut()) };
     }
 }
 
@@ -97,13 +109,17 @@ pub(super) enum Kind {
     Page,
     /// Rows kept as given.
     Kept,
-    /// Anything else: goes back to the allocator at once.
+    /// Tables and workspaces of a device: go back at once.
+    Device,
+    /// Anything else, on the host: goes back to the allocator at once.
     Other,
 }
 
 /// An allocator, a limit, and what has been taken.
 #[derive(Debug)]
 pub struct Memory {
+    /// Where pages and kept rows lie; None = on the host.
+    device: Option<Arc<Device>>,
     allocator: Allocator,
     limit: u64,
     taken: AtomicU64,
@@ -147,9 +163,17 @@ impl Class {
 }
 
 impl Memory {
-    /// `max_bytes` 0 = no limit.
+    /// On the host; `max_bytes` 0 = no limit.
     pub fn new(allocator: Allocator, max_bytes: u64) -> Arc<Memory> {
+        Memory::with_device(allocator, None, max_bytes)
+    }
+
+    /// With pages and kept rows on a device, if there is one.
+    pub fn with_device(allocator: Allocator, device: Option<Arc<Device>>, max_bytes: u64) -> Arc<Memory> {
+        #[cfg(unix)]
+        let regions = Mutex::new(Regions::new(device.clone()));
         Arc::new(Memory {
+            device,
             allocator,
             limit: if max_bytes == 0 { u64::MAX } else { max_bytes },
             taken: AtomicU64::new(0),
@@ -159,8 +183,17 @@ impl Memory {
             shared: AtomicU64::new(0),
             free: Mutex::new(Vec::new()),
             #[cfg(unix)]
-            regions: Mutex::new(Regions::default()),
+            regions,
         })
+    }
+
+    /// The device that pages lie on.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        self.device.as_ref()
+    }
+
+    fn device_of(&self, kind: Kind) -> Option<&Arc<Device>> {
+        self.device.as_ref().filter(|_| kind != Kind::Other)
     }
 
     /// Bytes taken, blocks that wait for reuse included.
@@ -262,7 +295,9 @@ impl Memory {
 impl Memory {
     /// True if a block lies in a region.
     fn in_region(&self, kind: Kind, bytes: usize) -> bool {
-        cfg!(unix) && kind != Kind::Other && bytes >= LARGE && matches!(self.allocator, Allocator::System)
+        let large = bytes >= LARGE || self.device.is_some();
+        let rows = matches!(kind, Kind::Page | Kind::Kept);
+        cfg!(unix) && rows && large && matches!(self.allocator, Allocator::System)
     }
 
     fn alloc(&self, kind: Kind, bytes: usize) -> Result<Option<NonNull<u8>>> {
@@ -270,7 +305,11 @@ impl Memory {
         if self.in_region(kind, bytes) {
             return self.regions.lock().alloc(bytes);
         }
-        Ok(self.allocator.alloc(bytes))
+        Ok(match (self.device_of(kind), &self.allocator) {
+            (Some(_), Allocator::Hooks(hooks)) => hooks.alloc(bytes, AKV_CUDA),
+            (Some(device), Allocator::System) => device.alloc(bytes),
+            (None, allocator) => allocator.alloc(bytes),
+        })
     }
 
     /// # Safety
@@ -283,7 +322,19 @@ impl Memory {
             return;
         }
         // SAFETY: the contract.
-        unsafe { self.allocator.dealloc(p, bytes) };
+        unsafe {
+            match (self.device_of(kind), &self.allocator) {
+                (Some(_), Allocator::Hooks(hooks)) => hooks.dealloc(p, bytes, AKV_CUDA),
+                (Some(device), Allocator::System) => device.free(p),
+                (None, allocator) => allocator.dealloc(p, bytes),
+            }
+        }
+    }
+
+    /// True if blocks of a kind wait for reuse instead of going back at once: the list runs through their own bytes, which
+    /// must be the host's. On a device, regions see to reuse.
+    fn waits(&self, kind: Kind) -> bool {
+        matches!(kind, Kind::Page | Kind::Kept) && self.device.is_none()
     }
 }
 
@@ -322,7 +373,7 @@ impl Block {
     /// A page or kept rows; one that waits for reuse holds what it held.
     pub(super) fn of(memory: &Arc<Memory>, kind: Kind, bytes: usize) -> Result<Block> {
         let bytes = bytes.max(ALIGN);
-        let reused = if kind == Kind::Other { None } else { memory.reuse(kind, bytes)? };
+        let reused = if memory.waits(kind) { memory.reuse(kind, bytes)? } else { None };
         let data = match reused {
             Some(p) => p,
             None => memory.allocate(kind, bytes)?,
@@ -330,13 +381,34 @@ impl Block {
         match kind {
             Kind::Page => memory.pages.fetch_add(1, Relaxed),
             Kind::Kept => memory.kept.fetch_add(bytes as u64, Relaxed),
-            Kind::Other => 0,
+            Kind::Device | Kind::Other => 0,
         };
         Ok(Block { data, bytes, kind, holders: AtomicUsize::new(1), memory: memory.clone() })
     }
 }
 
 impl Block {
+    /// Bytes of the memory's device, for any use; not zeroed.
+    pub fn on_device(memory: &Arc<Memory>, bytes: usize) -> Result<Block> {
+        Block::of(memory, Kind::Device, bytes)
+    }
+
+    /// Its address, which may be the device's.
+    pub fn address(&self) -> u64 {
+        self.data.as_ptr() as u64
+    }
+
+    /// Its size.
+    pub fn size(&self) -> usize {
+        self.bytes
+    }
+
+    /// Stops whoever takes a device's memory for the host's.
+    #[inline(always)]
+    fn expect_host(&self) {
+        assert!(self.memory.device.is_none() || self.kind == Kind::Other, "the block is the device's");
+    }
+
     /// Where it comes from.
     pub(super) fn memory(&self) -> &Arc<Memory> {
         &self.memory
@@ -349,9 +421,9 @@ impl Drop for Block {
         match self.kind {
             Kind::Page => memory.pages.fetch_sub(1, Relaxed),
             Kind::Kept => memory.kept.fetch_sub(self.bytes as u64, Relaxed),
-            Kind::Other => 0,
+            Kind::Device | Kind::Other => 0,
         };
-        if self.kind != Kind::Other {
+        if memory.waits(self.kind) {
             let mut free = memory.free.lock();
             if let Some(class) = free.iter_mut().find(|c| c.kind == self.kind && c.bytes == self.bytes) {
                 class.push(self.data);
@@ -367,7 +439,9 @@ impl Drop for Block {
 
 impl Deref for Block {
     type Target = [u8];
+    #[inline(always)]
     fn deref(&self) -> &[u8] {
+        self.expect_host();
         // SAFETY: `bytes` bytes, initialised when they were allocated, that this block owns.
         unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.bytes) }
     }
@@ -375,6 +449,7 @@ impl Deref for Block {
 
 impl DerefMut for Block {
     fn deref_mut(&mut self) -> &mut [u8] {
+        self.expect_host();
         // SAFETY: as above, and `&mut self` excludes other users.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.bytes) }
     }
@@ -393,6 +468,16 @@ impl Shared {
     /// True if nobody else holds the block. Only a holder can make another one, so it stays true.
     pub fn is_own(&self) -> bool {
         Arc::strong_count(&self.0) == 1
+    }
+
+    /// Its address, which may be the device's.
+    pub fn address(&self) -> u64 {
+        self.0.address()
+    }
+
+    /// Its size.
+    pub fn size(&self) -> usize {
+        self.0.size()
     }
 
     /// The bytes of a block that nobody else holds.

@@ -5,6 +5,7 @@
 //! can fail, memory above all, is taken before anything is changed.
 
 mod batch;
+mod device;
 mod layer;
 mod memory;
 mod positions;
@@ -15,11 +16,14 @@ mod sequence;
 mod slots;
 
 pub use batch::{Batch, Bounds, StepSequence};
+pub use device::Plan;
 pub use memory::{AllocFn, Allocator, Block, DeallocFn, Hooks, Memory};
 pub use positions::Positions;
 pub use reader::{Reader, SequenceView};
 pub use slots::SlotLayer;
 
+use crate::backend::cuda::params::View;
+use crate::backend::cuda::{Device, Stream};
 use crate::format::{Format, Layout, Shape, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -89,8 +93,13 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache. Shapes must be valid.
+    /// An empty cache on the host. Shapes must be valid.
     pub fn new(config: Config, allocator: Allocator) -> Result<Cache> {
+        Cache::with_device(config, allocator, None)
+    }
+
+    /// One whose rows lie on a device, if there is one. Devices have rows that are appended, in the aligned format.
+    pub fn with_device(config: Config, allocator: Allocator, device: Option<Arc<Device>>) -> Result<Cache> {
         for (name, value) in [("exact_head", config.exact_head), ("exact_tail", config.exact_tail)] {
             if value > TILE {
                 return Err(Error::Argument(format!("{name} {value}: expected at most {TILE}")));
@@ -103,7 +112,7 @@ impl Cache {
         let is_index = matches!(config.placement, Placement::Slots { attached: true, .. });
         let layout = |&shape: &Shape| if is_index { Layout::index(shape) } else { Layout::new(config.format, shape) };
         let layouts: Vec<Layout> = config.layers.iter().map(layout).collect();
-        let memory = Memory::new(allocator, config.max_bytes);
+        let memory = Memory::with_device(allocator, device, config.max_bytes);
         let sequences = RwLock::new(Directory::new(&memory)?);
         let mut cache = Cache { config, layouts, memory, sequences, slots: Vec::new() };
         if cache.lossless() {
@@ -211,13 +220,13 @@ impl Cache {
 
     /// Keeps the first `n_tokens` tokens.
     pub fn truncate(&self, sequence: u64, n_tokens: usize) -> Result<()> {
-        self.find(sequence)?.truncate(n_tokens)
+        self.find(sequence)?.truncate(&self.memory, n_tokens)
     }
 
     /// Tokens in `layer`, those of a begun step included; None: committed tokens.
     pub fn length(&self, sequence: u64, layer: Option<usize>) -> Result<usize> {
         match layer {
-            Some(layer) => Ok(self.read(sequence, layer)?.view().len),
+            Some(layer) => Ok(self.read(sequence, layer)?.n_tokens()),
             None => Ok(self.find(sequence)?.len.load(Relaxed)),
         }
     }
@@ -226,6 +235,12 @@ impl Cache {
     pub fn read(&self, sequence: u64, layer: usize) -> Result<Reader> {
         self.check_layer(layer)?;
         self.find(sequence)?.read(layer)
+    }
+
+    /// The same on a device: what its kernels are told, once what was launched on `stream` has run.
+    pub fn device_view(&self, sequence: u64, layer: usize, stream: Stream) -> Result<View> {
+        self.check_layer(layer)?;
+        self.find(sequence)?.device_view(&self.memory, layer, stream)
     }
 
     /// True if nothing is kept beside the pages.

@@ -22,7 +22,12 @@ impl Reader {
         &self.positions
     }
 
-    /// What attention reads.
+    /// Its tokens.
+    pub fn n_tokens(&self) -> usize {
+        self.layer.len
+    }
+
+    /// What attention reads, on the host.
     pub fn view(&self) -> SequenceView<'_> {
         let layer = &*self.layer;
         let n_exact = layer.exact_head.min(layer.len);

@@ -1,10 +1,12 @@
 //! Large blocks side by side in regions of the address space, backed by huge pages where the system has them. Attention
 //! reads a little of every page of a long context: with small pages of memory it would miss the translation buffer at
-//! every tile.
+//! every tile. On a device regions spare it an allocation per page.
 
 use super::memory::reserve;
 use crate::Result;
+use crate::backend::cuda::Device;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Bytes of a huge page, on every architecture that has 4 KiB pages.
 const HUGE: usize = 2 << 20;
@@ -14,7 +16,10 @@ const REGION: usize = 64 << 20;
 
 /// Regions of one [`super::Memory`].
 #[derive(Debug, Default)]
-pub(super) struct Regions(Vec<Region>);
+pub(super) struct Regions {
+    all: Vec<Region>,
+    device: Option<Arc<Device>>,
+}
 
 /// Blocks of one size.
 #[derive(Debug)]
@@ -27,24 +32,33 @@ struct Region {
     n_used: usize,
     /// Bit per block.
     used: Vec<u64>,
+    device: Option<Arc<Device>>,
 }
 
 // SAFETY: a region owns its memory.
 unsafe impl Send for Region {}
 
+/// Blocks on a device start on multiples of this.
+const DEVICE_ALIGN: usize = 512;
+
 impl Regions {
-    /// Zeroed memory, aligned to a page of memory. None if the system has none.
+    /// Of a device, or of the host.
+    pub fn new(device: Option<Arc<Device>>) -> Regions {
+        Regions { all: Vec::new(), device }
+    }
+
+    /// Memory, aligned to a page of memory and zeroed on the host. None if there is none left.
     pub fn alloc(&mut self, bytes: usize) -> Result<Option<NonNull<u8>>> {
-        let stride = bytes.next_multiple_of(page_bytes());
+        let stride = bytes.next_multiple_of(if self.device.is_some() { DEVICE_ALIGN } else { page_bytes() });
         // The newest first: older ones are full unless much has been given back.
-        let found = self.0.iter_mut().rev().find(|r| r.stride == stride && r.n_used < r.n_blocks);
+        let found = self.all.iter_mut().rev().find(|r| r.stride == stride && r.n_used < r.n_blocks);
         if let Some(region) = found {
             return Ok(Some(region.take()));
         }
-        reserve(&mut self.0, 1)?;
-        let Some(mut region) = Region::new(stride)? else { return Ok(None) };
+        reserve(&mut self.all, 1)?;
+        let Some(mut region) = Region::new(stride, self.device.clone())? else { return Ok(None) };
         let block = region.take();
-        self.0.push(region);
+        self.all.push(region);
         Ok(Some(block))
     }
 
@@ -56,18 +70,18 @@ impl Regions {
         let at = block.as_ptr() as usize;
         let holds =
             |r: &Region| (r.start.as_ptr() as usize..).contains(&at) && at - (r.start.as_ptr() as usize) < r.bytes;
-        let Some(i) = self.0.iter().position(holds) else { unreachable!("a block lies in its region") };
-        let region = &mut self.0[i];
+        let Some(i) = self.all.iter().position(holds) else { unreachable!("a block lies in its region") };
+        let region = &mut self.all[i];
         // SAFETY: the contract.
         unsafe { region.give(block) };
         if region.n_used == 0 {
-            self.0.swap_remove(i);
+            self.all.swap_remove(i);
         }
     }
 }
 
 impl Region {
-    fn new(stride: usize) -> Result<Option<Region>> {
+    fn new(stride: usize, device: Option<Arc<Device>>) -> Result<Option<Region>> {
         let n_blocks = (REGION / stride).max(1);
         let mut used = Vec::new();
         reserve(&mut used, n_blocks.div_ceil(64))?;
@@ -75,7 +89,8 @@ impl Region {
         let Some(bytes) = stride.checked_mul(n_blocks).and_then(|bytes| bytes.checked_next_multiple_of(HUGE)) else {
             return Ok(None);
         };
-        Ok(map(bytes).map(|start| Region { start, bytes, stride, n_blocks, n_used: 0, used }))
+        let start = device.as_ref().map_or_else(|| map(bytes), |device| device.alloc(bytes));
+        Ok(start.map(|start| Region { start, bytes, stride, n_blocks, n_used: 0, used, device }))
     }
 
     /// A block; there is a free one.
@@ -95,6 +110,9 @@ impl Region {
         debug_assert!(self.used[i / 64] >> (i % 64) & 1 == 1);
         self.used[i / 64] &= !(1 << (i % 64));
         self.n_used -= 1;
+        if self.device.is_some() {
+            return;
+        }
         // SAFETY: whole pages of memory that are this block's alone.
         unsafe {
             if libc::madvise(block.as_ptr().cast(), self.stride, libc::MADV_DONTNEED) != 0 {
@@ -107,8 +125,13 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: what `map` returned; blocks have been given back.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
+        // SAFETY: what `map` or the device returned; blocks have been given back.
+        unsafe {
+            match &self.device {
+                Some(device) => device.free(self.start),
+                None => _ = libc::munmap(self.start.as_ptr().cast(), self.bytes),
+            }
+        }
     }
 }
 
@@ -171,20 +194,20 @@ mod tests {
         };
         let mut blocks: Vec<_> =
             sizes.iter().enumerate().map(|(i, &bytes)| alloc(&mut regions, bytes, i as u8 + 1)).collect();
-        assert!(regions.0.len() > 3);
-        let n_regions = regions.0.len();
+        assert!(regions.all.len() > 3);
+        let n_regions = regions.all.len();
         for (i, block) in blocks.iter_mut().enumerate().filter(|(i, _)| i % 3 == 0) {
             // SAFETY: replaced at once.
             unsafe { regions.dealloc(*block) };
             *block = alloc(&mut regions, sizes[i], i as u8 + 1);
         }
-        assert_eq!(regions.0.len(), n_regions, "what was given back is used again");
+        assert_eq!(regions.all.len(), n_regions, "what was given back is used again");
         for (i, (&block, &bytes)) in blocks.iter().zip(&sizes).enumerate() {
             assert!(marked(block, bytes, i as u8 + 1), "block {i}");
             // SAFETY: not used again.
             unsafe { regions.dealloc(block) };
         }
-        assert!(regions.0.is_empty());
+        assert!(regions.all.is_empty());
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Sequences, and the ids that name them.
 
+use super::device::Edits;
 use super::layer::Layer;
 use super::memory::{Charge, Memory, Table};
 use super::{Config, Positions, Reader};
+use crate::backend::cuda::Stream;
+use crate::backend::cuda::params::View;
 use crate::format::Layout;
 use crate::{Error, Result};
 use parking_lot::lock_api::ArcRwLockWriteGuard;
@@ -44,7 +47,7 @@ impl Sequence {
         n_layers: usize,
         len: usize,
         positions: Positions,
-        layer: impl Fn(usize) -> Result<Layer>,
+        mut layer: impl FnMut(usize) -> Result<Layer>,
     ) -> Result<Sequence> {
         let record = Charge::new(memory, Sequence::record_bytes(n_layers))?;
         let mut layers = Vec::new();
@@ -77,11 +80,15 @@ impl Sequence {
             return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
         }
         let positions = self.positions.try_read().ok_or_else(|| self.taken())?.fork(n)?;
-        Sequence::with(memory, self.layers.len(), n, positions, |i| self.read_layer(i)?.fork(n))
+        let mut edits = Edits::new(memory);
+        let fork =
+            Sequence::with(memory, self.layers.len(), n, positions, |i| self.read_layer(i)?.fork(n, &mut edits))?;
+        edits.run()?;
+        Ok(fork)
     }
 
     /// Forgets all but the first `n` tokens.
-    pub fn truncate(&self, n: usize) -> Result<()> {
+    pub fn truncate(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
         let _claim = self.claim()?;
         let len = self.len.load(Relaxed);
         if n > len {
@@ -90,7 +97,7 @@ impl Sequence {
         if n == len {
             return Ok(());
         }
-        let mut layers = Vec::new();
+        let (mut layers, mut edits) = (Vec::new(), Edits::new(memory));
         super::memory::reserve(&mut layers, self.layers.len())?;
         for i in 0..self.layers.len() {
             let layer = self.write_layer(i)?;
@@ -99,10 +106,10 @@ impl Sequence {
         }
         self.write_positions()?.truncate(n);
         for (mut layer, spare) in layers {
-            layer.truncate(n, spare);
+            layer.truncate(n, spare, &mut edits);
         }
         self.len.store(n, Relaxed);
-        Ok(())
+        edits.run()
     }
 
     /// Marks a sequence that nobody uses as destroyed.
@@ -135,6 +142,28 @@ impl Sequence {
 
     fn being_written(&self, layer: usize) -> Error {
         Error::Busy(format!("sequence {}: layer {layer} is being written", self.id))
+    }
+
+    /// What a device's kernels are told of a layer.
+    pub fn device_view(&self, memory: &Arc<Memory>, layer: usize, stream: Stream) -> Result<View> {
+        let rows = self.read_layer(layer)?;
+        if !rows.is_unlisted() {
+            return Ok(rows.device_view(self.id, rows.len));
+        }
+        drop(rows);
+        let mut rows = self.write_layer(layer)?;
+        rows.list_now(memory, stream)?;
+        Ok(rows.device_view(self.id, rows.len))
+    }
+
+    /// True if a device does not know where all pages of some layer are.
+    pub fn is_unlisted(&self) -> Result<bool> {
+        for layer in 0..self.layers.len() {
+            if self.read_layer(layer)?.is_unlisted() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     pub fn write_layer(&self, layer: usize) -> Result<RwLockWriteGuard<'_, Layer>> {

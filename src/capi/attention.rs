@@ -2,17 +2,19 @@
 
 use super::batch::{Object, WORKSPACE_ALIGN, Workspaces};
 use super::check::{
-    Bytes, Grid, array, count, descriptor, disjoint, no_stream, not_built, optional, pointer, within, wrong, zero,
+    Bytes, Grid, array, count, descriptor, disjoint, not_built, optional, pointer, within, wrong, zero,
 };
 use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
-use super::{context, guard};
+use super::{context, device, guard};
 use crate::backend::cpu::{Cpu, State, merge};
+use crate::backend::cuda::Sight;
 use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, Threads};
-use crate::cache::{Reader, SequenceView, StepSequence};
+use crate::cache::{Positions, Reader, SequenceView, StepSequence};
 use crate::format::{Format, Layout, MAX_DIM, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
+use std::ops::Deref;
 
 /// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
 pub(super) const MAX_PROGRESSIVE: usize = 8;
@@ -20,10 +22,10 @@ pub(super) const MAX_PROGRESSIVE: usize = 8;
 /// What an attention call asks for, apart from memory: checked here for `akv_aligned_attention` and `akv_supports`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Options {
-    scale: f32,
-    softcap: f32,
-    tolerance: f32,
-    mode: Mode,
+    pub scale: f32,
+    pub softcap: f32,
+    pub tolerance: f32,
+    pub mode: Mode,
     causal: bool,
     window: usize,
     /// No row takes another path than the dense one.
@@ -39,7 +41,6 @@ impl Options {
         zero(at("flags"), d.flags)?;
         Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
         Grid::new(&d.out, &at("out"), shape.n_q_heads, shape.dim_v)?;
-        no_stream(&at("stream"), d.stream)?;
         if !d.scale.is_finite() {
             return Err(wrong(at("scale"), d.scale, "a finite factor, or 0 for 1 / sqrt(dim_k)"));
         }
@@ -105,6 +106,11 @@ impl Options {
             paths,
         })
     }
+
+    /// What rows see.
+    pub fn sight(&self) -> Sight {
+        Sight { causal: self.causal, window: self.window, dense: self.all_dense }
+    }
 }
 
 /// The caller's threads.
@@ -154,25 +160,23 @@ fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
     Bytes::new(pointer(p, name)?, n, name)
 }
 
-/// Which tokens every query row sees.
-fn query_rows(
-    readers: &[(StepSequence, Reader)],
-    views: &[SequenceView],
-    step: &[StepSequence],
-    options: &Options,
+/// Which tokens every query row sees. Sequences: tokens, query rows, positions.
+pub(super) fn query_rows<P: Deref<Target = Positions>>(
+    sequences: &[(usize, usize, P)],
+    sight: Sight,
     kv_from: Option<&[i64]>,
     kv_to: Option<&[i64]>,
 ) -> Vec<QueryRow> {
-    let mut rows = Vec::with_capacity(step.iter().map(|s| s.n_q).sum());
-    for (sequence, (view, step)) in views.iter().zip(step).enumerate() {
-        let positions = readers[sequence].1.positions();
-        let dense = options.all_dense || step.n_q > MAX_PROGRESSIVE;
-        for token in view.len - step.n_q..view.len {
+    let mut rows = Vec::with_capacity(sequences.iter().map(|s| s.1).sum());
+    for (sequence, (len, n_q, positions)) in sequences.iter().enumerate() {
+        let (len, n_q) = (*len, *n_q);
+        let dense = sight.dense || n_q > MAX_PROGRESSIVE;
+        for token in len - n_q..len {
             let position = positions.at(token);
-            let mut to = if options.causal { positions.below(position.saturating_add(1), view.len) } else { view.len };
-            let mut from = match options.window {
+            let mut to = if sight.causal { positions.below(position.saturating_add(1), len) } else { len };
+            let mut from = match sight.window {
                 0 => 0,
-                w => positions.below(position.saturating_sub(w as i64 - 1), view.len),
+                w => positions.below(position.saturating_sub(w as i64 - 1), len),
             };
             // Checked to be 0 or more.
             if let Some(bound) = kv_from {
@@ -185,6 +189,39 @@ fn query_rows(
         }
     }
     rows
+}
+
+/// Fails for limits of what rows see that are negative.
+pub(super) fn check_ranges(kv_from: Option<&[i64]>, kv_to: Option<&[i64]>) -> Result<()> {
+    for (name, array) in [("kv_from", kv_from), ("kv_to", kv_to)] {
+        if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
+            return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
+        }
+    }
+    Ok(())
+}
+
+/// Fails for outputs that are misaligned, or share bytes with one another, with q or with the workspace.
+pub(super) fn apart(desc: &akv_attention_desc, q: &Grid, out: &Grid, n_q: usize, shape: &Shape) -> Result<()> {
+    let n = n_q.checked_mul(shape.n_q_heads);
+    let stats = match desc.stats.is_null() {
+        true => Bytes { from: 0, to: 0 },
+        false => Bytes::new(pointer(desc.stats, "desc->stats")?, Some(1), "desc->stats")?,
+    };
+    let workspace = Bytes::new(desc.workspace.cast::<u8>(), Some(desc.workspace_bytes), "desc->workspace")?;
+    disjoint(
+        &[
+            ("desc->out", out.bytes("desc->out", n_q)?),
+            ("desc->lse", floats(desc.lse, n, "desc->lse")?),
+            ("desc->bound", floats(desc.bound, n, "desc->bound")?),
+            ("desc->lse_bound", floats(desc.lse_bound, n, "desc->lse_bound")?),
+            ("desc->estimate", floats(desc.estimate, n, "desc->estimate")?),
+            ("desc->amplitude", floats(desc.amplitude, n, "desc->amplitude")?),
+            ("desc->stats", stats),
+            ("desc->workspace", workspace),
+        ],
+        &[("desc->q", q.bytes("desc->q", n_q)?)],
+    )
 }
 
 fn finite(q: &Rows, n_rows: usize, n_heads: usize) -> Result<()> {
@@ -245,7 +282,6 @@ impl<'a> Frame<'a> {
         let nth = team.as_ref().map_or(1, |t| t.nth);
         let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
         let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
-        let n = n_q.checked_mul(shape.n_q_heads);
         // SAFETY: the caller's contract.
         let (slopes, sinks): (Option<&[f32]>, Option<&[f32]>) = unsafe {
             (
@@ -272,26 +308,7 @@ impl<'a> Frame<'a> {
         } else if desc.workspace_bytes < needed {
             return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
         }
-        let stats = match desc.stats.is_null() {
-            true => Bytes { from: 0, to: 0 },
-            false => Bytes::new(pointer(desc.stats, "desc->stats")?, Some(1), "desc->stats")?,
-        };
-        disjoint(
-            &[
-                ("desc->out", out.bytes("desc->out", n_q)?),
-                ("desc->lse", floats(desc.lse, n, "desc->lse")?),
-                ("desc->bound", floats(desc.bound, n, "desc->bound")?),
-                ("desc->lse_bound", floats(desc.lse_bound, n, "desc->lse_bound")?),
-                ("desc->estimate", floats(desc.estimate, n, "desc->estimate")?),
-                ("desc->amplitude", floats(desc.amplitude, n, "desc->amplitude")?),
-                ("desc->stats", stats),
-                (
-                    "desc->workspace",
-                    Bytes::new(desc.workspace.cast::<u8>(), Some(desc.workspace_bytes), "desc->workspace")?,
-                ),
-            ],
-            &[("desc->q", q.bytes("desc->q", n_q)?)],
-        )?;
+        apart(desc, &q, &out, n_q, shape)?;
         if n_q > 0 {
             // SAFETY: its extent is checked.
             finite(&unsafe { q.rows() }, n_q, shape.n_q_heads)?;
@@ -364,21 +381,25 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     let step = batch.step()?;
     let (cache, cpu) = (&batch.owner.cache, &batch.owner.context.cpu);
     let layer = batch.owner.layer(layer)?;
+    if batch.owner.context.device.is_some() {
+        // SAFETY: the caller's contract.
+        return unsafe { device::attention(batch, &step, layer, desc) };
+    }
+    // SAFETY: on the CPU it must be NULL.
+    unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
     let layout = &cache.layouts()[layer];
     // SAFETY: the caller's contract.
     let frame = unsafe { Frame::new(desc, layout, false, step.n_q, step.max_kv, batch.max_threads, cpu) }?;
     // SAFETY: the caller's contract.
     let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
         unsafe { (optional(desc.kv_from, step.n_q, "desc->kv_from")?, optional(desc.kv_to, step.n_q, "desc->kv_to")?) };
-    for (name, array) in [("kv_from", kv_from), ("kv_to", kv_to)] {
-        if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
-            return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
-        }
-    }
+    check_ranges(kv_from, kv_to)?;
     let prepared = batch.batch.read(layer);
     let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
     let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
-    let rows = query_rows(readers, &views, &step.sequences, &frame.options, kv_from, kv_to);
+    let of_step: Vec<_> =
+        views.iter().zip(readers).map(|(view, (step, reader))| (view.len, step.n_q, reader.positions())).collect();
+    let rows = query_rows(&of_step, frame.options.sight(), kv_from, kv_to);
     let scene = Scene { sequences: &views, rows: &rows, mask: None };
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, prepared.as_ref().map(|_| scene).map_err(Clone::clone), &batch.workspaces) }
@@ -423,9 +444,8 @@ fn state_arrays(s: &akv_state, out: usize, others: usize) -> [(&'static str, *mu
     ]
 }
 
-/// # Safety
-/// What `states` and `out` point to is as documented.
-unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
+/// Fails for arrays that are missing, misaligned, or in each other's way.
+fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
     let sizes = n.checked_mul(dim).filter(|&n| n <= isize::MAX as usize / 4);
     let n_out = sizes.ok_or_else(|| wrong("rows", n, "states that fit the address space"))?;
     let check = |state: &akv_state, name: &str| -> Result<[Bytes; 6]> {
@@ -464,6 +484,12 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
             }
         }
     }
+    Ok(())
+}
+
+/// # Safety
+/// What `states` and `out` point to is as documented, and checked.
+unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
     let mut parts: Vec<State> = Vec::with_capacity(states.len());
     let mut buffer = [0.0; MAX_DIM];
     for i in 0..n {
@@ -548,15 +574,23 @@ pub unsafe extern "C" fn akv_merge_states(
     stream: *mut c_void,
 ) -> akv_status {
     guard(|| {
-        CONTEXTS.get(context, "context")?;
-        no_stream("stream", stream)?;
+        let context = CONTEXTS.get(context, "context")?;
+        // SAFETY: the caller's contract.
+        let stream = unsafe { context.stream("stream", stream) }?;
         let n = within("n", n, 1..=i32::MAX)? as usize;
         let (rows, heads) = (count("rows", rows)?, count("heads", heads.into())?);
         let dim = within("dim", dim, 1..=MAX_DIM as i32)? as usize;
         let elements =
             rows.checked_mul(heads).ok_or_else(|| wrong("rows", rows, "states that fit the address space"))?;
         // SAFETY: the caller's contract.
-        unsafe { merge_states(array(states, n, "states")?, elements, dim, &*pointer(out, "out")?) }
+        unsafe {
+            let (states, out) = (array(states, n, "states")?, &*pointer(out, "out")?);
+            check_states(states, elements, dim, out)?;
+            match &context.device {
+                Some(device) => device::merge(device, states, elements, dim, out, stream),
+                None => merge_states(states, elements, dim, out),
+            }
+        }
     })
 }
 
@@ -605,7 +639,7 @@ mod tests {
     #[test]
     fn every_field_is_checked_and_named() {
         type Case = (&'static str, fn(&mut akv_attention_desc));
-        let cases: [Case; 17] = [
+        let cases: [Case; 16] = [
             ("desc->flags", |d| d.flags = 1),
             ("desc->logit_softcap", |d| d.logit_softcap = -30.0),
             ("desc->mask", |d| d.mask = std::ptr::dangling()),
@@ -613,7 +647,6 @@ mod tests {
             ("desc->q->stride_head", |d| d.q.stride_head = 252),
             ("desc->out->reserved", |d| d.out.reserved = 1),
             ("desc->out->stride_row", |d| d.out.stride_row = -128),
-            ("desc->stream", |d| d.stream = std::ptr::dangling_mut()),
             ("desc->scale", |d| d.scale = f32::NAN),
             ("desc->scale", |d| d.scale = f32::INFINITY),
             ("desc->tolerance", |d| d.tolerance = -1e-3),
@@ -689,12 +722,9 @@ mod tests {
             amplitude: null,
         };
         // One element of 8 channels.
-        let refused = |states: &[akv_state], out: akv_state, name: &str| {
-            // SAFETY: all within `memory`, or NULL.
-            match unsafe { merge_states(states, 1, 8, &out) } {
-                Err(Error::Argument(text)) if text.starts_with(name) => {}
-                other => panic!("{other:?} for {name}"),
-            }
+        let refused = |states: &[akv_state], out: akv_state, name: &str| match check_states(states, 1, 8, &out) {
+            Err(Error::Argument(text)) if text.starts_with(name) => {}
+            other => panic!("{other:?} for {name}"),
         };
         refused(&[state(0, 8), state(16, 24)], state(4, 32), "out->out is in states[0].out");
         refused(&[state(0, 8), state(16, 24)], state(32, 17), "out->lse is in states[1].out");

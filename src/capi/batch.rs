@@ -1,14 +1,15 @@
 //! Steps: batches, and appending.
 
-use super::check::{Grid, array, count, descriptor, no_stream, optional, pointer, within, wrong, zero};
+use super::check::{Grid, array, count, descriptor, optional, pointer, within, wrong, zero};
 use super::handle::{BATCHES, CACHES};
 use super::types::*;
-use super::{cache, guard};
+use super::{cache, device, guard};
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Device, Tables};
 use crate::cache::{Batch, Block, Bounds, Memory, StepSequence};
 use crate::{Error, Result};
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 /// What an `akv_batch` stands for.
 pub(super) struct Object {
@@ -18,6 +19,8 @@ pub(super) struct Object {
     /// Calls that work on the step hold it shared; begin, commit and abort exclusively, without waiting.
     step: RwLock<Step>,
     pub workspaces: Workspaces,
+    /// On a device.
+    tables: Option<Mutex<Tables>>,
     /// Keeps it alive, and busy.
     pub owner: Arc<cache::Object>,
 }
@@ -31,6 +34,8 @@ pub(super) struct Step {
     pub n_q: usize,
     /// Most tokens of a sequence once the step's new ones are in.
     pub max_kv: usize,
+    /// Tiles that each layer is appended to.
+    pub n_appends: usize,
 }
 
 impl Object {
@@ -38,6 +43,14 @@ impl Object {
     pub fn step(&self) -> Result<RwLockReadGuard<'_, Step>> {
         let step = self.step.read().unwrap_or_else(PoisonError::into_inner);
         if step.begun { Ok(step) } else { Err(no_step()) }
+    }
+
+    /// The device that it computes on, and its tables.
+    pub fn device(&self) -> Result<(&Arc<Device>, MutexGuard<'_, Tables>)> {
+        match (&self.owner.context.device, &self.tables) {
+            (Some(device), Some(tables)) => Ok((device, tables.lock().unwrap_or_else(PoisonError::into_inner))),
+            _ => Err(Error::Internal("a batch without a device".to_owned())),
+        }
     }
 
     fn exclusive(&self) -> Result<RwLockWriteGuard<'_, Step>> {
@@ -176,11 +189,16 @@ pub unsafe extern "C" fn akv_batch_create(
             0 => owner.context.cpu.n_threads(),
             n => n as usize,
         };
+        let tables = match owner.context.device {
+            Some(_) => Some(Mutex::new(device::tables(&owner.cache, &bounds)?)),
+            None => None,
+        };
         let object = Object {
             batch: Batch::new(owner.cache.clone(), bounds),
             max_threads,
             step: RwLock::default(),
             workspaces: Workspaces::new(owner.cache.memory()),
+            tables,
             owner,
         };
         // SAFETY: checked, and the caller's contract.
@@ -208,7 +226,8 @@ pub unsafe extern "C" fn akv_batch_begin(
 ) -> akv_status {
     guard(|| {
         let batch = BATCHES.get(batch, "batch")?;
-        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        let stream = unsafe { batch.owner.context.stream("stream", stream) }?;
         // SAFETY: the caller's contract.
         let request = unsafe { Request::new(&descriptor(desc, "desc")?) }?;
         let mut step = batch.exclusive()?;
@@ -219,7 +238,14 @@ pub unsafe extern "C" fn akv_batch_begin(
         let lens = request.sequences.iter().map(|s| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new));
         let lens = lens.collect::<Result<Vec<_>>>().inspect_err(|_| batch.batch.abort())?;
         let max_kv = lens.into_iter().max().unwrap_or(0);
-        *step = Step { begun: true, sequences: request.sequences, n_new: request.n_new, n_q: request.n_q, max_kv };
+        let mut n_appends = 0;
+        if batch.tables.is_some() {
+            let (_, mut tables) = batch.device()?;
+            let begun = device::begin(&batch.batch, &mut tables, stream);
+            n_appends = begun.inspect_err(|_| batch.batch.abort())?;
+        }
+        let (n_new, n_q) = (request.n_new, request.n_q);
+        *step = Step { begun: true, sequences: request.sequences, n_new, n_q, max_kv, n_appends };
         Ok(())
     })
 }
@@ -240,6 +266,33 @@ pub unsafe extern "C" fn akv_batch_commit(batch: *mut akv_batch) -> akv_status {
         batch.batch.commit()?;
         step.begun = false;
         Ok(())
+    })
+}
+
+/// Says that a CUDA graph has been launched, on the step's stream, in which akv_quantize_kv of all layers was captured in
+/// an earlier step of this batch: the step's new tokens are in all layers, as if the calls had been made. The graph takes
+/// the step's sequences and rows from what akv_batch_begin told the device, with the addresses of K, V, q and outputs that
+/// it was captured with; query rows beyond the step's are left alone. Graphs of one batch must not run at the same time.
+///
+/// Errors: AKV_E_ARGUMENT (no step is begun, or it is not within the batch's bounds, so that the graph did nothing),
+/// AKV_E_UNSUPPORTED on the CPU.
+///
+/// # Safety
+/// Pointers must be NULL or valid as described.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn akv_batch_replayed(batch: *mut akv_batch) -> akv_status {
+    guard(|| {
+        let batch = BATCHES.get(batch, "batch")?;
+        drop(batch.step()?);
+        if batch.tables.is_none() {
+            return Err(Error::Unsupported("akv_batch_replayed: the CPU has no graphs".to_owned()));
+        }
+        let (_, tables) = batch.device()?;
+        if !tables.is_replayable() {
+            let text = "batch: the step is not within its bounds, so that no graph can do its work";
+            return Err(Error::Argument(text.to_owned()));
+        }
+        batch.batch.replayed()
     })
 }
 
@@ -277,6 +330,16 @@ pub unsafe extern "C" fn akv_batch_workspace(
         let (bytes, align) = (pointer(bytes, "bytes")?, pointer(align, "align")?);
         let bounds = batch.batch.bounds();
         let max_kv = bounds.max_kv.ok_or_else(|| wrong("the batch's max_kv", "0 (no bound)", "a bound"))?;
+        if batch.tables.is_some() {
+            let max_q = bounds.max_q.ok_or_else(|| wrong("the batch's max_q", "0 (no bound)", "a bound"))?;
+            let (most, _) = device::workspace(&batch.owner.cache, max_q, max_kv);
+            // SAFETY: checked, and the caller's contract.
+            unsafe {
+                bytes.write(most);
+                align.write(device::WORKSPACE_ALIGN);
+            }
+            return Ok(());
+        }
         // The context's threads serve a call that names none.
         let nth = batch.max_threads.max(batch.owner.context.cpu.n_threads());
         let layouts = batch.owner.cache.layouts().iter();
@@ -322,7 +385,8 @@ pub unsafe extern "C" fn akv_quantize_kv(
 ) -> akv_status {
     guard(|| {
         let batch = BATCHES.get(batch, "batch")?;
-        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        let stream = unsafe { batch.owner.context.stream("stream", stream) }?;
         let layer = batch.owner.layer(layer)?;
         let step = batch.step()?;
         if step.n_new == 0 {
@@ -335,6 +399,10 @@ pub unsafe extern "C" fn akv_quantize_kv(
         let value = Grid::new(value, "value", shape.n_kv_heads, shape.dim_v)?.expect("value", shape.dtype_v)?;
         key.bytes("key", step.n_new)?;
         value.bytes("value", step.n_new)?;
+        if batch.tables.is_some() {
+            // SAFETY: the caller's contract.
+            return unsafe { device::append(&batch, &step, layer, &key, &value, stream) };
+        }
         // SAFETY: checked for n_new rows, and the caller's contract.
         let (key, value) = unsafe { (key.rows(), value.rows()) };
         batch.batch.append(layer, key, value)

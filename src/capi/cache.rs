@@ -4,7 +4,7 @@ use super::batch::Workspaces;
 use super::check::{array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
 use super::handle::{CACHES, CONTEXTS};
 use super::types::*;
-use super::{context, guard};
+use super::{context, device, guard};
 use crate::Result;
 use crate::cache::{Cache, Config, Placement};
 use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, PLANES, Shape, TILE};
@@ -177,7 +177,11 @@ pub unsafe extern "C" fn akv_cache_create(
         // SAFETY: the caller's contract, for the descriptor, its array and `out`.
         unsafe {
             let config = config(&descriptor(desc, "desc")?, "desc")?;
-            let cache = Arc::new(Cache::new(config, context.allocator.clone())?);
+            if context.device.is_some() {
+                device::check_config(&config, "desc")?;
+            }
+            let cache = Cache::with_device(config, context.allocator.clone(), context.device.clone())?;
+            let cache = Arc::new(cache);
             let workspaces = Workspaces::new(cache.memory());
             out.write(CACHES.insert(Object { cache, workspaces, context })?);
         }

@@ -4,7 +4,6 @@
 use super::types::*;
 use crate::format::{Dtype, Rows, RowsMut};
 use crate::{Error, Result};
-use std::ffi::c_void;
 use std::fmt::Display;
 
 /// The error of an argument.
@@ -36,11 +35,6 @@ pub(super) fn count(name: impl Display, value: i64) -> Result<usize> {
 
 pub(super) fn zero<T: PartialEq + Default + Display>(name: impl Display, value: T) -> Result<()> {
     if value == T::default() { Ok(()) } else { Err(wrong(name, value, 0)) }
-}
-
-/// The CPU has no streams; a pointer here means that the caller takes this for a CUDA context.
-pub(super) fn no_stream(name: &str, stream: *mut c_void) -> Result<()> {
-    if stream.is_null() { Ok(()) } else { Err(wrong(name, "not NULL", "NULL on the CPU backend")) }
 }
 
 /// A pointer to one `T` that is neither NULL nor misaligned, for reading or writing.
@@ -227,6 +221,11 @@ impl Grid {
         Ok(Grid { data: rows.data.cast(), stride_row, stride_head, dtype, heads, dim })
     }
 
+    /// Its address and strides, in bytes.
+    pub fn address(&self) -> (u64, i64, i64) {
+        (self.data as u64, self.stride_row as i64, self.stride_head as i64)
+    }
+
     /// Refuses a dtype other than the layer's.
     pub fn expect(self, name: &str, dtype: Dtype) -> Result<Grid> {
         if self.dtype == dtype {
@@ -288,6 +287,7 @@ impl Grid {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::c_void;
     use std::mem::{MaybeUninit, zeroed};
 
     fn argument<T>(result: Result<T>, part: &str) {

@@ -1,20 +1,39 @@
 //! Contexts.
 
 use super::attention::Options;
-use super::check::{descriptor, not_built, pointer, within, wrong};
+use super::check::{descriptor, pointer, within, wrong};
 use super::guard;
 use super::handle::CONTEXTS;
 use super::types::*;
 use crate::backend::cpu::{Cpu, Isa};
+use crate::backend::cuda::{Device, Stream};
 use crate::cache::Allocator;
 use crate::cache::Placement;
 use crate::{Error, Result};
-use std::ffi::CString;
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
 
 /// What an `akv_context` stands for.
 pub(super) struct Object {
     pub cpu: Cpu,
+    /// What computes, if it is not the CPU.
+    pub device: Option<Arc<Device>>,
     pub allocator: Allocator,
+}
+
+impl Object {
+    /// The stream of a call; on the CPU there is none.
+    ///
+    /// # Safety
+    /// `stream` is NULL or, on CUDA, a stream.
+    pub unsafe fn stream(&self, name: &str, stream: *mut c_void) -> Result<Stream> {
+        match &self.device {
+            // SAFETY: the caller's contract.
+            Some(device) => unsafe { device.stream(stream, name) },
+            None if stream.is_null() => Ok(Stream::DEFAULT),
+            None => Err(wrong(name, "not NULL", "NULL on the CPU backend")),
+        }
+    }
 }
 
 pub(super) fn isa_code(isa: Isa) -> i32 {
@@ -42,12 +61,17 @@ fn environment(variable: &str) -> Option<String> {
 }
 
 /// Backend and instruction set of a description; an override is told apart in the text.
-fn choose(desc: &akv_context_desc, backend: Option<String>, isa: Option<String>) -> Result<Isa> {
-    match forced("AKV_BACKEND", backend, &[("cpu", AKV_CPU), ("cuda", AKV_CUDA)])?.unwrap_or(desc.backend) {
-        0 | AKV_CPU => {}
-        AKV_CUDA => return Err(not_built("desc->backend", "AKV_CUDA", "AKV_CPU")),
+fn choose(desc: &akv_context_desc, backend: Option<String>, isa: Option<String>) -> Result<(i32, Isa)> {
+    let backend = match forced("AKV_BACKEND", backend, &[("cpu", AKV_CPU), ("cuda", AKV_CUDA)])?.unwrap_or(desc.backend)
+    {
+        0 => AKV_CPU,
+        backend @ (AKV_CPU | AKV_CUDA) => backend,
         other => return Err(wrong("desc->backend", other, "0, AKV_CPU (1) or AKV_CUDA (2)")),
-    }
+    };
+    choose_isa(desc, isa).map(|isa| (backend, isa))
+}
+
+fn choose_isa(desc: &akv_context_desc, isa: Option<String>) -> Result<Isa> {
     let names = Isa::ALL.map(|isa| (isa.name(), isa_code(isa)));
     let code = forced("AKV_ISA", isa, &names)?.unwrap_or(desc.isa);
     if code == 0 {
@@ -72,7 +96,7 @@ unsafe fn create(desc: &akv_context_desc) -> Result<Object> {
             super::status::VERSION.to_string_lossy()
         )));
     }
-    let isa = choose(desc, environment("AKV_BACKEND"), environment("AKV_ISA"))?;
+    let (backend, isa) = choose(desc, environment("AKV_BACKEND"), environment("AKV_ISA"))?;
     within("desc->device", desc.device, 0..=i32::MAX)?;
     let n_threads = within("desc->n_threads", desc.n_threads, 0..=1024)?.max(1) as usize;
     let allocator = match (desc.alloc, desc.dealloc) {
@@ -82,15 +106,23 @@ unsafe fn create(desc: &akv_context_desc) -> Result<Object> {
         (None, Some(_)) => return Err(wrong("desc->alloc", "NULL but desc->dealloc is not", "both or neither")),
         (Some(_), None) => return Err(wrong("desc->dealloc", "NULL but desc->alloc is not", "both or neither")),
     };
-    let cpu = Cpu::new(isa, n_threads)?;
+    let device = match backend {
+        // SAFETY: the caller's contract.
+        AKV_CUDA => Some(Arc::new(unsafe { Device::new(desc.device, desc.cuda_context) }?)),
+        _ => None,
+    };
+    let cpu = Cpu::new(isa, if device.is_some() { 1 } else { n_threads })?;
     if let Some(log) = desc.log {
         let version = super::status::VERSION.to_string_lossy();
-        let line = format!("{version}; backend cpu, isa {}, threads {}", cpu.isa().name(), cpu.n_threads());
+        let line = match &device {
+            Some(device) => format!("{version}; backend cuda, {}", device.describe()),
+            None => format!("{version}; backend cpu, isa {}, threads {}", cpu.isa().name(), cpu.n_threads()),
+        };
         let line = CString::new(line).unwrap_or_default();
         // SAFETY: the caller's function, and a string that outlives the call.
         unsafe { log(desc.log_user, AKV_LOG_INFO, line.as_ptr()) };
     }
-    Ok(Object { cpu, allocator })
+    Ok(Object { cpu, device, allocator })
 }
 
 /// Makes a context. `*out` is written on success only.
@@ -125,9 +157,11 @@ pub unsafe extern "C" fn akv_context_destroy(context: *mut akv_context) -> akv_s
     guard(|| CONTEXTS.remove(context, "context", "destroy its caches first, and let calls end").map(drop))
 }
 
-/// Returns and clears the sticky fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none,
-/// otherwise the fault's status, with the place in `*sequence`, `*layer`, `*row` (each NULL allowed). On the CPU every
-/// fault is returned by the call itself, so this is always AKV_OK.
+/// Returns and clears the first fault of work that was launched on a device (NaN in K, say): AKV_OK if there is none so
+/// far, otherwise the fault's status and text, with the place in `*sequence`, `*layer`, `*row` (each NULL allowed; `*row`
+/// is a token of the sequence, or the call's query row if q or the outputs are at fault). It waits for nothing: whoever
+/// wants to know of all work synchronises the stream before. On the CPU every fault is returned by the call itself, so
+/// this is always AKV_OK.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -138,8 +172,27 @@ pub unsafe extern "C" fn akv_poll(
     layer: *mut i32,
     row: *mut u64,
 ) -> akv_status {
-    let _ = (sequence, layer, row);
-    guard(|| CONTEXTS.get(context, "context").map(drop))
+    guard(|| {
+        let context = CONTEXTS.get(context, "context")?;
+        let Some(device) = &context.device else { return Ok(()) };
+        if let Some(error) = device.take_failure() {
+            return Err(error);
+        }
+        let Some(fault) = device.take_fault() else { return Ok(()) };
+        // SAFETY: checked, and the caller's contract.
+        unsafe {
+            if !sequence.is_null() {
+                pointer(sequence, "sequence")?.write(fault.sequence);
+            }
+            if !layer.is_null() {
+                pointer(layer, "layer")?.write(fault.layer);
+            }
+            if !row.is_null() {
+                pointer(row, "row")?.write(fault.row as u64);
+            }
+        }
+        Err(super::device::fault(&fault))
+    })
 }
 
 /// Asks whether caches of `cache` can be created here and attended as `attention` says (NULL: with defaults), without
@@ -156,15 +209,20 @@ pub unsafe extern "C" fn akv_supports(
     path: *mut i32,
 ) -> akv_status {
     guard(|| {
-        CONTEXTS.get(context, "context")?;
+        let context = CONTEXTS.get(context, "context")?;
         // SAFETY: the caller's contract.
         let config = unsafe { super::cache::config(&descriptor(cache, "cache")?, "cache") }?;
+        if context.device.is_some() {
+            super::device::check_config(&config, "cache")?;
+        }
         let attention = match attention.is_null() {
             // SAFETY: plain data, all zeros is what "defaults" means.
             true => unsafe { std::mem::zeroed() },
             // SAFETY: the caller's contract.
             false => unsafe { descriptor(attention, "attention") }?,
         };
+        // SAFETY: the caller's contract.
+        unsafe { context.stream("attention->stream", attention.stream) }?;
         let slots = config.placement != Placement::Append;
         let mut paths = 0;
         for shape in &config.layers {

@@ -9,6 +9,7 @@ pub mod batch;
 pub mod cache;
 mod check;
 pub mod context;
+mod device;
 mod handle;
 pub mod sequence;
 pub mod slots;

@@ -1,6 +1,6 @@
 //! Sequences: creation, forks, lengths, reading back.
 
-use super::check::{Bytes, Grid, count, disjoint, no_stream, pointer, wrong};
+use super::check::{Bytes, Grid, count, disjoint, pointer, wrong};
 use super::handle::CACHES;
 use super::types::*;
 use super::{guard, unbuilt};
@@ -180,15 +180,31 @@ pub unsafe extern "C" fn akv_dequantize_kv(
 ) -> akv_status {
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
-        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        let stream = unsafe { cache.context.stream("stream", stream) }?;
         let layer = cache.layer(layer)?;
         let (first, n) = (count("first", first)?, count("n", n)?);
         let reader = cache.cache.read(sequence, layer)?;
-        let view = reader.view();
-        if first.checked_add(n).is_none_or(|end| end > view.len) {
-            let expected = format_args!("tokens among the {} of the sequence in layer {layer}", view.len);
+        let len = reader.n_tokens();
+        if first.checked_add(n).is_none_or(|end| end > len) {
+            let expected = format_args!("tokens among the {len} of the sequence in layer {layer}");
             return Err(wrong("first, n", format_args!("{first}, {n}"), expected));
         }
+        let shape = &cache.cache.layouts()[layer].shape;
+        if let Some(device) = &cache.context.device {
+            drop(reader);
+            // SAFETY: the caller's contract.
+            return unsafe {
+                let key = output(key, "key", n, shape.n_kv_heads, shape.dim_k)?;
+                let value = output(value, "value", n, shape.n_kv_heads, shape.dim_v)?;
+                if let (Some((_, k)), Some((_, v))) = (&key, &value) {
+                    disjoint(&[("key", *k), ("value", *v)], &[])?;
+                }
+                let rows = (key.map(|(grid, _)| grid), value.map(|(grid, _)| grid));
+                super::device::dequantize(&cache, device, sequence, layer, (first, n), rows, stream)
+            };
+        }
+        let view = reader.view();
         // SAFETY: the caller's contract.
         unsafe {
             write_rows(key, value, n, &view.layout.shape, |row, head, k, v| decode(&view, first + row, head, k, v))

@@ -2,7 +2,7 @@
 
 use super::attention::{Frame, MAX_PROGRESSIVE, Scene};
 use super::batch::WORKSPACE_ALIGN;
-use super::check::{Bytes, Grid, array, count, descriptor, no_stream, pointer, within, wrong};
+use super::check::{Bytes, Grid, array, count, descriptor, pointer, within, wrong};
 use super::handle::{CACHES, CONTEXTS, MASKS};
 use super::sequence::write_rows;
 use super::types::*;
@@ -176,6 +176,8 @@ unsafe fn attend(
     let busy = || Error::Busy("desc->mask: is being set by another call".to_owned());
     let layout = &cache.cache.layouts()[layer];
     // SAFETY: the caller's contract.
+    unsafe { cache.context.stream("desc->stream", desc.stream) }?;
+    // SAFETY: the caller's contract.
     let frame = unsafe { Frame::new(desc, layout, true, n_q, max_kv, MAX_THREADS, cpu) }?;
     let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose();
     // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
@@ -230,7 +232,8 @@ pub unsafe extern "C" fn akv_slots_write(
 ) -> akv_status {
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
-        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        unsafe { cache.context.stream("stream", stream) }?;
         // SAFETY: the caller's contract.
         unsafe { write(&cache, layer, slots, n, key, value) }
     })
@@ -255,7 +258,8 @@ pub unsafe extern "C" fn akv_slots_read(
 ) -> akv_status {
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
-        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        unsafe { cache.context.stream("stream", stream) }?;
         let cells = cache.cache.read_slots(cache.layer(layer)?)?;
         if cells.is_index() {
             let expected = "expected AKV_SLOTS";
@@ -467,7 +471,8 @@ pub unsafe extern "C" fn akv_mask_set(
 ) -> akv_status {
     guard(|| {
         let mask = MASKS.get(mask, "mask")?;
-        no_stream("stream", stream)?;
+        // SAFETY: the caller's contract.
+        unsafe { mask.context.stream("stream", stream) }?;
         let busy = || Error::Busy("mask: is in use by another call".to_owned());
         let mut mask = mask.mask.try_write().ok_or_else(busy)?;
         let (first_row, rows, n_kv) = (count("first_row", first_row)?, count("rows", rows)?, count("n_kv", n_kv)?);

@@ -52,7 +52,7 @@ pub const AKV_BF16: i32 = 2;
 /// # Backends: akv_context_desc.backend (0 = AKV_CPU), akv_stats.backend
 /// The CPU.
 pub const AKV_CPU: i32 = 1;
-/// CUDA devices. Not built yet: AKV_E_UNSUPPORTED.
+/// A CUDA device; AKV_E_UNSUPPORTED where there is no driver, or none that knows the device.
 pub const AKV_CUDA: i32 = 2;
 
 /// # Instruction sets: akv_context_desc.isa (0 = the best of this machine), akv_stats.isa
@@ -459,7 +459,7 @@ pub struct akv_attention_desc {
     pub window: i32,
     /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
     pub alibi_slopes: *const f32,
-    /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. It counts in lse: of parts that are to be
+    /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
     pub sink_logits: *const f32,
     /// For akv_slots_attention: who sees what; NULL = every row sees all cells of its span.

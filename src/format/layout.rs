@@ -265,7 +265,8 @@ impl Layout {
         align(n * s.n_kv_heads * s.dim_k * s.dtype_k.size()) + align(n * s.n_kv_heads * s.dim_v * s.dtype_v.size())
     }
 
-    fn kept_split(&self, n: usize) -> usize {
+    /// Where V begins in it.
+    pub fn kept_offset(&self, n: usize) -> usize {
         let s = &self.shape;
         align(n * s.n_kv_heads * s.dim_k * s.dtype_k.size())
     }
@@ -274,7 +275,7 @@ impl Layout {
     pub fn kept<'a>(&self, block: &'a [u8], n: usize) -> (Rows<'a>, Rows<'a>) {
         assert!(block.len() >= self.kept_bytes(n));
         let s = &self.shape;
-        let (k, v) = block.split_at(self.kept_split(n));
+        let (k, v) = block.split_at(self.kept_offset(n));
         (Rows::contiguous(k, s.n_kv_heads, s.dtype_k, s.dim_k), Rows::contiguous(v, s.n_kv_heads, s.dtype_v, s.dim_v))
     }
 
@@ -287,20 +288,20 @@ impl Layout {
     /// The same of K alone.
     pub fn keep_key(&self, block: &mut [u8], n: usize, row: usize, k: Rows) {
         assert!(row < n && block.len() >= self.kept_bytes(n));
-        self.keep_row(&mut block[..self.kept_split(n)], row, k);
+        self.keep_row(&mut block[..self.kept_offset(n)], row, k);
     }
 
     /// The same of V alone.
     pub fn keep_value(&self, block: &mut [u8], n: usize, row: usize, v: Rows) {
         assert!(row < n && block.len() >= self.kept_bytes(n));
-        self.keep_row(&mut block[self.kept_split(n)..], row, v);
+        self.keep_row(&mut block[self.kept_offset(n)..], row, v);
     }
 
     /// Writes values of one head into a block of one row, rounded to the layer's dtypes (and at most to their limits).
     pub fn keep_values(&self, block: &mut [u8], head: usize, k: &[f32], v: &[f32]) {
         assert!(block.len() >= self.kept_bytes(1) && (block.as_ptr() as usize).is_multiple_of(64));
         let s = &self.shape;
-        let (to_k, to_v) = block.split_at_mut(self.kept_split(1));
+        let (to_k, to_v) = block.split_at_mut(self.kept_offset(1));
         for (to, dtype, x) in [(to_k, s.dtype_k, k), (to_v, s.dtype_v, v)] {
             let limit = if dtype == Dtype::F16 { f32::from(half::f16::MAX) } else { f32::MAX };
             let mut clamped = [0.0; MAX_DIM];

@@ -1,10 +1,19 @@
-//! The CUDA backend: what its kernels (`kernels/`) are called with. Nothing launches them on a device yet: tests run them
-//! on the CPU, as `kernels/host` lets them.
+//! The CUDA backend: the same calls on device memory and the caller's stream. What it launches are the kernels in
+//! `kernels/`; they travel in the library, compiled. The driver is looked for at run time.
 
+mod attend;
+mod device;
+mod driver;
+mod images;
 pub mod params;
+mod tables;
+
+pub use attend::{Call, Workspace, attend};
+pub use device::{Device, Event, Pinned, Stream, bytes_of};
+pub use tables::{Bounds, Sight, Tables};
 
 use crate::format::{MAX_DIM, Shape, TILE};
-use params::{AttendParams, Partial, Scanned, Share, Sums};
+use params::{Share, Sums};
 
 /// Tiles of a split, as on the CPU: results depend on it.
 pub const SPLIT: usize = 8;
@@ -46,43 +55,4 @@ pub fn attend_shared_bytes(shape: &Shape) -> usize {
 /// Units of attention of one query row.
 pub fn units(shape: &Shape) -> usize {
     shape.n_kv_heads * shape.group().div_ceil(UNIT_HEADS)
-}
-
-/// Where the parts of an attention call's workspace begin.
-#[derive(Debug, Clone, Copy)]
-pub struct Workspace {
-    offsets: [usize; 6],
-    /// Its size. The part that counts splits must be 0 before the first call.
-    pub bytes: usize,
-}
-
-impl Workspace {
-    /// Of up to `n_rows` query rows over up to `max_tiles` tiles.
-    pub fn new(shape: &Shape, n_rows: usize, max_tiles: usize) -> Workspace {
-        let n_units = n_rows * units(shape);
-        let heads = n_units * shape.group().min(UNIT_HEADS);
-        let (tiles, splits) = (heads * (1 + max_tiles), heads * max_tiles.div_ceil(SPLIT));
-        let sizes = [
-            n_units * size_of::<u32>(),
-            tiles * TILE * size_of::<f32>(),
-            tiles * size_of::<Scanned>(),
-            splits * size_of::<Partial>(),
-            splits * size_of::<Sums>(),
-            splits * shape.dim_v * size_of::<f32>(),
-        ];
-        let mut bytes = 0;
-        let offsets = sizes.map(|size| {
-            let start = bytes;
-            bytes += size.next_multiple_of(256);
-            start
-        });
-        Workspace { offsets, bytes }
-    }
-
-    /// Puts their addresses into a call.
-    pub fn place(&self, start: u64, max_tiles: usize, call: &mut AttendParams) {
-        let [done, scores, scanned, partials, sums, outs] = self.offsets.map(|offset| start + offset as u64);
-        (call.done, call.scores, call.scanned, call.partials) = (done, scores, scanned, partials);
-        (call.sums, call.outs, call.max_tiles) = (sums, outs, max_tiles as i32);
-    }
 }

@@ -36,11 +36,12 @@ pub struct View {
     pub head_k: u64,
     pub head_v: u64,
     pub written: u64,
+    pub id: u64,
     pub len: i32,
     pub n_exact: i32,
 }
 
-/// A query row: it sees tokens from..to of its sequence, n in all.
+/// A query row: it sees tokens from..to of its sequence (-1: there is no such row), n in all.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct QueryRow {
@@ -48,6 +49,8 @@ pub struct QueryRow {
     pub from: i32,
     pub to: i32,
     pub n: i32,
+    pub dense: i32,
+    pub reserved: i32,
 }
 
 /// Rows of one tile that are appended. Row i of the tile is row source + i - from of the caller's.
@@ -58,11 +61,14 @@ pub struct Append {
     pub kept: u64,
     pub head: u64,
     pub base: u64,
+    pub id: u64,
     pub source: i64,
+    pub tile: i32,
     pub from: i32,
     pub to: i32,
     pub base_rows: i32,
     pub exact_head: i32,
+    pub reserved: i32,
 }
 
 #[repr(C)]
@@ -73,16 +79,22 @@ pub struct EncodeParams {
     pub v: Rows,
     pub appends: u64,
     pub fault: u64,
+    pub layer: i32,
+    pub reserved: i32,
 }
 
-/// The first fault of launched work; 0 = none.
+/// The first fault of launched work, in memory of the host; status 0 = none.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Fault {
+    pub claimed: u32,
     pub status: u32,
-    pub sequence_row: u32,
-    pub head: u32,
-    pub is_value: u32,
+    pub sequence: u64,
+    pub row: i64,
+    pub layer: i32,
+    pub head: i32,
+    pub place: u32,
+    pub reserved: u32,
 }
 
 /// One tile's scan, for one query head.
@@ -163,7 +175,9 @@ pub struct AttendParams {
     pub scale: f32,
     pub softcap: f32,
     pub tolerance: f32,
-    pub reserved: f32,
+    pub layer: i32,
+    pub first_row: i32,
+    pub reserved: i32,
 }
 
 /// What a call read; the counts of akv_stats. Scale bytes, exact rows and bytes follow from these.
@@ -177,19 +191,33 @@ pub struct Stats {
     pub tiles: u64,
 }
 
+/// What a call read, as the caller is told: `akv_stats`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Report {
+    pub bytes_k: u64,
+    pub bytes_v: u64,
+    pub bytes_scales: u64,
+    pub bytes_exact: u64,
+    pub planes_k: [u64; 5],
+    pub planes_v: [u64; 5],
+    pub tokens: u64,
+    pub dense_rows: u64,
+    pub backend: i32,
+    pub isa: i32,
+    pub path: i32,
+    pub reserved: i32,
+}
+
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
-pub struct MergeParams {
-    pub states: u64,
-    pub rows: u64,
-    pub n: i32,
-    pub dim: i32,
-    pub out: u64,
-    pub lse: u64,
-    pub bound: u64,
-    pub lse_bound: u64,
-    pub estimate: u64,
-    pub amplitude: u64,
+pub struct ReportParams {
+    pub shape: Shape,
+    pub stats: u64,
+    pub to: u64,
+    pub dense_rows: u64,
+    pub backend: i32,
+    pub path: i32,
 }
 
 /// A partial state: float [row], out [row][dim]; the latter four or 0.
@@ -208,12 +236,41 @@ pub struct State {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DequantizeParams {
     pub shape: Shape,
-    pub view: u64,
+    pub view: View,
     pub k: Rows,
     pub v: Rows,
     pub fault: u64,
     pub first: i32,
     pub n: i32,
+    pub layer: i32,
+    pub reserved: i32,
+}
+
+/// Most states that one call merges: they travel with the kernel's parameters.
+pub const MAX_STATES: usize = 64;
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct MergeParams {
+    pub n: i32,
+    pub dim: i32,
+    pub out: State,
+    pub states: [State; MAX_STATES],
+}
+
+/// `value` goes to `address`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Poke {
+    pub address: u64,
+    pub value: u64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PokeParams {
+    pub pokes: u64,
+    pub n: u64,
 }
 
 /// See `kernels/alignment.cuh`: what a query head's tokens may leave out.
@@ -232,6 +289,9 @@ pub const FAULT_NONFINITE: u32 = 1;
 pub const FAULT_RANGE: u32 = 2;
 /// Scores beyond binary32, or outputs beyond their dtype.
 pub const FAULT_OVERFLOW: u32 = 3;
+
+/// [`Fault::place`], as names.
+pub const PLACES: [&str; 4] = ["key", "value", "q", "out"];
 
 /// [`AttendParams::mode`].
 pub const MODE_EXPECTED: i32 = 0;
@@ -255,9 +315,10 @@ impl From<&format::Shape> for Shape {
 
 /// Both sides assert the same sizes; no struct has padding.
 const _: () = {
-    assert!(size_of::<Shape>() == 32 && size_of::<Rows>() == 32 && size_of::<View>() == 40);
-    assert!(size_of::<QueryRow>() == 16 && size_of::<Append>() == 56 && size_of::<EncodeParams>() == 112);
-    assert!(size_of::<Fault>() == 16 && size_of::<Scanned>() == 48 && size_of::<Partial>() == 24);
-    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 288 && size_of::<Stats>() == 104);
-    assert!(size_of::<MergeParams>() == 72 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 120);
+    assert!(size_of::<Shape>() == 32 && size_of::<Rows>() == 32 && size_of::<View>() == 48);
+    assert!(size_of::<QueryRow>() == 24 && size_of::<Append>() == 72 && size_of::<EncodeParams>() == 120);
+    assert!(size_of::<Fault>() == 40 && size_of::<Scanned>() == 48 && size_of::<Partial>() == 24);
+    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 296 && size_of::<Stats>() == 104);
+    assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 168);
+    assert!(size_of::<Report>() == 144 && size_of::<ReportParams>() == 64 && size_of::<PokeParams>() == 16);
 };

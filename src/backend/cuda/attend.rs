@@ -1,0 +1,146 @@
+//! Launching attention: its workspace, and its query rows in chunks that keep that small.
+
+use super::device::{Device, Stream};
+use super::params::{AttendParams, Partial, QueryRow, Report, ReportParams, Scanned, Stats, Sums};
+use super::{ATTEND_THREADS, SPLIT, UNIT_HEADS, attend_shared_bytes, units};
+use crate::Result;
+use crate::format::{Shape, TILE};
+
+/// Most bytes of workspace, as far as one query row at a time keeps to it.
+const MOST: usize = 256 << 20;
+
+/// Most query rows of a launch: blocks in z.
+const MOST_ROWS: usize = 1 << 15;
+
+/// Where the parts of an attention call's workspace begin.
+#[derive(Debug, Clone, Copy)]
+pub struct Workspace {
+    offsets: [usize; 8],
+    /// Its size.
+    pub bytes: usize,
+    /// The first bytes, which must be 0 before the first call; every call leaves them so.
+    pub zeros: usize,
+    /// Query rows of a launch.
+    pub chunk: usize,
+    max_tiles: usize,
+}
+
+impl Workspace {
+    /// Of up to `n_rows` query rows over up to `max_tiles` tiles, with at least `zeros` bytes that stay 0: calls that share
+    /// memory agree on them.
+    pub fn new(shape: &Shape, n_rows: usize, max_tiles: usize, zeros: usize) -> Workspace {
+        let of_row = Workspace::of(shape, 0, 1, max_tiles, 0).bytes;
+        let chunk = (MOST / of_row).clamp(1, MOST_ROWS).min(n_rows.max(1));
+        Workspace::of(shape, n_rows, chunk, max_tiles, zeros)
+    }
+
+    fn of(shape: &Shape, n_rows: usize, chunk: usize, max_tiles: usize, zeros: usize) -> Workspace {
+        let n_units = chunk * units(shape);
+        let heads = n_units * shape.group().min(UNIT_HEADS);
+        let (tiles, splits) = (heads * (1 + max_tiles), heads * max_tiles.div_ceil(SPLIT).max(1));
+        let sizes = [
+            size_of::<Stats>(),
+            n_units * size_of::<u32>(),
+            n_rows * size_of::<QueryRow>(),
+            tiles * TILE * size_of::<f32>(),
+            tiles * size_of::<Scanned>(),
+            splits * size_of::<Partial>(),
+            splits * size_of::<Sums>(),
+            splits * shape.dim_v * size_of::<f32>(),
+        ];
+        let (mut bytes, mut i) = (0, 0);
+        let offsets = sizes.map(|size| {
+            bytes = if i == 2 { bytes.max(zeros.next_multiple_of(256)) } else { bytes };
+            let start = bytes;
+            (bytes, i) = (bytes + size.next_multiple_of(256), i + 1);
+            start
+        });
+        Workspace { offsets, bytes, zeros: offsets[2], chunk, max_tiles }
+    }
+
+    /// Puts their addresses into a call.
+    pub fn place(&self, start: u64, call: &mut AttendParams) {
+        let [stats, done, _, scores, scanned, partials, sums, outs] = self.offsets.map(|offset| start + offset as u64);
+        (call.stats, call.done, call.scores, call.scanned, call.partials) = (stats, done, scores, scanned, partials);
+        (call.sums, call.outs, call.max_tiles) = (sums, outs, self.max_tiles as i32);
+    }
+
+    /// Where query rows can be put that no table has.
+    pub fn rows(&self, start: u64) -> u64 {
+        start + self.offsets[2] as u64
+    }
+}
+
+/// An attention call on a device, but for its workspace.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// Shape of the layer.
+    pub shape: &'a Shape,
+    /// All but the workspace, `stats` and `fused`.
+    pub params: AttendParams,
+    /// Query rows.
+    pub n_rows: usize,
+    /// Most tiles that a row sees.
+    pub n_tiles: usize,
+    /// Where statistics go, or 0; the kernel is told what it cannot know.
+    pub report: u64,
+    /// Rows that read all digits.
+    pub dense_rows: u64,
+    /// `AKV_CUDA` and `AKV_PATH_*`.
+    pub backend: i32,
+    /// The same.
+    pub path: i32,
+}
+
+/// Launches a call.
+///
+/// # Safety
+/// The addresses in `call` are device memory, as `kernels/params.h` says, until the stream is done with it; `start` is
+/// device memory of `workspace.bytes` that nothing else uses until then, and its first `zeros` bytes are 0.
+pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start: u64, stream: Stream) -> Result<()> {
+    let (scan, attend) = device.kernels()?.attention(call.shape);
+    let (shape, shared) = (call.shape, attend_shared_bytes(call.shape));
+    let splits = call.n_tiles.div_ceil(SPLIT).max(1);
+    let mut params = AttendParams { fused: i32::from(splits == 1), ..call.params };
+    workspace.place(start, &mut params);
+    let stats = params.stats;
+    if call.report == 0 {
+        params.stats = 0;
+    }
+    let heads = shape.n_q_heads as u64 * size_of::<f32>() as u64;
+    for first in (0..call.n_rows).step_by(workspace.chunk) {
+        let n = workspace.chunk.min(call.n_rows - first);
+        let grid = [splits, units(shape), n];
+        // SAFETY: the contract.
+        unsafe {
+            if splits > 1 {
+                device.launch(scan, grid, shared, &params, stream)?;
+            }
+            device.launch(attend, grid, shared, &params, stream)?;
+        }
+        params.first_row += n as i32;
+        params.q.data += n as u64 * params.q.stride_row as u64;
+        params.out.data += n as u64 * params.out.stride_row as u64;
+        params.rows += (n * size_of::<QueryRow>()) as u64;
+        for output in
+            [&mut params.lse, &mut params.bound, &mut params.lse_bound, &mut params.estimate, &mut params.amplitude]
+        {
+            *output += if *output == 0 { 0 } else { n as u64 * heads };
+        }
+    }
+    if call.report != 0 {
+        let report = ReportParams {
+            shape: shape.into(),
+            stats,
+            to: call.report,
+            dense_rows: call.dense_rows,
+            backend: call.backend,
+            path: call.path,
+        };
+        // SAFETY: the contract.
+        unsafe { device.launch(device.kernels()?.report, [1, 1, 1], 0, &report, stream)? };
+    }
+    Ok(())
+}
+
+const _: () = assert!(ATTEND_THREADS.is_multiple_of(32) && size_of::<Report>() == 144);

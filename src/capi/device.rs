@@ -1,0 +1,300 @@
+//! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
+//! memory, and launched on the caller's stream.
+
+use super::attention::{Options, apart, query_rows};
+use super::batch::{Object, Step};
+use super::cache;
+use super::check::{Grid, not_built, optional, pointer, within, wrong};
+use super::types::*;
+use crate::backend::Mode;
+use crate::backend::cuda::params::{
+    self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, State,
+};
+use crate::backend::cuda::{
+    Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Stream, Tables, Workspace, attend, bytes_of,
+};
+use crate::cache::{Batch, Cache, Config, Placement};
+use crate::format::{Format, Shape, TILE};
+use crate::{Error, Result};
+use std::ffi::c_void;
+
+/// Fails for caches that only the CPU has.
+pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
+    let on_cuda = "on the CUDA backend";
+    if config.format != Format::Aligned {
+        let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
+        return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
+    }
+    if config.placement != Placement::Append {
+        let expected = format_args!("AKV_APPEND (0) {on_cuda}");
+        return Err(not_built(format_args!("{name}->placement"), "another placement", expected));
+    }
+    Ok(())
+}
+
+/// Addresses of a caller's rows.
+fn rows(grid: &Grid) -> params::Rows {
+    let (data, stride_row, stride_head) = grid.address();
+    params::Rows { data, stride_row, stride_head, dtype: grid.dtype as i32, reserved: 0 }
+}
+
+/// What kernels are told of query rows.
+fn device_rows(rows: Vec<crate::backend::QueryRow>) -> Vec<QueryRow> {
+    let row = |row: crate::backend::QueryRow| QueryRow {
+        sequence: row.sequence as i32,
+        from: row.from.min(row.to) as i32,
+        to: row.to as i32,
+        n: row.n as i32,
+        dense: i32::from(row.dense),
+        reserved: 0,
+    };
+    rows.into_iter().map(row).collect()
+}
+
+/// The tables of a batch.
+pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tables> {
+    let bounds = match (bounds.max_sequences, bounds.max_q, bounds.max_kv) {
+        (Some(max_sequences), Some(max_q), Some(max_kv)) => Some(Bounds { max_sequences, max_q, max_kv }),
+        _ => None,
+    };
+    let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
+    Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)
+}
+
+/// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.
+pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, usize) {
+    let shapes = || cache.layouts().iter().map(|layout| &layout.shape);
+    let of = |shape: &Shape, zeros: usize| Workspace::new(shape, max_q, max_kv.div_ceil(TILE), zeros);
+    let zeros = shapes().map(|shape| of(shape, 0).zeros).max().unwrap_or(0);
+    (shapes().map(|shape| of(shape, zeros).bytes).max().unwrap_or(0), zeros)
+}
+
+/// Tells the device of a step that has begun. Returns how many tiles each layer is appended to.
+pub(super) fn begin(batch: &Batch, tables: &mut Tables, stream: Stream) -> Result<usize> {
+    let plan = batch.plan()?;
+    batch.lengths(|sequences| {
+        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, None, None)))
+    })??;
+    Ok(plan.n_appends)
+}
+
+/// akv_quantize_kv, checked as far as the CPU's.
+///
+/// # Safety
+/// The rows are device memory as documented.
+pub(super) unsafe fn append(
+    batch: &Object,
+    step: &Step,
+    layer: usize,
+    k: &Grid,
+    v: &Grid,
+    stream: Stream,
+) -> Result<()> {
+    let (device, tables) = batch.device()?;
+    let shape = &batch.owner.cache.layouts()[layer].shape;
+    batch.batch.append_on_device(layer, || {
+        let capturing = device.is_capturing(stream)?;
+        let (appends, n) = tables.appends(layer, step.n_appends, capturing)?;
+        let call = EncodeParams {
+            shape: shape.into(),
+            k: rows(k),
+            v: rows(v),
+            appends,
+            fault: device.fault_address(),
+            layer: layer as i32,
+            reserved: 0,
+        };
+        // SAFETY: the caller's contract; the tables name pages that the step has reserved.
+        unsafe { device.launch(device.kernels()?.encode, [n, shape.n_kv_heads, 1], ENCODE_SHARED_BYTES, &call, stream) }
+    })
+}
+
+/// akv_aligned_attention.
+///
+/// # Safety
+/// What `desc` points to is as documented.
+pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: &akv_attention_desc) -> Result<()> {
+    let (device, mut tables) = batch.device()?;
+    let layout = &batch.owner.cache.layouts()[layer];
+    let (shape, n_q) = (&layout.shape, step.n_q);
+    let options = Options::new(desc, "desc", layout.format, shape, false)?;
+    // SAFETY: the caller's contract.
+    let stream = unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
+    if !desc.threads.is_null() {
+        return Err(wrong("desc->threads", "not NULL", "NULL on the CUDA backend"));
+    }
+    let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
+    let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
+    if !desc.sink_logits.is_null() {
+        pointer(desc.sink_logits, "desc->sink_logits")?;
+    }
+    apart(desc, &q, &out, n_q, shape)?;
+    // SAFETY: the caller's contract; both are host memory.
+    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
+        unsafe { (optional(desc.kv_from, n_q, "desc->kv_from")?, optional(desc.kv_to, n_q, "desc->kv_to")?) };
+    super::attention::check_ranges(kv_from, kv_to)?;
+    batch.batch.check_appended(layer)?;
+    let capturing = device.is_capturing(stream)?;
+
+    let max_kv = match (capturing, batch.batch.bounds().max_kv) {
+        (true, Some(bound)) => bound,
+        _ => step.max_kv,
+    };
+    let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
+    let tiles = max_kv.div_ceil(TILE);
+    let room = Workspace::new(shape, max_rows, tiles, tables.zeros);
+    let start = if desc.workspace.is_null() {
+        tables.workspace(room.bytes, room.zeros, stream, capturing)?
+    } else {
+        if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
+            let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
+            return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
+        }
+        if desc.workspace_bytes < room.bytes {
+            let expected = format_args!("at least {}", room.bytes);
+            return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, expected));
+        }
+        // SAFETY: the caller's workspace, which has at least as many bytes.
+        unsafe { device.clear(desc.workspace as u64, room.zeros, stream) }?;
+        desc.workspace as u64
+    };
+
+    let sight = options.sight();
+    let known = if kv_from.is_none() && kv_to.is_none() { tables.rows(sight, n_q, capturing)? } else { None };
+    let (rows_at, n_rows) = match known {
+        Some(known) => known,
+        None if capturing => {
+            return Err(Error::Unsupported(
+                "a captured call takes its rows from the step's tables: attend with the same mode, visibility and window in \
+                 a step before the one that is captured, and with neither kv_from nor kv_to"
+                    .to_owned(),
+            ));
+        }
+        None => {
+            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, kv_from, kv_to)))?;
+            // SAFETY: the workspace has room for them.
+            unsafe { device.upload(room.rows(start), bytes_of(&rows), stream) }?;
+            (room.rows(start), rows.len())
+        }
+    };
+    let dense = |n: usize| if options.all_dense || n > super::attention::MAX_PROGRESSIVE { n } else { 0 };
+    let dense_rows: usize = step.sequences.iter().map(|s| dense(s.n_q)).sum();
+    let mut path = if dense_rows > 0 { AKV_PATH_DENSE } else { 0 };
+    path |= if dense_rows < n_q { AKV_PATH_PROGRESSIVE } else { 0 };
+    let call = Call {
+        shape,
+        params: AttendParams {
+            shape: shape.into(),
+            q: rows(&q),
+            out: rows(&out),
+            views: tables.views(layer, capturing)?,
+            rows: rows_at,
+            sinks: desc.sink_logits as u64,
+            lse: desc.lse as u64,
+            bound: desc.bound as u64,
+            lse_bound: desc.lse_bound as u64,
+            estimate: desc.estimate as u64,
+            amplitude: desc.amplitude as u64,
+            fault: device.fault_address(),
+            mode: if options.mode == Mode::Guaranteed { params::MODE_GUARANTEED } else { params::MODE_EXPECTED },
+            scale: options.scale,
+            softcap: options.softcap,
+            tolerance: options.tolerance,
+            layer: layer as i32,
+            ..AttendParams::default()
+        },
+        n_rows,
+        n_tiles: tiles,
+        report: desc.stats as u64,
+        dense_rows: dense_rows as u64,
+        backend: AKV_CUDA,
+        path,
+    };
+    // SAFETY: checked, and the caller's contract.
+    unsafe { attend(device, &call, &room, start, stream) }
+}
+
+/// Alignment of a caller's workspace.
+pub(super) const WORKSPACE_ALIGN: usize = 256;
+
+/// akv_dequantize_kv.
+///
+/// # Safety
+/// `key` and `value` are NULL, misaligned, or device memory as documented.
+pub(super) unsafe fn dequantize(
+    cache: &cache::Object,
+    device: &Device,
+    sequence: u64,
+    layer: usize,
+    range: (usize, usize),
+    rows_of: (Option<Grid>, Option<Grid>),
+    stream: Stream,
+) -> Result<()> {
+    let shape = &cache.cache.layouts()[layer].shape;
+    let none = params::Rows::default();
+    let call = DequantizeParams {
+        shape: shape.into(),
+        view: cache.cache.device_view(sequence, layer, stream)?,
+        k: rows_of.0.as_ref().map_or(none, rows),
+        v: rows_of.1.as_ref().map_or(none, rows),
+        fault: device.fault_address(),
+        first: range.0 as i32,
+        n: range.1 as i32,
+        layer: layer as i32,
+        reserved: 0,
+    };
+    // SAFETY: the caller's contract; the view names pages of the cache.
+    unsafe { device.launch(device.kernels()?.dequantize, [range.1, shape.n_kv_heads, 1], 0, &call, stream) }
+}
+
+/// akv_merge_states, checked as on the CPU.
+///
+/// # Safety
+/// The arrays are device memory as documented.
+pub(super) unsafe fn merge(
+    device: &Device,
+    states: &[akv_state],
+    rows: usize,
+    dim: usize,
+    out: &akv_state,
+    stream: Stream,
+) -> Result<()> {
+    within("n", states.len(), 1..=MAX_STATES)?;
+    let state = |s: &akv_state| State {
+        out: s.out as u64,
+        lse: s.lse as u64,
+        bound: s.bound as u64,
+        lse_bound: s.lse_bound as u64,
+        estimate: s.estimate as u64,
+        amplitude: s.amplitude as u64,
+    };
+    let mut call = MergeParams {
+        n: states.len() as i32,
+        dim: dim as i32,
+        out: state(out),
+        states: [State::default(); MAX_STATES],
+    };
+    for (to, from) in call.states.iter_mut().zip(states) {
+        *to = state(from);
+    }
+    within("rows", rows, 0..=i32::MAX as usize)?;
+    // SAFETY: the caller's contract.
+    unsafe { device.launch(device.kernels()?.merge, [rows, 1, 1], MERGE_SHARED_BYTES, &call, stream) }
+}
+
+/// The error that a device's fault stands for.
+pub(super) fn fault(found: &params::Fault) -> Error {
+    let place = params::PLACES.get(found.place as usize).unwrap_or(&"?");
+    let (sequence, layer, row, head) = (found.sequence, found.layer, found.row, found.head);
+    let at = match found.place {
+        0 | 1 => format!("{place}: token {row} of sequence {sequence}, layer {layer}, head {head}"),
+        _ => format!("{place}: query row {row}, of sequence {sequence}, layer {layer}, head {head}"),
+    };
+    match found.status {
+        params::FAULT_NONFINITE => Error::NonFinite(format!("{at}: NaN or infinity")),
+        params::FAULT_RANGE => Error::Range(format!("{at}: a value that the format, or the dtype, cannot hold")),
+        _ => Error::Range(format!("{at}: scores beyond binary32, or outputs beyond their dtype")),
+    }
+}
+
+const _: () = assert!(size_of::<params::Report>() == size_of::<akv_stats>() && size_of::<*mut c_void>() == 8);
