@@ -15,7 +15,7 @@ CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels check-kernels kernels test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -25,7 +25,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-c test-sanitize test-oracle ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -53,6 +53,20 @@ test-kernels: | setup-test ## the CUDA kernels, run on the CPU against the CPU b
 	$(KERNELS_HOST) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -o $(BUILD)/libakv_kernels_sanitized.so
 	AKV_KERNELS_HOST=$(abspath $(BUILD)/libakv_kernels_sanitized.so) ASAN_OPTIONS=detect_leaks=0 $(TEST_KERNELS) \
 		--config 'target."cfg(all())".runner=["env", "LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so)"]'
+
+STANDIN = $(BUILD)/standin
+
+test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a stand-in for the driver, which runs the kernels on the CPU
+	cargo build --release --lib
+	mkdir -p $(STANDIN)
+	$(CXX) -std=c++17 -O2 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1 \
+		-o $(STANDIN)/libcuda.so.1 kernels/host/runner.cpp kernels/host/libcuda.cpp -x c++ kernels/alignedkv.cu
+	ln -sf libcuda.so.1 $(STANDIN)/libcuda.so
+	cmake -S ctests -B $(BUILD)/ctests -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
+	cmake --build $(BUILD)/ctests
+	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
+	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
+	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 
 kernels: ## compile the CUDA kernels for every architecture, and write what they need to benches/results
 	python3 kernels/build.py --tools $(CARGO_TARGET_DIR)/cuda

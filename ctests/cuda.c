@@ -1,0 +1,344 @@
+/* The CUDA backend on device memory, streams and graphs, through the driver alone: on a GPU, or under the stand-in of
+ * kernels/host. What the CPU backend computes from the same rows is what it must compute. */
+#include <dlfcn.h>
+
+#include "check.h"
+
+typedef unsigned long long address;
+
+/* The driver's functions that the tests need. */
+static struct {
+    int (*init)(unsigned), (*alloc)(address *, size_t), (*release)(address), (*synchronize)(void);
+    int (*upload)(address, const void *, size_t, void *), (*download)(void *, address, size_t, void *);
+    int (*retain)(void **, int), (*drop)(int), (*push)(void *), (*pop)(void **), (*current)(void **);
+    int (*stream)(void **, unsigned), (*stream_destroy)(void *), (*stream_synchronize)(void *);
+    int (*begin)(void *, int), (*end)(void *, void **), (*instantiate)(void **, void *, unsigned long long), (*launch)(void *, void *);
+    int (*graph_destroy)(void *), (*exec_destroy)(void *);
+} cu;
+
+#define CU(call)                                           \
+    do {                                                   \
+        int code_ = (call);                                \
+        CHECK(code_ == 0, "%s: error %d", #call, code_);   \
+    } while (0)
+
+static void load_driver(void) {
+    static const struct {
+        const char *name;
+        void *to;
+    } all[] = {
+        {"cuInit", &cu.init}, {"cuMemAlloc_v2", &cu.alloc}, {"cuMemFree_v2", &cu.release}, {"cuCtxSynchronize", &cu.synchronize},
+        {"cuMemcpyHtoDAsync_v2", &cu.upload}, {"cuMemcpyDtoHAsync_v2", &cu.download}, {"cuDevicePrimaryCtxRetain", &cu.retain},
+        {"cuDevicePrimaryCtxRelease_v2", &cu.drop}, {"cuCtxPushCurrent_v2", &cu.push}, {"cuCtxPopCurrent_v2", &cu.pop},
+        {"cuCtxGetCurrent", &cu.current}, {"cuStreamCreate", &cu.stream}, {"cuStreamDestroy_v2", &cu.stream_destroy},
+        {"cuStreamSynchronize", &cu.stream_synchronize}, {"cuStreamBeginCapture_v2", &cu.begin}, {"cuStreamEndCapture", &cu.end},
+        {"cuGraphInstantiateWithFlags", &cu.instantiate}, {"cuGraphLaunch", &cu.launch}, {"cuGraphDestroy", &cu.graph_destroy},
+        {"cuGraphExecDestroy", &cu.exec_destroy},
+    };
+    void *library = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!library) {
+        fprintf(stderr, "cuda: there is no libcuda.so.1; make test-cuda runs this under a stand-in\n");
+        exit(2);
+    }
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        void *symbol = dlsym(library, all[i].name);
+        if (!symbol) {
+            fprintf(stderr, "cuda: the driver has no %s\n", all[i].name);
+            exit(2);
+        }
+        memcpy(all[i].to, &symbol, sizeof symbol);
+    }
+}
+
+enum { LAYERS = 2, SEQUENCES = 3, HEADS = 2, GROUP = 3, DIM = 64, STEPS = 150, MAX_KV = 2048 };
+enum { KV = HEADS * DIM, Q = GROUP * KV, QH = GROUP * HEADS };
+
+static void *stream;
+
+static address device(size_t bytes) {
+    address p = 0;
+    CU(cu.alloc(&p, bytes));
+    return p;
+}
+static void upload(address to, const void *from, size_t bytes) { CU(cu.upload(to, from, bytes, stream)); }
+static void download(void *to, address from, size_t bytes) {
+    CU(cu.download(to, from, bytes, stream));
+    CU(cu.stream_synchronize(stream));
+}
+
+/* One model, on the device or on the CPU. */
+typedef struct {
+    akv_context *context;
+    akv_cache *cache;
+    akv_batch *batch, *prefill; /* the latter without bounds */
+    akv_sequence sequence[SEQUENCES];
+    int on_device;
+    address k, v, q, out, bound, stats; /* on the device: [layer][row].. */
+    void *exec;                         /* the captured step, once there is one */
+} engine;
+
+static int n_attended; /* rows of the last step */
+
+static void engine_new(engine *e, int on_device, int with_bounds) {
+    akv_context_desc context = {.struct_size = sizeof context, .abi_version = AKV_ABI_VERSION, .backend = on_device ? AKV_CUDA : AKV_CPU};
+    akv_layer_desc layers[LAYERS];
+    akv_cache_desc cache = {.struct_size = sizeof cache, .n_layers = LAYERS, .layers = layers};
+    akv_batch_desc bounds = {.struct_size = sizeof bounds};
+    memset(e, 0, sizeof *e);
+    e->on_device = on_device;
+    if (with_bounds) bounds.max_sequences = SEQUENCES, bounds.max_q = 16, bounds.max_kv = MAX_KV;
+    for (int l = 0; l < LAYERS; l++)
+        layers[l] = (akv_layer_desc){.n_q_heads = QH, .n_kv_heads = HEADS, .dim_k = DIM, .dtype_k = AKV_F16, .dtype_v = AKV_F16, .window = l ? 200 : 0};
+    OK(akv_context_create(&context, &e->context));
+    OK(akv_cache_create(e->context, &cache, &e->cache));
+    OK(akv_batch_create(e->cache, &bounds, &e->batch));
+    bounds.max_sequences = 0, bounds.max_q = 0, bounds.max_kv = 0;
+    OK(akv_batch_create(e->cache, &bounds, &e->prefill));
+    for (int s = 0; s < SEQUENCES; s++) OK(akv_sequence_create(e->cache, &e->sequence[s]));
+    if (!on_device) return;
+    e->k = device((size_t)LAYERS * 1024 * KV * 2), e->v = device((size_t)LAYERS * 1024 * KV * 2);
+    e->q = device((size_t)LAYERS * 1024 * Q * 4), e->out = device((size_t)LAYERS * 1024 * Q * 4);
+    e->bound = device((size_t)LAYERS * 1024 * QH * 4), e->stats = device(LAYERS * sizeof(akv_stats));
+}
+
+static void engine_free(engine *e) {
+    CU(cu.synchronize());
+    if (e->exec) CU(cu.exec_destroy(e->exec));
+    OK(akv_batch_destroy(e->batch));
+    OK(akv_batch_destroy(e->prefill));
+    OK(akv_cache_destroy(e->cache));
+    OK(akv_context_destroy(e->context));
+    if (!e->on_device) return;
+    CU(cu.release(e->k));
+    CU(cu.release(e->v));
+    CU(cu.release(e->q));
+    CU(cu.release(e->out));
+    CU(cu.release(e->bound));
+    CU(cu.release(e->stats));
+}
+
+/* Rows of a step, the same for every engine. */
+static uint16_t k[LAYERS][1024 * KV], v[LAYERS][1024 * KV];
+static float q[LAYERS][1024 * Q];
+
+static void rows_of_step(int n) {
+    for (int l = 0; l < LAYERS; l++) {
+        for (int i = 0; i < n * KV; i++) store((uint8_t *)&k[l][i], AKV_F16, (float)normal()), store((uint8_t *)&v[l][i], AKV_F16, (float)normal());
+        for (int i = 0; i < n * Q; i++) q[l][i] = (float)normal();
+    }
+}
+
+static float out_of[3][LAYERS][1024 * Q], bound_of[3][LAYERS][1024 * QH];
+static akv_stats stats_of[3][LAYERS];
+
+/* The calls of a step. On the device addresses depend on the layer alone. */
+static void layers_of(engine *e, akv_batch *batch, int which) {
+    for (int l = 0; l < LAYERS; l++) {
+        size_t kv = (size_t)l * 1024 * KV * 2, qs = (size_t)l * 1024 * Q * 4;
+        akv_rows key = {.dtype = AKV_F16}, value = {.dtype = AKV_F16};
+        akv_attention_desc a = {.struct_size = sizeof a, .stream = e->on_device ? stream : NULL};
+        if (e->on_device) {
+            key.data = (void *)(uintptr_t)(e->k + kv), value.data = (void *)(uintptr_t)(e->v + kv);
+            a.q.data = (void *)(uintptr_t)(e->q + qs), a.out.data = (void *)(uintptr_t)(e->out + qs);
+            a.bound = (float *)(uintptr_t)(e->bound + (size_t)l * 1024 * QH * 4);
+            a.stats = (akv_stats *)(uintptr_t)(e->stats + (size_t)l * sizeof(akv_stats));
+        } else {
+            key.data = k[l], value.data = v[l], a.q.data = q[l], a.out.data = out_of[which][l];
+            a.bound = bound_of[which][l], a.stats = &stats_of[which][l];
+        }
+        OK(akv_quantize_kv(batch, l, &key, &value, a.stream));
+        OK(akv_aligned_attention(batch, l, &a));
+    }
+}
+
+/* A step of n_new[s] tokens and as many query rows: call by call, or (capture) in a graph, which is captured in the first
+ * such step. Steps with `replay` have a graph and do without calls. */
+static void step(engine *e, int which, const int32_t *n_new, int capture) {
+    akv_batch_desc desc = {.struct_size = sizeof desc, .n_sequences = SEQUENCES, .sequences = e->sequence, .n_new = n_new};
+    int n = 0;
+    for (int s = 0; s < SEQUENCES; s++) n += n_new[s];
+    akv_batch *batch = n > 16 ? e->prefill : e->batch;
+    n_attended = n;
+    if (e->on_device)
+        for (int l = 0; l < LAYERS; l++) {
+            upload(e->k + (size_t)l * 1024 * KV * 2, k[l], (size_t)n * KV * 2), upload(e->v + (size_t)l * 1024 * KV * 2, v[l], (size_t)n * KV * 2);
+            upload(e->q + (size_t)l * 1024 * Q * 4, q[l], (size_t)n * Q * 4);
+        }
+    OK(akv_batch_begin(batch, &desc, e->on_device ? stream : NULL));
+    if (capture && e->exec) {
+        CU(cu.launch(e->exec, stream));
+        OK(akv_batch_replayed(batch));
+    } else if (capture) {
+        void *graph = NULL;
+        CU(cu.begin(stream, 0));
+        layers_of(e, batch, which);
+        CU(cu.end(stream, &graph));
+        CU(cu.instantiate(&e->exec, graph, 0));
+        CU(cu.graph_destroy(graph));
+        CU(cu.launch(e->exec, stream));
+    } else {
+        layers_of(e, batch, which);
+    }
+    OK(akv_batch_commit(batch));
+    if (!e->on_device) return;
+    for (int l = 0; l < LAYERS; l++) {
+        download(out_of[which][l], e->out + (size_t)l * 1024 * Q * 4, (size_t)n * Q * 4);
+        download(bound_of[which][l], e->bound + (size_t)l * 1024 * QH * 4, (size_t)n * QH * 4);
+        download(&stats_of[which][l], e->stats + (size_t)l * sizeof(akv_stats), sizeof(akv_stats));
+    }
+}
+
+static int differ(const void *a, const void *b, size_t bytes) { return memcmp(a, b, bytes) != 0; }
+
+/* A graph's replays, calls, and the CPU: the same. */
+static void compare(int t) {
+    for (int l = 0; l < LAYERS; l++) {
+        size_t n = (size_t)n_attended;
+        CHECK(!differ(out_of[0][l], out_of[1][l], n * Q * 4), "step %d, layer %d: a graph gives other outputs than calls", t, l);
+        CHECK(!differ(bound_of[0][l], bound_of[1][l], n * QH * 4), "step %d, layer %d: a graph gives other bounds than calls", t, l);
+        CHECK(stats_of[0][l].bytes_k == stats_of[1][l].bytes_k && stats_of[0][l].tokens == stats_of[1][l].tokens, "step %d: statistics", t);
+        /* Results near a threshold may go either way: by rounding, tokens read a plane more or less. */
+        double read = (double)stats_of[2][l].bytes_k + (double)stats_of[2][l].bytes_v, difference = (double)stats_of[0][l].bytes_k + (double)stats_of[0][l].bytes_v - read;
+        CHECK(fabs(difference) <= 0.01 * read, "step %d, layer %d: reads %g bytes, the CPU %g", t, l, read + difference, read);
+        CHECK(stats_of[0][l].tokens == stats_of[2][l].tokens && stats_of[0][l].backend == AKV_CUDA, "step %d: tokens", t);
+        for (size_t i = 0; i < n * Q; i++) {
+            double apart = fabs((double)out_of[0][l][i] - (double)out_of[2][l][i]), allowed = (double)bound_of[0][l][i / DIM] + (double)bound_of[2][l][i / DIM];
+            CHECK(apart <= allowed, "step %d, layer %d: apart by %g, bounds add up to %g", t, l, apart, allowed);
+        }
+    }
+}
+
+static void each(engine e[3], const char *what, int sequence, int64_t n, int in) {
+    for (int i = 0; i < 3; i++) {
+        akv_sequence fork;
+        if (strcmp(what, "truncate") == 0) {
+            OK(akv_sequence_truncate(e[i].cache, e[i].sequence[sequence], n));
+        } else {
+            OK(akv_sequence_fork(e[i].cache, e[i].sequence[sequence], n, &fork));
+            OK(akv_sequence_destroy(e[i].cache, e[i].sequence[in]));
+            e[i].sequence[in] = fork;
+        }
+    }
+}
+
+/* Prompts, then decoding across the ends of tiles, with sequences cut and forked in between. */
+static void decode(void) {
+    engine e[3];
+    static const int32_t prompt[SEQUENCES] = {130, 5, 700}, decode[SEQUENCES] = {1, 1, 1};
+    engine_new(&e[0], 1, 1), engine_new(&e[1], 1, 0), engine_new(&e[2], 0, 0);
+    rows_of_step(prompt[0] + prompt[1] + prompt[2]);
+    for (int i = 0; i < 3; i++) step(&e[i], i, prompt, 0);
+    compare(0);
+    for (int t = 1; t <= STEPS; t++) {
+        if (t == 40) each(e, "truncate", 0, 150, 0);  /* within the open tile */
+        if (t == 60) each(e, "truncate", 2, 501, 0);  /* a tile that was closed long ago */
+        if (t == 80) each(e, "fork", 2, 515, 1);      /* in the open tile */
+        if (t == 100) each(e, "fork", 0, 60, 2);      /* in the first */
+        rows_of_step(SEQUENCES);
+        for (int i = 0; i < 3; i++) step(&e[i], i, decode, i == 0 && t > 2);
+        compare(t);
+    }
+    /* Read back: the same codes. */
+    for (int i = 0; i < 3; i++) {
+        int64_t n;
+        OK(akv_sequence_length(e[i].cache, e[i].sequence[1], -1, &n));
+        akv_rows rows = {.data = i < 2 ? (void *)(uintptr_t)e[i].out : (void *)out_of[2][0], .dtype = AKV_F32};
+        OK(akv_dequantize_kv(e[i].cache, e[i].sequence[1], 1, n - 300, 300, NULL, &rows, i < 2 ? stream : NULL));
+        if (i < 2) download(out_of[i][0], e[i].out, 300 * KV * 4);
+    }
+    CHECK(!differ(out_of[0][0], out_of[2][0], 300 * KV * 4) && !differ(out_of[1][0], out_of[2][0], 300 * KV * 4), "values read back differ");
+    for (int i = 0; i < 3; i++) {
+        OK(akv_poll(e[i].context, NULL, NULL, NULL));
+        engine_free(&e[i]);
+    }
+}
+
+#define FAILS(call, want, word)                                                                        \
+    do {                                                                                               \
+        akv_status status_ = (call);                                                                   \
+        CHECK(status_ == want, "%s is %d", #call, status_);                                            \
+        CHECK(strstr(last_error(), word) != NULL, "\"%s\" does not name %s", last_error(), word);      \
+    } while (0)
+
+/* What the device finds out, and what must be refused. */
+static void errors(void) {
+    engine e, unbounded;
+    static const int32_t one[SEQUENCES] = {1, 1, 1};
+    akv_sequence sequence = 0;
+    int32_t layer = -1;
+    uint64_t row = 0;
+    engine_new(&e, 1, 1), engine_new(&unbounded, 1, 0);
+    for (int t = 0; t < 5; t++) rows_of_step(SEQUENCES), step(&e, 0, one, 0);
+    OK(akv_poll(e.context, NULL, NULL, NULL));
+    rows_of_step(SEQUENCES);
+    store((uint8_t *)&v[1][2 * KV + DIM + 7], AKV_F16, NAN);
+    step(&e, 0, one, 0);
+    FAILS(akv_poll(e.context, &sequence, &layer, &row), AKV_E_NONFINITE, "value: token 5");
+    CHECK(sequence == e.sequence[2] && layer == 1 && row == 5, "found in layer %d, row %d", layer, (int)row);
+    OK(akv_poll(e.context, NULL, NULL, NULL));
+    for (int i = 0; i < 3 * Q; i++) CHECK(isfinite(out_of[0][1][i]), "NaN has spread");
+    rows_of_step(SEQUENCES);
+    q[0][Q + DIM] = INFINITY;
+    step(&e, 0, one, 0);
+    FAILS(akv_poll(e.context, &sequence, &layer, &row), AKV_E_NONFINITE, "q: query row 1");
+    OK(akv_poll(e.context, NULL, NULL, NULL));
+
+    /* A step without bounds cannot be captured; it goes on as if nothing had been tried. */
+    akv_batch_desc desc = {.struct_size = sizeof desc, .n_sequences = SEQUENCES, .sequences = unbounded.sequence, .n_new = one};
+    akv_rows key = {.data = (void *)(uintptr_t)unbounded.k, .dtype = AKV_F16}, value = {.data = (void *)(uintptr_t)unbounded.v, .dtype = AKV_F16};
+    void *graph = NULL;
+    rows_of_step(SEQUENCES);
+    upload(unbounded.k, k[0], 3 * KV * 2), upload(unbounded.v, v[0], 3 * KV * 2);
+    OK(akv_batch_begin(unbounded.batch, &desc, stream));
+    FAILS(akv_batch_replayed(unbounded.batch), AKV_E_ARGUMENT, "bounds");
+    CU(cu.begin(stream, 0));
+    FAILS(akv_quantize_kv(unbounded.batch, 0, &key, &value, stream), AKV_E_UNSUPPORTED, "max_kv");
+    CU(cu.end(stream, &graph));
+    CU(cu.graph_destroy(graph));
+    OK(akv_quantize_kv(unbounded.batch, 0, &key, &value, stream));
+    OK(akv_batch_abort(unbounded.batch));
+
+    /* Streams and contexts of another device. */
+    void *other = NULL, *foreign = NULL, *top = NULL, *ours = NULL;
+    CU(cu.current(&ours));
+    if (cu.retain(&other, 1) == 0) {
+        CU(cu.push(other));
+        CU(cu.stream(&foreign, 0));
+        OK(akv_batch_begin(e.batch, &(akv_batch_desc){.struct_size = sizeof desc, .n_sequences = 1, .sequences = e.sequence, .n_new = one}, stream));
+        FAILS(akv_quantize_kv(e.batch, 0, &key, &value, foreign), AKV_E_ARGUMENT, "stream of another CUDA context");
+        OK(akv_batch_abort(e.batch));
+        CU(cu.current(&top));
+        CHECK(top == other, "the caller's current context has changed");
+        akv_context *context = NULL;
+        akv_context_desc d = {.struct_size = sizeof d, .abi_version = AKV_ABI_VERSION, .backend = AKV_CUDA, .device = 0, .cuda_context = other};
+        FAILS(akv_context_create(&d, &context), AKV_E_ARGUMENT, "cuda_context");
+        CU(cu.stream_destroy(foreign));
+        CU(cu.pop(&top));
+        CU(cu.drop(1));
+    }
+    CU(cu.current(&top));
+    CHECK(top == ours, "the caller's current context has changed");
+    akv_context *context = NULL;
+    akv_context_desc d = {.struct_size = sizeof d, .abi_version = AKV_ABI_VERSION, .backend = AKV_CUDA, .device = 99};
+    FAILS(akv_context_create(&d, &context), AKV_E_UNSUPPORTED, "desc->device is 99");
+    akv_layer_desc l = {.n_q_heads = 1, .n_kv_heads = 1, .dim_k = 64};
+    akv_cache_desc c = {.struct_size = sizeof c, .n_layers = 1, .layers = &l, .format = AKV_FORMAT_RAW};
+    akv_cache *cache = NULL;
+    FAILS(akv_cache_create(e.context, &c, &cache), AKV_E_UNSUPPORTED, "desc->format");
+    engine_free(&e), engine_free(&unbounded);
+}
+
+int main(void) {
+    void *context = NULL;
+    load_driver();
+    CU(cu.init(0));
+    CU(cu.retain(&context, 0));
+    CU(cu.push(context));
+    CU(cu.stream(&stream, 0));
+    decode();
+    errors();
+    CU(cu.stream_destroy(stream));
+    CU(cu.pop(&context));
+    CU(cu.drop(0));
+    return finish("cuda");
+}
