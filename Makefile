@@ -15,7 +15,7 @@ CFLAGS  ?= -O3 -Wall -Wextra
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -65,8 +65,26 @@ test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a st
 	cmake -S ctests -B $(BUILD)/ctests -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
 	cmake --build $(BUILD)/ctests
 	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
+	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention_managed
 	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
+	LD_LIBRARY_PATH=$(STANDIN) $(PYTHON) benches/gpu/decode.py --library $(RELEASE)/libalignedkv.so --check
+
+BUNDLE = $(BUILD)/gpu-bundle
+
+gpu-bundle: | setup-test ## a folder for a machine with a GPU and a driver: run-tests, and run-bench (with PyTorch)
+	cargo build --release --lib
+	cmake -S ctests -B $(BUILD)/ctests -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
+	cmake --build $(BUILD)/ctests
+	rm -rf $(BUNDLE)
+	mkdir -p $(BUNDLE)/benches/gpu $(BUNDLE)/benches/peers $(BUNDLE)/tests/oracle $(BUNDLE)/examples/data
+	cp $(RELEASE)/libalignedkv.so $(BUNDLE)/libalignedkv.so.0
+	cp $(BUILD)/ctests/cuda $(BUILD)/ctests/attention_managed benches/gpu/run-tests benches/gpu/run-bench $(BUNDLE)
+	cp benches/gpu/decode.py $(BUNDLE)/benches/gpu
+	cp benches/peers/inputs.py $(BUNDLE)/benches/peers
+	cp tests/oracle/abi.py $(BUNDLE)/tests/oracle
+	cp examples/data/tinylm.json examples/data/tinylm.safetensors examples/data/eval.txt $(BUNDLE)/examples/data
+	@du -sh $(BUNDLE)
 
 kernels: ## compile the CUDA kernels for every architecture, and write what they need to benches/results
 	python3 kernels/build.py --tools $(CARGO_TARGET_DIR)/cuda

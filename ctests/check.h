@@ -8,6 +8,47 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* With AKV_TEST_MANAGED the programs' heap is memory that a GPU and the host share, so that programs written for the CPU
+ * run on a GPU: with CUDA_LAUNCH_BLOCKING=1 every call is over when it returns. */
+#ifdef AKV_TEST_MANAGED
+#include <dlfcn.h>
+#include <stdint.h>
+static inline void *driver(const char *name) {
+    static void *library;
+    if (!library) library = dlopen("libcuda.so.1", RTLD_NOW);
+    void *symbol = library ? dlsym(library, name) : NULL;
+    if (!symbol) fprintf(stderr, "the driver has no %s\n", name), exit(2);
+    return symbol;
+}
+static inline void *managed_malloc(size_t bytes) {
+    static int (*alloc)(unsigned long long *, size_t, unsigned);
+    unsigned long long p = 0;
+    if (!alloc) {
+        int (*init)(unsigned), (*retain)(void **, int), (*push)(void *);
+        void *context = NULL, *symbol;
+        symbol = driver("cuInit"), memcpy(&init, &symbol, sizeof init);
+        symbol = driver("cuDevicePrimaryCtxRetain"), memcpy(&retain, &symbol, sizeof retain);
+        symbol = driver("cuCtxPushCurrent_v2"), memcpy(&push, &symbol, sizeof push);
+        if (init(0) || retain(&context, 0) || push(context)) fprintf(stderr, "no device\n"), exit(2);
+        symbol = driver("cuMemAllocManaged"), memcpy(&alloc, &symbol, sizeof alloc);
+    }
+    return alloc(&p, bytes ? bytes : 1, 1) ? NULL : (void *)(uintptr_t)p;
+}
+static inline void managed_free(void *p) {
+    static int (*release)(unsigned long long);
+    void *symbol;
+    if (!release) symbol = driver("cuMemFree_v2"), memcpy(&release, &symbol, sizeof release);
+    if (p) release((unsigned long long)(uintptr_t)p);
+}
+static inline void *managed_calloc(size_t n, size_t size) {
+    void *p = managed_malloc(n * size);
+    return p ? memset(p, 0, n * size) : NULL;
+}
+#define malloc managed_malloc
+#define calloc managed_calloc
+#define free managed_free
+#endif
+
 /* ---- checks: each counts; a failure prints where and goes on; REQUIRE and OK stop the program */
 
 static long check_count, check_failures;

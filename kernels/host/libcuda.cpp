@@ -324,11 +324,21 @@ API cuMemAlloc_v2(u64 *address, size_t bytes) {
     *address = reinterpret_cast<u64>(p);
     return OK;
 }
+// Memory that the host may touch at any time.
+API cuMemAllocManaged(u64 *address, size_t bytes, unsigned) {
+    READY;
+    void *p = malloc(bytes);
+    if (!p) return OUT_OF_MEMORY;
+    pinned[p] = bytes;
+    *address = reinterpret_cast<u64>(p);
+    return OK;
+}
 API cuMemFree_v2(u64 address) {
     READY;
     if (captures > 0) return CAPTURE_UNSUPPORTED;
     int code = drain();
     void *p = reinterpret_cast<void *>(address);
+    if (pinned.erase(p)) return free(p), code;
     auto it = allocations.find(p);
     if (it == allocations.end()) return INVALID_VALUE;
     munmap(p, pages(it->second));

@@ -11,7 +11,7 @@ use crate::backend::cuda::params::{
     self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, State,
 };
 use crate::backend::cuda::{
-    Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Stream, Tables, Workspace, attend, bytes_of,
+    Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
 use crate::cache::{Batch, Cache, Config, Placement};
 use crate::format::{Format, Shape, TILE};
@@ -58,7 +58,11 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
         _ => None,
     };
     let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
-    Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)
+    let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
+    for layout in cache.layouts() {
+        tables.expect(Sight { causal: true, window: layout.shape.window, dense: false });
+    }
+    Ok(tables)
 }
 
 /// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.

@@ -138,6 +138,13 @@ impl Tables {
         Ok(tables)
     }
 
+    /// Steps have tables for this way of seeing from the first on, as far as there is room.
+    pub fn expect(&mut self, sight: Sight) {
+        if !self.sights.contains(&sight) && self.sights.len() < MAX_SIGHTS {
+            self.sights.push(sight);
+        }
+    }
+
     /// Memory of the device, of which the first bytes are 0 once this returns.
     fn cleared(&self, bytes: usize, zeros: usize) -> Result<Block> {
         let block = Block::on_device(&self.memory, bytes)?;
@@ -248,9 +255,7 @@ impl Tables {
     /// tables lack them; those of later steps will have them, as far as there is room.
     pub fn rows(&mut self, sight: Sight, n: usize, capturing: bool) -> Result<Option<(u64, usize)>> {
         let known = self.sights.iter().position(|&s| s == sight);
-        if known.is_none() && self.sights.len() < MAX_SIGHTS {
-            self.sights.push(sight);
-        }
+        self.expect(sight);
         let Some(at) = known.filter(|&at| at < self.n_sights) else { return Ok(None) };
         let (room, start) = self.current(capturing)?;
         Ok(Some((start + room.rows(at) as u64, if capturing { room.rows } else { n })))
