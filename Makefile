@@ -64,6 +64,12 @@ test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a st
 	ln -sf libcuda.so.1 $(STANDIN)/libcuda.so
 	cmake -S ctests -B $(BUILD)/ctests -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNEDKV_RELEASE=$(abspath $(RELEASE)) >/dev/null
 	cmake --build $(BUILD)/ctests
+	mkdir -p $(STANDIN)/old
+	echo 'int cuInit(unsigned flags) { return (int)flags; }' | $(CC) -shared -fPIC -x c - -o $(STANDIN)/old/libcuda.so
+	ldconfig -p | grep -q libcuda.so || $(BUILD)/ctests/no_cuda 'no libcuda'
+	LD_LIBRARY_PATH=$(STANDIN)/old $(BUILD)/ctests/no_cuda 'too old: it has no cu'
+	AKV_STANDIN_INIT=100 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/no_cuda 'cuInit failed: error 100'
+	AKV_STANDIN_INIT=4242 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/no_cuda 'error 4242 (unknown to the driver)'
 	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention_managed
 	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda

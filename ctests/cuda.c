@@ -14,6 +14,7 @@ static struct {
     int (*stream)(void **, unsigned), (*stream_destroy)(void *), (*stream_synchronize)(void *);
     int (*begin)(void *, int), (*end)(void *, void **), (*instantiate)(void **, void *, unsigned long long), (*launch)(void *, void *);
     int (*graph_destroy)(void *), (*exec_destroy)(void *);
+    long (*allocations)(void), (*waits)(void); /* the stand-in's alone */
 } cu;
 
 #define CU(call)                                           \
@@ -48,6 +49,10 @@ static void load_driver(void) {
         }
         memcpy(all[i].to, &symbol, sizeof symbol);
     }
+    void *symbol = dlsym(library, "standin_allocations");
+    memcpy(&cu.allocations, &symbol, sizeof symbol);
+    symbol = dlsym(library, "standin_waits");
+    memcpy(&cu.waits, &symbol, sizeof symbol);
 }
 
 enum { LAYERS = 2, SEQUENCES = 3, HEADS = 2, GROUP = 3, DIM = 64, STEPS = 150, MAX_KV = 2048 };
@@ -78,12 +83,17 @@ typedef struct {
 } engine;
 
 static int n_attended; /* rows of the last step */
+static int steady;     /* steps must neither allocate nor wait */
+
+static akv_alloc_fn alloc_hook;
+static akv_dealloc_fn dealloc_hook;
 
 static void engine_new(engine *e, int on_device, int with_bounds) {
     akv_context_desc context = {.struct_size = sizeof context, .abi_version = AKV_ABI_VERSION, .backend = on_device ? AKV_CUDA : AKV_CPU};
     akv_layer_desc layers[LAYERS];
     akv_cache_desc cache = {.struct_size = sizeof cache, .n_layers = LAYERS, .layers = layers};
     akv_batch_desc bounds = {.struct_size = sizeof bounds};
+    if (on_device) context.alloc = alloc_hook, context.dealloc = dealloc_hook;
     memset(e, 0, sizeof *e);
     e->on_device = on_device;
     if (with_bounds) bounds.max_sequences = SEQUENCES, bounds.max_q = 16, bounds.max_kv = MAX_KV;
@@ -164,6 +174,7 @@ static void step(engine *e, int which, const int32_t *n_new, int capture) {
             upload(e->k + (size_t)l * 1024 * KV * 2, k[l], (size_t)n * KV * 2), upload(e->v + (size_t)l * 1024 * KV * 2, v[l], (size_t)n * KV * 2);
             upload(e->q + (size_t)l * 1024 * Q * 4, q[l], (size_t)n * Q * 4);
         }
+    long allocations = cu.allocations ? cu.allocations() : 0, waits = cu.waits ? cu.waits() : 0;
     OK(akv_batch_begin(batch, &desc, e->on_device ? stream : NULL));
     if (capture && e->exec) {
         CU(cu.launch(e->exec, stream));
@@ -181,6 +192,9 @@ static void step(engine *e, int which, const int32_t *n_new, int capture) {
     }
     OK(akv_batch_commit(batch));
     if (!e->on_device) return;
+    if (steady && cu.waits)
+        CHECK(cu.allocations() == allocations && cu.waits() == waits, "a step allocates %ld times and waits %ld times",
+              cu.allocations() - allocations, cu.waits() - waits);
     for (int l = 0; l < LAYERS; l++) {
         download(out_of[which][l], e->out + (size_t)l * 1024 * Q * 4, (size_t)n * Q * 4);
         download(bound_of[which][l], e->bound + (size_t)l * 1024 * QH * 4, (size_t)n * QH * 4);
@@ -235,9 +249,11 @@ static void decode(void) {
         if (t == 80) each(e, "fork", 2, 515, 1);      /* in the open tile */
         if (t == 100) each(e, "fork", 0, 60, 2);      /* in the first */
         rows_of_step(SEQUENCES);
+        steady = t % 20 > 8; /* some steps after the last change */
         for (int i = 0; i < 3; i++) step(&e[i], i, decode, i == 0 && t > 2);
         compare(t);
     }
+    steady = 0;
     /* Read back: the same codes. */
     for (int i = 0; i < 3; i++) {
         int64_t n;
@@ -328,6 +344,59 @@ static void errors(void) {
     engine_free(&e), engine_free(&unbounded);
 }
 
+/* The caller's memory, of which there is none left at the nth call. */
+static long live, blocks, fails_at;
+
+static void *give(void *user, size_t bytes, size_t align, int32_t backend, void *on) {
+    address p = 0;
+    (void)user, (void)on;
+    if (++blocks == fails_at) return NULL;
+    if (backend == AKV_CPU) {
+        p = (address)(uintptr_t)aligned_alloc(align, (bytes + align - 1) / align * align);
+    } else if (cu.alloc(&p, bytes)) {
+        return NULL;
+    }
+    live++;
+    return (void *)(uintptr_t)p;
+}
+
+static void take(void *user, void *p, size_t bytes, int32_t backend, void *on) {
+    (void)user, (void)bytes, (void)on;
+    if (backend == AKV_CPU) free(p);
+    else CU(cu.release((address)(uintptr_t)p));
+    live--;
+}
+
+static void allocators(void) {
+    static const int32_t prompt[SEQUENCES] = {130, 1, 260};
+    engine e, reference;
+    engine_new(&reference, 1, 0);
+    rows_of_step(391);
+    step(&reference, 1, prompt, 0);
+    alloc_hook = give, dealloc_hook = take;
+    engine_new(&e, 1, 0);
+    akv_batch_desc desc = {.struct_size = sizeof desc, .n_sequences = SEQUENCES, .sequences = e.sequence, .n_new = prompt};
+    long n = 0;
+    for (;;) {
+        int64_t tokens = -1;
+        blocks = 0, fails_at = ++n;
+        akv_status status = akv_batch_begin(e.prefill, &desc, stream);
+        if (status == AKV_OK) break;
+        CHECK(status == AKV_E_MEMORY, "begin without memory at allocation %ld is %d: %s", n, status, last_error());
+        OK(akv_sequence_length(e.cache, e.sequence[2], 0, &tokens));
+        CHECK(tokens == 0, "%d tokens after a step that has not begun", (int)tokens);
+    }
+    CHECK(n > 20, "only %ld allocations", n);
+    fails_at = 0;
+    OK(akv_batch_abort(e.prefill));
+    step(&e, 0, prompt, 0);
+    CHECK(!differ(out_of[0], out_of[1], sizeof out_of[0]), "outputs after failed steps differ");
+    engine_free(&e);
+    CHECK(live == 0, "%ld blocks have not been given back", live);
+    alloc_hook = NULL, dealloc_hook = NULL;
+    engine_free(&reference);
+}
+
 int main(void) {
     void *context = NULL;
     load_driver();
@@ -337,6 +406,7 @@ int main(void) {
     CU(cu.stream(&stream, 0));
     decode();
     errors();
+    allocators();
     CU(cu.stream_destroy(stream));
     CU(cu.pop(&context));
     CU(cu.drop(0));

@@ -189,7 +189,8 @@ typedef int (*akv_read_fn)(void *user, void *bytes, size_t n);
 // `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
 typedef void *(*akv_alloc_fn)(void *user, size_t bytes, size_t align, int32_t backend, void *stream);
 
-// Takes back what `akv_alloc_fn` gave, with the same `bytes`.
+// Takes back what `akv_alloc_fn` gave, with the same `bytes`. On CUDA, work that was launched may still be using device
+// memory: give it to others in the streams' order (cudaFree waits for that).
 typedef void (*akv_dealloc_fn)(void *user, void *p, size_t bytes, int32_t backend, void *stream);
 
 // Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the

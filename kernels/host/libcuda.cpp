@@ -61,6 +61,7 @@ std::deque<Work> queue;
 bool initialized = false;
 int failed = OK;  // sticky, as a driver's
 int captures = 0;
+long allocations_made = 0, waits = 0;
 u64 seed = 1;
 
 bool lazy() {
@@ -88,8 +89,10 @@ struct Reach {
 };
 int Reach::depth = 0;
 
-int drain() {
+// Returns when everything has run; if somebody else than an eager stand-in asks, that is a wait.
+int drain(bool wait = true) {
     if (captures > 0) return CAPTURE_UNSUPPORTED;
+    waits += wait;
     Reach reach;
     while (!queue.empty()) {
         Work work = std::move(queue.front());
@@ -106,7 +109,7 @@ int submit(Stream *stream, Work work) {
     }
     if (captures > 0 && !stream) return CAPTURE_UNSUPPORTED;  // the legacy stream depends on the capturing one
     queue.push_back(std::move(work));
-    return lazy() ? failed : drain();
+    return lazy() ? failed : drain(false);
 }
 
 bool on_device(u64 address, size_t bytes) {
@@ -123,6 +126,10 @@ Stream *stream_of(void *stream) { return reinterpret_cast<u64>(stream) <= 2 ? nu
 int ready() { return !initialized ? NOT_INITIALIZED : current.empty() ? INVALID_CONTEXT : failed; }
 
 }  // namespace
+
+// For tests: memory allocated (device or pinned), and calls that waited, so far.
+extern "C" __attribute__((visibility("default"))) long standin_allocations() { return allocations_made; }
+extern "C" __attribute__((visibility("default"))) long standin_waits() { return waits; }
 
 #define API extern "C" __attribute__((visibility("default"))) int
 #define LOCK std::lock_guard<std::recursive_mutex> lock(mutex)
@@ -318,6 +325,7 @@ API cuMemAlloc_v2(u64 *address, size_t bytes) {
     READY;
     if (captures > 0) return CAPTURE_UNSUPPORTED;
     if (bytes == 0) return INVALID_VALUE;
+    allocations_made++;
     void *p = mmap(nullptr, pages(bytes), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return OUT_OF_MEMORY;
     allocations[p] = bytes;
@@ -349,6 +357,7 @@ API cuMemHostAlloc(void **p, size_t bytes, unsigned) {
     READY;
     if (captures > 0) return CAPTURE_UNSUPPORTED;
     *p = malloc(bytes);
+    allocations_made++;
     if (!*p) return OUT_OF_MEMORY;
     pinned[*p] = bytes;
     return OK;

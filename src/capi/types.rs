@@ -166,7 +166,8 @@ pub type akv_alloc_fn = Option<
         stream: *mut c_void,
     ) -> *mut c_void,
 >;
-/// Takes back what `akv_alloc_fn` gave, with the same `bytes`.
+/// Takes back what `akv_alloc_fn` gave, with the same `bytes`. On CUDA, work that was launched may still be using device
+/// memory: give it to others in the streams' order (cudaFree waits for that).
 pub type akv_dealloc_fn =
     Option<unsafe extern "C" fn(user: *mut c_void, p: *mut c_void, bytes: usize, backend: i32, stream: *mut c_void)>;
 /// Receives a line of text (valid during the call) at AKV_LOG_WARN or AKV_LOG_INFO. Must not call back into the
