@@ -67,6 +67,11 @@ DEVICE u32 atomic_max(u32 *p, u32 x) { return atomicMax(p, x); }
 DEVICE u32 atomic_cas(u32 *p, u32 expected, u32 x) { return atomicCAS(p, expected, x); }
 
 DEVICE i32 popc(u32 x) { return __popc(x); }
+// Four bytes of b:a, whose bytes are 7 to 0, by the hex digits of `order`.
+DEVICE u32 permute(u32 a, u32 b, u32 order) { return __byte_perm(a, b, order); }
+// Of numbers that are not NaN.
+DEVICE float most(float a, float b) { return fmaxf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 

@@ -8,6 +8,16 @@
 
 namespace akv {
 
+// True if there are registers for a lane's whole part of q, and for whatever else saves instructions: not for wide rows, nor
+// on architectures from 10.0 on, whose compiler keeps more in registers, and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <i32 S>
+constexpr bool HAS_ROOM = false;
+#else
+template <i32 S>
+constexpr bool HAS_ROOM = S <= 4;
+#endif
+
 // One head's folded q, on the lanes that get its scores.
 struct Folded {
     float step, worst, rough, q_worst;
@@ -39,21 +49,30 @@ struct Fold {
             const i32 j = S * t + s;
             return j < words ? load_u32(tile.k_scales + high * tile.half_k + 4 * j) : 0;
         };
-        float peak = 0.0f, worst = 0.0f, rough = 0.0f;
-        // Once more below: wide rows have too many channels to keep them in registers.
-        ROLLED
-        for (i32 s = 0; s < S; s++) {
+        // Eight channels of a word, times their scales.
+        auto folded = [&](i32 s, float (&f)[8]) {
             const u32 bytes[2] = {scales(s, 0), scales(s, 1)};
-            UNROLLED
+            for (i32 i = 0; i < 8; i++) f[i] = mul_rn(q.at(h, S * t + s, i), scale_of(bytes[i / 4] >> 8 * (i % 4) & 255));
+        };
+        // Wide rows have too many channels to keep them in registers: they are folded once more below.
+        constexpr bool KEEPS = HAS_ROOM<S>;
+        float kept[KEEPS ? S : 1][8], peak = 0.0f, worst = 0.0f, rough = 0.0f;
+        auto weigh = [&](const float (&f)[8]) {
             for (i32 i = 0; i < 8; i++) {
-                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(bytes[i / 4] >> 8 * (i % 4) & 255)), size = magnitude(f);
-                peak = larger(peak, size);
-                worst += size;
-                rough = fma_rn(f, f, rough);
+                peak = most(peak, magnitude(f[i]));
+                worst += magnitude(f[i]);
+                rough = fma_rn(f[i], f[i], rough);
             }
+        };
+        if (KEEPS) {
+            UNROLLED
+            for (i32 s = 0; s < S; s++) folded(s, kept[KEEPS ? s : 0]), weigh(kept[KEEPS ? s : 0]);
+        } else {
+            ROLLED
+            for (i32 s = 0; s < S; s++) folded(s, kept[0]), weigh(kept[0]);
         }
         for (u32 mask = 1; mask <= 2; mask *= 2) {
-            peak = larger(peak, shuffle_xor(peak, mask));
+            peak = most(peak, shuffle_xor(peak, mask));
             worst += shuffle_xor(worst, mask);
             rough += shuffle_xor(rough, mask);
         }
@@ -61,17 +80,21 @@ struct Fold {
         // Too small to be rounded to anything: all digits 0, and the whole of q is error.
         const bool vanishing = peak < 1e-30f;
         const float step = vanishing ? 0.0f : div_rn(peak, LEVELS), inverse = vanishing ? 0.0f : div_rn(LEVELS, peak);
-        i32 q_sum = 0;
+        // The high digit is byte 1 of r + 128, the low one byte 0 of r: packed by fours, from two and two.
+        const u32 zero = float_bits(MAGIC) - (digit == 0 ? 128 : 0), bytes_of_two = digit == 0 ? 0x51 : 0x40;
+        i32 q_sum = digit == 0 ? -128 * 8 * S : 0;
         UNROLLED
         for (i32 s = 0; s < S; s++) {
-            const u32 bytes[2] = {scales(s, 0), scales(s, 1)};
-            b[s][0] = b[s][1] = 0;
-            UNROLLED
+            float(&f)[8] = kept[KEEPS ? s : 0];
+            if (!KEEPS) folded(s, f);
+            u32 r[8];
             for (i32 i = 0; i < 8; i++) {
-                const float f = mul_rn(q.at(h, S * t + s, i), scale_of(bytes[i / 4] >> 8 * (i % 4) & 255));
-                const i32 r = i32(float_bits(add_rn(mul_rn(f, inverse), MAGIC)) - float_bits(MAGIC));
-                q_sum += r;
-                b[s][i / 4] |= (u32(digit == 0 ? (r + 128) >> 8 : r) & 255) << 8 * (i % 4);
+                r[i] = float_bits(add_rn(mul_rn(f[i], inverse), MAGIC)) - zero;
+                q_sum += i32(r[i]);
+            }
+            for (i32 i = 0; i < 2; i++) {
+                const u32 *x = r + 4 * i;
+                b[s][i] = permute(permute(x[0], x[1], bytes_of_two), permute(x[2], x[3], bytes_of_two), 0x5410);
             }
         }
         q_sum += shuffle_xor(q_sum, 1);

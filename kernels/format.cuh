@@ -132,6 +132,5 @@ DEVICE void store_element(u64 row, i32 dtype, i32 i, float x) {
     }
 }
 DEVICE u64 row_of(const Rows &rows, i64 row, i32 head) { return rows.data + row * rows.stride_row + head * rows.stride_head; }
-DEVICE float magnitude(float x) { return bits_float(float_bits(x) & 0x7fffffff); }
 
 }  // namespace akv

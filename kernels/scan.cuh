@@ -26,10 +26,10 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
     for (i32 block = 0; block < 4; block++) {
         v_scales[block] = load_u32(tile.v_scales + 32 * block + 4 * quad);
         for (i32 i = 0; i < 4; i++) {
-            if (seen[block] >> (4 * quad + i) & 1) unit_max = larger(unit_max, scale_of(v_scales[block] >> 8 * i & 255));
+            if (seen[block] >> (4 * quad + i) & 1) unit_max = most(unit_max, scale_of(v_scales[block] >> 8 * i & 255));
         }
     }
-    for (u32 mask = 4; mask <= 16; mask *= 2) unit_max = larger(unit_max, shuffle_xor(unit_max, mask));
+    for (u32 mask = 4; mask <= 16; mask *= 2) unit_max = most(unit_max, shuffle_xor(unit_max, mask));
 
     const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16;
     ROLLED
@@ -38,15 +38,16 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
         const Folded &head = fold.head;
         const i32 h = first + lane() % 4;
         const bool mine = h < u.heads;
+        float *const scores = u.scores(t, h) + 4 * quad;
         float score[4][4], max = -infinity();
         UNROLLED
         for (i32 block = 0; block < 4; block++) {
-            // Plain loads: they stay behind the block before, whose registers they take.
-            uint4 words[S];
+            // Plain loads: they stay behind the stores of the block before, and take its registers.
+            uint4 words[S] = {};
             UNROLLED
             for (i32 s = 0; s < S; s++) {
                 const i32 j = S * (lane() % 4) + s;
-                words[s] = j < tile.half_k / 4 ? *reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + j * 4 * LANES) : uint4{0, 0, 0, 0};
+                if (j < tile.half_k / 4) words[s] = *reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + j * 4 * LANES);
             }
             UNROLLED
             for (i32 pair = 0; pair < 2; pair++) {
@@ -60,17 +61,19 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
                 score[block][2 * pair] = head.score(c[0], c[1]);
                 score[block][2 * pair + 1] = head.score(c[2], c[3]);
             }
-            for (i32 i = 0; i < 4; i++) {
-                if (!(seen[block] >> (4 * quad + i) & 1)) score[block][i] = -infinity();
-            }
             float(&s)[4] = score[block];
-            if (mine) *reinterpret_cast<float4 *>(u.scores(t, h) + 32 * block + 4 * quad) = float4{s[0], s[1], s[2], s[3]};
-            for (i32 i = 0; i < 4; i++) {
-                s[i] = mine ? u.logit(s[i], t, 32 * block + 4 * quad + i, h) : 0.0f;
-                max = larger(max, s[i]);
+            if (seen[block] != ~0u) {
+                for (i32 i = 0; i < 4; i++) {
+                    if (!(seen[block] >> (4 * quad + i) & 1)) s[i] = -infinity();
+                }
             }
+            if (mine) *reinterpret_cast<float4 *>(scores + 32 * block) = float4{s[0], s[1], s[2], s[3]};
+            if (u.bends() && mine) {
+                for (i32 i = 0; i < 4; i++) s[i] = u.logit(s[i], t, 32 * block + 4 * quad + i, h);
+            }
+            for (i32 i = 0; i < 4; i++) max = most(max, s[i]);
         }
-        for (u32 mask = 4; mask <= 16; mask *= 2) max = larger(max, shuffle_xor(max, mask));
+        for (u32 mask = 4; mask <= 16; mask *= 2) max = most(max, shuffle_xor(max, mask));
         float e_sum = 0.0f, e_vs = 0.0f, e_vs2 = 0.0f;
         UNROLLED
         for (i32 block = 0; block < 4; block++) {
@@ -161,7 +164,7 @@ DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
 
 // The whole phase.
 template <i32 S>
-DEVICE_CALL void scan_split(const AttendParams &p, i32 stride) {
+DEVICE void scan_inline(const AttendParams &p, i32 stride) {
     const Unit u(p);
     const Queries q{shared<float>(), stride};
     const bool exact = u.count_exact() > 0;
@@ -182,6 +185,16 @@ DEVICE_CALL void scan_split(const AttendParams &p, i32 stride) {
         }
         u.partial(u.split, h) = partial;
     }
+}
+template <i32 S>
+DEVICE_CALL void scan_called(const AttendParams &p, i32 stride) {
+    scan_inline<S>(p, stride);
+}
+// Inline, parameters are read from constant memory.
+template <i32 S>
+DEVICE void scan_split(const AttendParams &p, i32 stride) {
+    if (HAS_ROOM<S>) scan_inline<S>(p, stride);
+    else scan_called<S>(p, stride);
 }
 
 }  // namespace akv

@@ -78,9 +78,11 @@ struct Unit {
 
     DEVICE float slope(i32 head) const { return p.slopes ? reinterpret_cast<const float *>(p.slopes)[first_head + head] : 1.0f; }
 
+    // True if the softmax sees other scores than K and q give.
+    DEVICE bool bends() const { return p.softcap != 0.0f || p.mask_added != 0; }
     // What the softmax sees of the score of a token: capped, and with what the mask adds.
     DEVICE float logit(float score, i32 t, i32 token, i32 head) const {
-        if (p.softcap == 0.0f && !p.mask_added) return score;
+        if (!bends()) return score;
         const u64 added = p.mask_added ? p.mask_added + 2 * ((i64(row_index) * p.mask_tiles + t) * TILE + token) : 0;
         return bent(score, p.softcap, added, slope(head));
     }

@@ -156,6 +156,13 @@ inline u32 atomic_cas(u32 *p, u32 expected, u32 x) {
 }
 
 inline i32 popc(u32 x) { return __builtin_popcount(x); }
+inline u32 permute(u32 a, u32 b, u32 order) {
+    u32 y = 0;
+    for (u32 i = 0; i < 4; i++) y |= u32((u64(b) << 32 | a) >> 8 * (order >> 4 * i & 7) & 255) << 8 * i;
+    return y;
+}
+inline float most(float a, float b) { return a > b ? a : b; }
+inline float magnitude(float x) { return std::fabs(x); }
 inline u32 float_bits(float x) {
     u32 bits;
     memcpy(&bits, &x, 4);
