@@ -300,6 +300,8 @@ public:
         if (batch_) akv_batch_abort(batch_);
     }
 
+    // A CUDA graph of an earlier step of the batch has been launched instead of this step's calls.
+    void replayed() { check(akv_batch_replayed(batch_)); }
     // If this throws, the step is still in progress.
     void commit() {
         check(akv_batch_commit(batch_));
