@@ -314,6 +314,18 @@ static void errors(void) {
     OK(akv_quantize_kv(unbounded.batch, 0, &key, &value, stream));
     OK(akv_batch_abort(unbounded.batch));
 
+    /* Moving rows waits for the device, which a capture forbids: nothing has happened then. */
+    int64_t before, after;
+    OK(akv_sequence_length(e.cache, e.sequence[0], -1, &before));
+    CU(cu.begin(stream, 0));
+    FAILS(akv_sequence_truncate(e.cache, e.sequence[0], 3), AKV_E_DEVICE, "cuCtxSynchronize");
+    graph = NULL;
+    cu.end(stream, &graph); /* a driver may have given the capture up */
+    if (graph) CU(cu.graph_destroy(graph));
+    OK(akv_sequence_length(e.cache, e.sequence[0], -1, &after));
+    CHECK(before == after && before > 3, "%d tokens of %d", (int)after, (int)before);
+    OK(akv_sequence_truncate(e.cache, e.sequence[0], 3));
+
     /* Streams and contexts of another device. */
     void *other = NULL, *foreign = NULL, *top = NULL, *ours = NULL;
     CU(cu.current(&ours));

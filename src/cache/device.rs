@@ -160,6 +160,11 @@ impl Edits {
         self.device.as_ref()
     }
 
+    /// Waits for what has been launched: where that cannot be, nothing is changed yet.
+    pub fn wait(&self) -> Result<()> {
+        self.device.as_ref().map_or(Ok(()), |device| device.synchronize())
+    }
+
     /// Copies a block to one that nobody else holds.
     pub fn copy(&mut self, to: &mut Shared, from: &Shared) {
         match &self.device {
@@ -172,7 +177,9 @@ impl Edits {
     pub fn encode(&mut self, layer: &Layer, tile: usize, rows: usize) {
         let page = &layer.pages[tile];
         let from = page.base.as_ref().map_or(0, |(_, base_rows)| *base_rows);
-        let append = Append { source: from as i64, ..layer.encode(0, tile, from, rows) };
+        // Rows of the exact head are written once more, as they are.
+        let head = layer.head.as_ref().filter(|_| tile == 0).map_or(0, Shared::address);
+        let append = Append { source: from as i64, head, ..layer.encode(0, tile, from, rows) };
         self.encodes.push((layer.layout, append, page.kept.as_ref().map_or(0, Shared::address)));
     }
 

@@ -6,7 +6,7 @@ use super::memory::{Charge, Memory, Table};
 use super::{Config, Positions, Reader};
 use crate::backend::cuda::Stream;
 use crate::backend::cuda::params::View;
-use crate::format::Layout;
+use crate::format::{Layout, TILE};
 use crate::{Error, Result};
 use parking_lot::lock_api::ArcRwLockWriteGuard;
 use parking_lot::{RawRwLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -103,6 +103,9 @@ impl Sequence {
             let layer = self.write_layer(i)?;
             let spare = layer.spare(n)?;
             layers.push((layer, spare));
+        }
+        if !n.is_multiple_of(TILE) {
+            edits.wait()?;
         }
         self.write_positions()?.truncate(n);
         for (mut layer, spare) in layers {
