@@ -206,6 +206,20 @@ impl Setup {
     }
 }
 
+impl Setup {
+    /// Root mean square error of an output, relative to A, that the stored digits of K and V make likely at most.
+    pub fn stored_error(&self, layer: usize, q: &[f32], scale: f32) -> f64 {
+        if self.format != AKV_FORMAT_ALIGNED {
+            return 0.0;
+        }
+        let l = &self.layers[layer];
+        let norm = q.iter().map(|&x| f64::from(x * x)).sum::<f64>().sqrt();
+        let scale = if scale == 0.0 { 1.0 / f64::from(l.dim_k).sqrt() } else { f64::from(scale) };
+        let score = scale * norm * f64::from(PEAK * PRECISION[l.planes_k as usize]);
+        score + f64::from(PRECISION[l.planes_v as usize])
+    }
+}
+
 /// By planes (0 stands for 4), as the header has it.
 const PRECISION: [f32; 5] = [3e-5, 9e-2, 6e-3, 4e-4, 3e-5];
 
