@@ -1,15 +1,13 @@
 //! Attention, and merging partial attention.
 
 use super::batch::{Object, WORKSPACE_ALIGN, Workspaces};
-use super::check::{
-    Bytes, Grid, array, count, descriptor, disjoint, not_built, optional, pointer, within, wrong, zero,
-};
+use super::check::{Bytes, Grid, array, count, descriptor, disjoint, optional, pointer, within, wrong, zero};
 use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::backend::cpu::{Cpu, State, merge};
 use crate::backend::cuda::Sight;
-use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, Threads};
+use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, TREE, Threads};
 use crate::cache::{Positions, Reader, SequenceView, StepSequence};
 use crate::format::{Format, Layout, MAX_DIM, Rows, Shape};
 use crate::{Error, Result};
@@ -75,18 +73,19 @@ impl Options {
             _ if !slots && !d.mask.is_null() => return not_here("mask"),
             _ => {}
         }
-        for (field, null) in [("alibi_slopes", d.alibi_slopes.is_null()), ("tree", d.tree.is_null())] {
-            if !null && !slots {
-                return Err(not_built(at(field), "not NULL", "NULL"));
-            }
-        }
         if format == Format::Published {
             let none = "with AKV_FORMAT_PUBLISHED";
             if d.logit_softcap != 0.0 {
                 return Err(wrong(at("logit_softcap"), d.logit_softcap, format_args!("0 {none}")));
             }
-            if !d.sink_logits.is_null() {
-                return Err(wrong(at("sink_logits"), "not NULL", format_args!("NULL {none}")));
+            for (field, null) in [
+                ("sink_logits", d.sink_logits.is_null()),
+                ("alibi_slopes", d.alibi_slopes.is_null()),
+                ("tree", d.tree.is_null()),
+            ] {
+                if !null {
+                    return Err(wrong(at(field), "not NULL", format_args!("NULL {none}")));
+                }
             }
         }
         let all_dense = mode == Mode::Exact || format == Format::Raw;
@@ -160,45 +159,71 @@ fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
     Bytes::new(pointer(p, name)?, n, name)
 }
 
+/// What each query row does not see, whatever else is said: `[rows]` each.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Limits<'a> {
+    kv_from: Option<&'a [i64]>,
+    kv_to: Option<&'a [i64]>,
+    tree: Option<&'a [u64]>,
+}
+
+impl<'a> Limits<'a> {
+    /// # Safety
+    /// The arrays of `desc` are NULL, misaligned, or as documented during `'a`.
+    pub unsafe fn new(desc: &akv_attention_desc, n_q: usize) -> Result<Limits<'a>> {
+        // SAFETY: the caller's contract.
+        let limits = unsafe {
+            Limits {
+                kv_from: optional(desc.kv_from, n_q, "desc->kv_from")?,
+                kv_to: optional(desc.kv_to, n_q, "desc->kv_to")?,
+                tree: optional(desc.tree, n_q, "desc->tree")?,
+            }
+        };
+        for (name, array) in [("kv_from", limits.kv_from), ("kv_to", limits.kv_to)] {
+            if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
+                return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
+            }
+        }
+        Ok(limits)
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.kv_from.is_none() && self.kv_to.is_none() && self.tree.is_none()
+    }
+}
+
 /// Which tokens every query row sees. Sequences: tokens, query rows, positions.
 pub(super) fn query_rows<P: Deref<Target = Positions>>(
     sequences: &[(usize, usize, P)],
     sight: Sight,
-    kv_from: Option<&[i64]>,
-    kv_to: Option<&[i64]>,
+    limits: Limits,
 ) -> Vec<QueryRow> {
     let mut rows = Vec::with_capacity(sequences.iter().map(|s| s.1).sum());
     for (sequence, (len, n_q, positions)) in sequences.iter().enumerate() {
         let (len, n_q) = (*len, *n_q);
         let dense = sight.dense || n_q > MAX_PROGRESSIVE;
         for token in len - n_q..len {
-            let position = positions.at(token);
-            let mut to = if sight.causal { positions.below(position.saturating_add(1), len) } else { len };
-            let mut from = match sight.window {
+            let (position, r) = (positions.at(token), rows.len());
+            let end = if sight.causal { positions.below(position.saturating_add(1), len) } else { len };
+            let start = match sight.window {
                 0 => 0,
                 w => positions.below(position.saturating_sub(w as i64 - 1), len),
             };
             // Checked to be 0 or more.
-            if let Some(bound) = kv_from {
-                from = from.max(bound[rows.len()] as usize);
+            let kv_from = limits.kv_from.map_or(0, |bound| bound[r] as usize);
+            let kv_to = limits.kv_to.map_or(usize::MAX, |bound| bound[r] as usize);
+            let mut row = QueryRow::new(sequence, start.max(kv_from), end.min(kv_to), dense);
+            row.position = position;
+            if let Some(tree) = limits.tree {
+                row.hidden = !tree[r];
+                let seen = |i: &usize| (row.from..row.to).contains(&(len + i).wrapping_sub(TREE));
+                row.n -= (0..TREE).filter(|i| row.hidden >> i & 1 == 1).filter(seen).count();
             }
-            if let Some(bound) = kv_to {
-                to = to.min(bound[rows.len()] as usize);
-            }
-            rows.push(QueryRow { sequence, from, to, n: to.saturating_sub(from), dense });
+            rows.push(row);
         }
     }
     rows
-}
-
-/// Fails for limits of what rows see that are negative.
-pub(super) fn check_ranges(kv_from: Option<&[i64]>, kv_to: Option<&[i64]>) -> Result<()> {
-    for (name, array) in [("kv_from", kv_from), ("kv_to", kv_to)] {
-        if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
-            return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
-        }
-    }
-    Ok(())
 }
 
 /// Fails for outputs that are misaligned, or share bytes with one another, with q or with the workspace.
@@ -254,10 +279,13 @@ pub(super) struct Frame<'a> {
 }
 
 /// What the rows of a call see.
+#[derive(Clone, Copy, Default)]
 pub(super) struct Scene<'a> {
     pub sequences: &'a [SequenceView<'a>],
     pub rows: &'a [QueryRow],
     pub mask: Option<&'a Mask>,
+    /// By sequences; unless there is a mask.
+    pub positions: Option<&'a [&'a Positions]>,
 }
 
 impl<'a> Frame<'a> {
@@ -331,10 +359,9 @@ impl<'a> Frame<'a> {
         let (q, out) = unsafe { (self.q.rows(), self.out.rows_mut()) };
         // SAFETY: checked for as many floats as there are rows and heads, and the caller's contract.
         let floats = |p: *mut f32| if p.is_null() { None } else { Some(unsafe { Floats::new(p) }) };
-        let nothing = Scene { sequences: &[], rows: &[], mask: None };
         let (scene, failed) = match scene {
             Ok(scene) => (scene, None),
-            Err(error) => (nothing, Some(error)),
+            Err(error) => (Scene::default(), Some(error)),
         };
         let call = Attention {
             shape: self.shape,
@@ -345,6 +372,8 @@ impl<'a> Frame<'a> {
             scale: self.options.scale,
             softcap: self.options.softcap,
             mask: scene.mask,
+            // They are what slopes are of.
+            positions: scene.positions.filter(|_| self.slopes.is_some()),
             slopes: self.slopes,
             sinks: self.sinks,
             tolerance: self.options.tolerance,
@@ -391,16 +420,15 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     // SAFETY: the caller's contract.
     let frame = unsafe { Frame::new(desc, layout, false, step.n_q, step.max_kv, batch.max_threads, cpu) }?;
     // SAFETY: the caller's contract.
-    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
-        unsafe { (optional(desc.kv_from, step.n_q, "desc->kv_from")?, optional(desc.kv_to, step.n_q, "desc->kv_to")?) };
-    check_ranges(kv_from, kv_to)?;
+    let limits = unsafe { Limits::new(desc, step.n_q) }?;
     let prepared = batch.batch.read(layer);
     let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
     let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
     let of_step: Vec<_> =
         views.iter().zip(readers).map(|(view, (step, reader))| (view.len, step.n_q, reader.positions())).collect();
-    let rows = query_rows(&of_step, frame.options.sight(), kv_from, kv_to);
-    let scene = Scene { sequences: &views, rows: &rows, mask: None };
+    let rows = query_rows(&of_step, frame.options.sight(), limits);
+    let positions: Vec<_> = readers.iter().map(|(_, reader)| reader.positions()).collect();
+    let scene = Scene { sequences: &views, rows: &rows, mask: None, positions: Some(&positions) };
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, prepared.as_ref().map(|_| scene).map_err(Clone::clone), &batch.workspaces) }
 }
@@ -663,13 +691,16 @@ mod tests {
                 other => panic!("{other:?} for {name}"),
             }
         }
-        let cases: [Case; 2] = [
+        let cases: [Case; 4] = [
+            ("desc->logit_softcap", |d| d.logit_softcap = 30.0),
+            ("desc->sink_logits", |d| d.sink_logits = std::ptr::dangling()),
             ("desc->alibi_slopes", |d| d.alibi_slopes = std::ptr::dangling()),
             ("desc->tree", |d| d.tree = std::ptr::dangling()),
         ];
         for (name, change) in cases {
-            match options(Format::Aligned, change) {
-                Err(Error::Unsupported(text)) if text.starts_with(&format!("{name} is ")) => {}
+            assert!(options(Format::Aligned, change).is_ok(), "{name}");
+            match options(Format::Published, change) {
+                Err(Error::Argument(text)) if text.starts_with(&format!("{name} is ")) => {}
                 other => panic!("{other:?} for {name}"),
             }
         }
