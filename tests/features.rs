@@ -27,7 +27,6 @@ fn ok(status: akv_status) {
 }
 
 #[track_caller]
-#[allow(dead_code)]
 fn fails(status: akv_status, expected: akv_status, parts: &[&str]) {
     let text = text();
     assert!(status == expected && parts.iter().all(|part| text.contains(part)), "{status}: {text}");
@@ -230,6 +229,7 @@ struct Asked {
     tolerance: f32,
     full: bool,
     window: i32,
+    sink_tokens: i32,
     softcap: f32,
     slopes: Option<Vec<f32>>,
     sinks: Option<Vec<f32>>,
@@ -248,6 +248,7 @@ impl Asked {
             tolerance: self.tolerance,
             visibility: if self.full { AKV_FULL } else { AKV_CAUSAL },
             window: self.window,
+            sink_tokens: self.sink_tokens,
             logit_softcap: self.softcap,
             alibi_slopes: at(&self.slopes),
             sink_logits: at(&self.sinks),
@@ -275,7 +276,9 @@ impl Asked {
             .filter(|&t| {
                 let p = s.positions[t];
                 (self.full || at.is_some_and(|at| p <= at))
-                    && (self.window == 0 || at.is_some_and(|at| p > at - i64::from(self.window)))
+                    && (self.window == 0
+                        || t < self.sink_tokens as usize
+                        || at.is_some_and(|at| p > at - i64::from(self.window)))
                     && self.kv_from.as_ref().is_none_or(|from| t as i64 >= from[row])
                     && self.kv_to.as_ref().is_none_or(|to| (t as i64) < to[row])
                     && self.tree.as_ref().is_none_or(|tree| t + 64 < len || tree[row] >> (t + 64 - len) & 1 == 1)
@@ -526,6 +529,90 @@ fn a_tree_is_its_paths() {
             assert_eq!(seen, (0..len).chain(path.iter().map(|j| len + j)).collect::<Vec<_>>());
         }
     }
+}
+
+/// What a window leaves at the start, with everything else.
+#[test]
+fn windows_keep_sinks() {
+    cases(3, 60, |rng, asked, sequences, layer| {
+        (asked.window, asked.sink_tokens) = (1 + rng.below(260) as i32, [1, 4, 4, 100, 128, 130, 1030][rng.below(7)]);
+        let n = n_rows(sequences, layer);
+        if rng.below(3) == 0 {
+            asked.tree = trees(rng, n);
+        }
+        if rng.below(3) == 0 {
+            asked.slopes = Some(vec![0.02; layer.n_q_heads as usize]);
+        }
+        if rng.below(2) == 0 {
+            asked.kv_from = Some((0..n).map(|_| rng.below(300) as i64).collect());
+        }
+        if rng.below(2) == 0 {
+            asked.kv_to = Some((0..n).map(|_| rng.below(300) as i64).collect());
+        }
+    });
+}
+
+/// Most of a long context is neither in the window nor at the start: whole splits are left out.
+#[test]
+fn windows_over_long_contexts() {
+    let mut rng = Rng::new(6);
+    let layer = akv_layer_desc { n_q_heads: 2, n_kv_heads: 1, dim_k: 32, ..zeroed() };
+    let s = sequence(&mut rng, &layer, 7000, 3, false);
+    for format in FORMATS {
+        let engines = [1, 3].map(|n_threads| Engine::new(layer, |c| c.format = format, 0, n_threads));
+        for (window, sink_tokens) in [(100, 0), (100, 4), (1500, 1100), (2000, 3000), (5000, 1025), (6999, 1)] {
+            for mode in [AKV_EXPECTED, AKV_EXACT] {
+                for kv_from in [None, Some(vec![900; 3])] {
+                    let asked = Asked { mode, window, sink_tokens, kv_from, ..Asked::default() };
+                    let told = format!("format {format} {asked:?}");
+                    let outputs = engines.each_ref().map(|e| e.run(&[&s], &asked.desc()));
+                    check(&engines[0], &[&s], &asked, &outputs[0], &told);
+                    assert_eq!(outputs[0], outputs[1], "{told}");
+                }
+            }
+        }
+    }
+}
+
+/// Query rows that are no tokens of the sequence.
+#[test]
+fn cross_attention() {
+    let mut rng = Rng::new(7);
+    for case in 0..40 {
+        let layer = some_layer(&mut rng);
+        let format = FORMATS[rng.below(2)];
+        let e = Engine::new(layer, |c| c.format = format, 0, 1);
+        let mut all = Vec::new();
+        for _ in 0..1 + rng.below(3) {
+            let (len, n_q) = ([0, 1, 3, 7, 100, 200][rng.below(6)], 1 + rng.below(24));
+            all.push(sequence(&mut rng, &layer, len, n_q, false));
+        }
+        let all: Vec<&Sequence> = all.iter().collect();
+        let mut asked = Asked { full: true, ..some_call(&mut rng, &layer) };
+        if rng.below(2) == 0 {
+            asked.tree = trees(&mut rng, n_rows(&all, &layer));
+        }
+        let told = format!("case {case}: format {format} {layer:?} {asked:?}");
+        let got = e.run(&all, &asked.desc());
+        check(&e, &all, &asked, &got, &told);
+        check_parts(&e, &mut rng, &all, &asked, &told);
+    }
+    // Only where nothing asks where they are.
+    let layer = akv_layer_desc { n_q_heads: 2, n_kv_heads: 1, dim_k: 16, ..zeroed() };
+    let e = Engine::new(layer, |_| (), 0, 1);
+    let (one, more) = (sequence(&mut rng, &layer, 3, 1, false), sequence(&mut rng, &layer, 3, 4, false));
+    ok(e.begin(&[e.sequence(), e.sequence()], &[&one, &more], &[1, 4]));
+    let q: Vec<f32> = [&one.q[..], &more.q[..]].concat();
+    let full = Asked { full: true, ..Asked::default() };
+    let who = "sequence 1 of the step, which has 4 query rows and 3 tokens";
+    fails(e.attend(&q, &Asked::default().desc()).0, AKV_E_ARGUMENT, &["desc->visibility is 0", who]);
+    fails(e.attend(&q, &Asked { window: 9, ..full.clone() }.desc()).0, AKV_E_ARGUMENT, &["window", "is 9", who]);
+    let slopes = Some(vec![1.0; 2]);
+    fails(e.attend(&q, &Asked { slopes, ..full.clone() }.desc()).0, AKV_E_ARGUMENT, &["desc->alibi_slopes", who]);
+    let (status, got) = e.attend(&q, &full.desc());
+    ok(status);
+    check(&e, &[&one, &more], &full, &got, "refused before");
+    e.commit();
 }
 
 #[test]

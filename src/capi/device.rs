@@ -1,7 +1,7 @@
 //! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
 //! memory, and launched on the caller's stream.
 
-use super::attention::{Limits, Options, apart, query_rows};
+use super::attention::{Limits, Options, apart, check_tokens, query_rows};
 use super::batch::{Object, Step};
 use super::cache;
 use super::check::{Grid, not_built, pointer, within, wrong};
@@ -39,6 +39,9 @@ pub(super) fn check_attention(desc: &akv_attention_desc, name: &str) -> Result<(
             return Err(not_built(format_args!("{name}->{field}"), "not NULL", "NULL on the CUDA backend"));
         }
     }
+    if desc.sink_tokens != 0 {
+        return Err(not_built(format_args!("{name}->sink_tokens"), desc.sink_tokens, "0 on the CUDA backend"));
+    }
     Ok(())
 }
 
@@ -70,7 +73,7 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
     let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
     let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
     for layout in cache.layouts() {
-        tables.expect(Sight { causal: true, window: layout.shape.window, dense: false });
+        tables.expect(Sight { causal: true, window: layout.shape.window, head: 0, dense: false });
     }
     Ok(tables)
 }
@@ -146,6 +149,8 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
     apart(desc, &q, &out, n_q, shape)?;
     // SAFETY: the caller's contract; it is host memory.
     let limits = unsafe { Limits::new(desc, n_q) }?;
+    let sight = options.sight();
+    batch.batch.lengths(|sequences| check_tokens(sequences, sight, desc))??;
     batch.batch.check_appended(layer)?;
     let capturing = device.is_capturing(stream)?;
 
@@ -172,7 +177,6 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         desc.workspace as u64
     };
 
-    let sight = options.sight();
     let known = if limits.is_empty() { tables.rows(sight, n_q, capturing)? } else { None };
     let (rows_at, n_rows) = match known {
         Some(known) => known,

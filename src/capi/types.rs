@@ -351,7 +351,7 @@ pub struct akv_batch_desc {
     /// `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     pub n_new: *const i32,
     /// `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    /// decode may mix.
+    /// decode may mix. More than there are tokens: see akv_aligned_attention.
     pub n_q: *const i32,
     /// `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     /// older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -458,6 +458,11 @@ pub struct akv_attention_desc {
     pub visibility: i32,
     /// Sliding window of this call; 0 = the layer's.
     pub window: i32,
+    /// First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+    /// AKV_FORMAT_PUBLISHED.
+    pub sink_tokens: i32,
+    /// 0.
+    pub reserved: i32,
     /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
     /// * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
     /// AKV_FORMAT_PUBLISHED.
@@ -536,6 +541,6 @@ const _: () = {
     assert!(size_of::<akv_batch_desc>() == 64 && offset_of!(akv_batch_desc, max_kv) == 48);
     assert!(size_of::<akv_threads>() == 24);
     assert!(size_of::<akv_stats>() == 144 && offset_of!(akv_stats, backend) == 128);
-    assert!(size_of::<akv_attention_desc>() == 224 && offset_of!(akv_attention_desc, alibi_slopes) == 96);
+    assert!(size_of::<akv_attention_desc>() == 232 && offset_of!(akv_attention_desc, alibi_slopes) == 104);
     assert!(size_of::<akv_state>() == 48);
 };
