@@ -461,7 +461,9 @@ typedef struct akv_attention_desc {
     int32_t visibility;
     // Sliding window of this call; 0 = the layer's.
     int32_t window;
-    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
+    // * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
+    // AKV_FORMAT_PUBLISHED.
     const float *alibi_slopes;
     // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     // merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
@@ -473,7 +475,12 @@ typedef struct akv_attention_desc {
     const int64_t *kv_from;
     // `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     const int64_t *kv_to;
-    // `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    // `[sum of n_q]`, for speculative trees: of the last 64 tokens of its sequence, the step's new ones included, row r sees
+    // only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last token, bit 63 - i the
+    // token i before it; the row's own token has a bit like any other, bits of tokens that are not there do not count, and
+    // tokens before the last 64 are seen as ever. With a tree of n tokens whose node j is the step's new token j, a row sees
+    // what came before and the nodes in the bits `path` if tree[r] is path << (64 - n) | UINT64_MAX >> n. NULL = none. Not
+    // for AKV_FORMAT_PUBLISHED.
     const uint64_t *tree;
     // Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
     // Log of the softmax's normaliser: log sum exp(score).

@@ -250,6 +250,7 @@ fn an_error_of_one_is_an_error_of_all() {
                 scale: 1.0,
                 softcap: 0.0,
                 mask: None,
+                positions: None,
                 slopes: None,
                 sinks: None,
                 tolerance: 1e-3,

@@ -498,10 +498,8 @@ impl Simulation {
         let batch = &self.batches[i].0;
         if self.batches[i].1.is_none() && !members.iter().any(|m| self.owned(m.0)) {
             let twice = [step[0], step[0]];
-            let n_q = [StepSequence { n_q: 1 << 20, ..step[0] }];
             let dead = [step[0], StepSequence { sequence: self.dead.last().copied().unwrap_or(0), n_new: 0, n_q: 0 }];
             assert!(matches!(batch.begin(&twice, None), Err(Error::Argument(_))));
-            assert!(matches!(batch.begin(&n_q, None), Err(Error::Argument(_))));
             assert!(matches!(batch.begin(&dead, None), Err(Error::Handle(_))));
             let [a, b] = [given.len() + 1, 2].map(|n| (0..n as i64).rev().collect::<Vec<_>>());
             assert!(matches!(batch.begin(&step, Some(&a)), Err(Error::Argument(_))));

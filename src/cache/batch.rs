@@ -143,16 +143,13 @@ impl Batch {
     }
 
     fn member(&self, step: StepSequence) -> Result<Member> {
-        let StepSequence { sequence: id, n_new, n_q } = step;
+        let StepSequence { sequence: id, n_new, .. } = step;
         let sequence = self.cache.find(id)?;
         let claim = sequence.claim()?;
         let len = sequence.len.load(Relaxed);
         let new_len = len
             .checked_add(n_new)
             .ok_or_else(|| Error::Argument(format!("n_new {n_new}: sequence {id} has {len} tokens")))?;
-        if n_q > new_len {
-            return Err(Error::Argument(format!("n_q {n_q}: sequence {id} will have {new_len} tokens")));
-        }
         within("max_kv", self.bounds.max_kv, new_len, &format!("tokens of sequence {id}"))?;
         Ok(Member { step, sequence, len, new_runs: false, _claim: claim })
     }

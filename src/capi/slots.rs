@@ -122,7 +122,7 @@ unsafe fn write(
 
 /// What a query row sees of its span.
 fn query_row(view: &SequenceView, sequence: usize, mask: Option<&Mask>, row: usize, dense: bool) -> QueryRow {
-    let mut seen = QueryRow { sequence, from: 0, to: 0, n: 0, dense };
+    let mut seen = QueryRow::new(sequence, 0, 0, dense);
     for tile in 0..view.len.div_ceil(TILE) {
         let within = crate::format::range_bits(0, TILE.min(view.len - tile * TILE));
         let cells = mask.map_or(u128::MAX, |mask| mask.seen(row, tile)) & view.written(tile) & within;
@@ -196,7 +196,7 @@ unsafe fn attend(
         }
     }
     let scene = match &prepared {
-        Ok((mask, _)) => Ok(Scene { sequences: &views, rows: &rows, mask: mask.as_deref() }),
+        Ok((mask, _)) => Ok(Scene { sequences: &views, rows: &rows, mask: mask.as_deref(), positions: None }),
         Err(error) => Err(error.clone()),
     };
     // SAFETY: the caller's contract.

@@ -185,10 +185,7 @@ impl Single {
         let (n_q, heads) = (ranges.len(), s.n_q_heads);
         let reader = self.cache.read(self.sequence, 0)?;
         let views = [reader.view()];
-        let rows: Vec<QueryRow> = ranges
-            .iter()
-            .map(|&(from, to)| QueryRow { sequence: 0, from, to, n: to.saturating_sub(from), dense: how.dense })
-            .collect();
+        let rows: Vec<QueryRow> = ranges.iter().map(|&(from, to)| QueryRow::new(0, from, to, how.dense)).collect();
         let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
         let mut o = Output {
             out: vec![0.0; n_q * heads * s.dim_v],
@@ -211,6 +208,7 @@ impl Single {
                 scale: how.scale,
                 softcap: bent.softcap,
                 mask: bent.mask,
+                positions: None,
                 slopes: None,
                 sinks: bent.sinks,
                 tolerance: how.tolerance,
