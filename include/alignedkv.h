@@ -362,7 +362,7 @@ typedef struct akv_batch_desc {
     // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     const int32_t *n_new;
     // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    // decode may mix.
+    // decode may mix. More than there are tokens: see akv_aligned_attention.
     const int32_t *n_q;
     // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -461,6 +461,11 @@ typedef struct akv_attention_desc {
     int32_t visibility;
     // Sliding window of this call; 0 = the layer's.
     int32_t window;
+    // First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+    // AKV_FORMAT_PUBLISHED.
+    int32_t sink_tokens;
+    // 0.
+    int32_t reserved;
     // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
     // * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
     // AKV_FORMAT_PUBLISHED.
@@ -669,9 +674,10 @@ akv_status akv_batch_create(struct akv_cache *cache, const struct akv_batch_desc
 // akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 // capture.
 //
-// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
-akv_status akv_batch_begin(struct akv_batch *batch, const struct akv_batch_desc *desc, void *stream);
+// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+akv_status akv_batch_begin(struct akv_batch *batch,
+                           const struct akv_batch_desc *desc,
+                           void *stream);
 
 // Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
 // for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
@@ -712,17 +718,20 @@ akv_status akv_quantize_kv(struct akv_batch *batch,
 // ---- Attention, and merging partial attention -----------------------------------------------------------------------
 
 // Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+// token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
+// alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
 // path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
 // its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
 // AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
 // number of threads.
 //
-// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 // AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
 // workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
 // AKV_E_INTERNAL: they are undefined.
-akv_status akv_aligned_attention(struct akv_batch *batch, int32_t layer, const struct akv_attention_desc *desc);
+akv_status akv_aligned_attention(struct akv_batch *batch,
+                                 int32_t layer,
+                                 const struct akv_attention_desc *desc);
 
 // Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 // their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
