@@ -246,6 +246,7 @@ fn an_error_of_one_is_an_error_of_all() {
                 sequences: &[],
                 rows: &[],
                 q: q.rows(),
+                lost: &[],
                 out: rows,
                 scale: 1.0,
                 softcap: 0.0,

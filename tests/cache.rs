@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use alignedkv::Error;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Placement, Reader, StepSequence, Usage};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, NanPolicy, Placement, Reader, StepSequence, Usage};
 use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, scale};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -295,7 +295,8 @@ fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {
     if format == Format::Published {
         layers.iter_mut().for_each(|s| (s.dtype_k, s.dtype_v) = (Dtype::F16, Dtype::F16));
     }
-    Config { placement: Placement::Append, format, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
+    let (placement, nan) = (Placement::Append, NanPolicy::Error);
+    Config { placement, format, nan, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
 }
 
 fn tokens(random: &mut Random, n: usize, first: i64) -> Vec<Token> {

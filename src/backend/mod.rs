@@ -86,6 +86,8 @@ pub struct Attention<'a> {
     pub rows: &'a [QueryRow],
     /// `[row][n_q_heads][dim_k]`, finite.
     pub q: Rows<'a>,
+    /// Rows and heads of q, in order, whose outputs are NaN all the same.
+    pub lost: &'a [(usize, usize)],
     /// `[row][n_q_heads][dim_v]`.
     pub out: RowsMut<'a>,
     /// Factor of the dot products.

@@ -8,8 +8,8 @@ use super::{context, device, guard};
 use crate::backend::cpu::{Cpu, State, merge};
 use crate::backend::cuda::Sight;
 use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, TREE, Threads};
-use crate::cache::{Positions, Reader, SequenceView, StepSequence};
-use crate::format::{Format, Layout, MAX_DIM, Rows, Shape};
+use crate::cache::{NanPolicy, Positions, Reader, SequenceView, StepSequence};
+use crate::format::{Clean, Format, Layout, MAX_DIM, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
 use std::ops::Deref;
@@ -283,14 +283,13 @@ pub(super) fn apart(desc: &akv_attention_desc, q: &Grid, out: &Grid, n_q: usize,
     )
 }
 
-fn finite(q: &Rows, n_rows: usize, n_heads: usize) -> Result<()> {
-    let mut x = [0.0; MAX_DIM];
-    let x = &mut x[..q.dim()];
+/// `place` tells where a row is.
+fn finite(q: &Rows, n_rows: usize, n_heads: usize, place: impl Fn(usize) -> String) -> Result<()> {
     for row in 0..n_rows {
         for head in 0..n_heads {
-            q.read(row, head, x);
-            if x.iter().any(|x| !x.is_finite()) {
-                return Err(Error::NonFinite(format!("desc->q: NaN or infinity in row {row}, head {head}")));
+            if !q.peak(row, head).is_finite() {
+                let place = place(row);
+                return Err(Error::NonFinite(format!("{place}: desc->q: NaN or infinity in row {row}, head {head}")));
             }
         }
     }
@@ -305,11 +304,24 @@ pub(super) struct Frame<'a> {
     n_q: usize,
     team: Option<Team>,
     q: Grid,
+    /// q, where it was no number.
+    clean: Option<Clean>,
+    nan: NanPolicy,
     out: Grid,
     slopes: Option<&'a [f32]>,
     sinks: Option<&'a [f32]>,
     /// Bytes of workspace that it needs.
     needed: usize,
+}
+
+/// Whose query rows a call has, and how many.
+pub(super) struct Asking<'a> {
+    pub n_q: usize,
+    /// Of the longest sequence.
+    pub max_kv: usize,
+    pub nan: NanPolicy,
+    /// Tells where a row is.
+    pub place: &'a dyn Fn(usize) -> String,
 }
 
 /// What the rows of a call see.
@@ -323,7 +335,7 @@ pub(super) struct Scene<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// Checks a call of `n_q` query rows over sequences of at most `max_kv` tokens. All threads of a call come to the same
+    /// Checks a call of some query rows. All threads of a call come to the same
     /// conclusion, before any of them waits.
     ///
     /// # Safety
@@ -332,11 +344,11 @@ impl<'a> Frame<'a> {
         desc: &'a akv_attention_desc,
         layout: &'a Layout,
         slots: bool,
-        n_q: usize,
-        max_kv: usize,
+        asking: Asking,
         max_threads: usize,
         cpu: &Cpu,
     ) -> Result<Frame<'a>> {
+        let Asking { n_q, max_kv, nan, place } = asking;
         let shape = &layout.shape;
         let options = Options::new(desc, "desc", layout.format, shape, slots)?;
         // SAFETY: the caller's contract.
@@ -371,11 +383,16 @@ impl<'a> Frame<'a> {
             return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
         }
         apart(desc, &q, &out, n_q, shape)?;
+        let mut clean = None;
         if n_q > 0 {
             // SAFETY: its extent is checked.
-            finite(&unsafe { q.rows() }, n_q, shape.n_q_heads)?;
+            let q = unsafe { q.rows() };
+            match nan {
+                NanPolicy::Error => finite(&q, n_q, shape.n_q_heads, place)?,
+                _ => clean = Clean::new(&q, n_q, shape.n_q_heads)?,
+            }
         }
-        Ok(Frame { desc, options, shape, n_q, team, q, out, slopes, sinks, needed })
+        Ok(Frame { desc, options, shape, n_q, team, q, clean, nan, out, slopes, sinks, needed })
     }
 
     /// Runs the call. A thread that has no scene takes its error through it, so that all of them meet at every barrier.
@@ -401,7 +418,8 @@ impl<'a> Frame<'a> {
             shape: self.shape,
             sequences: scene.sequences,
             rows: scene.rows,
-            q,
+            q: self.clean.as_ref().map_or(q, Clean::rows),
+            lost: self.clean.as_ref().filter(|_| self.nan == NanPolicy::Propagate).map_or(&[], Clean::bad),
             out,
             scale: self.options.scale,
             softcap: self.options.softcap,
@@ -451,8 +469,17 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     // SAFETY: on the CPU it must be NULL.
     unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
     let layout = &cache.layouts()[layer];
+    let place = |row: usize| {
+        let mut end = 0;
+        let sequence = step.sequences.iter().find(|s| {
+            end += s.n_q;
+            row < end
+        });
+        format!("layer {layer}, sequence {}", sequence.map_or(0, |s| s.sequence))
+    };
+    let asking = Asking { n_q: step.n_q, max_kv: step.max_kv, nan: cache.config().nan, place: &place };
     // SAFETY: the caller's contract.
-    let frame = unsafe { Frame::new(desc, layout, false, step.n_q, step.max_kv, batch.max_threads, cpu) }?;
+    let frame = unsafe { Frame::new(desc, layout, false, asking, batch.max_threads, cpu) }?;
     // SAFETY: the caller's contract.
     let limits = unsafe { Limits::new(desc, step.n_q) }?;
     let prepared = batch.batch.read(layer);
@@ -774,9 +801,10 @@ mod tests {
             // SAFETY: plain data.
             let bytes = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<u8>(), 4 * q.len()) };
             let q = Rows::contiguous(bytes, 8, Dtype::F32, 64);
-            let text = "desc->q: NaN or infinity in row 2, head 5".to_owned();
-            assert_eq!(finite(&q, 3, 8), Err(Error::NonFinite(text)));
-            assert_eq!(finite(&q, 2, 8), Ok(()));
+            let text = "layer 7: desc->q: NaN or infinity in row 2, head 5".to_owned();
+            let place = |row: usize| format!("layer {}", row + 5);
+            assert_eq!(finite(&q, 3, 8, place), Err(Error::NonFinite(text)));
+            assert_eq!(finite(&q, 2, 8, place), Ok(()));
         }
     }
 

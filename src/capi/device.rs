@@ -13,7 +13,7 @@ use crate::backend::cuda::params::{
 use crate::backend::cuda::{
     Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, Placement};
+use crate::cache::{Batch, Cache, Config, NanPolicy, Placement};
 use crate::format::{Format, Shape, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
@@ -24,6 +24,10 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
     if config.format != Format::Aligned {
         let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
+    }
+    if config.nan != NanPolicy::Error {
+        let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
+        return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));
     }
     if config.placement != Placement::Append {
         let expected = format_args!("AKV_APPEND (0) {on_cuda}");

@@ -90,8 +90,7 @@ mod tests {
                         Dtype::Bf16 => bf16::from_f32(x(i)).to_ne_bytes().to_vec(),
                     })
                     .collect();
-                let words: Vec<u64> =
-                    bytes.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect();
+                let words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect();
                 let stride = 8 * dtype.size() as isize;
                 // SAFETY: three rows of two heads of 8.
                 let rows = unsafe { Rows::new(words.as_ptr().cast(), 2 * stride, stride, dtype, 8) };

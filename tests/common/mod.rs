@@ -3,7 +3,7 @@
 
 use alignedkv::backend::cpu::{Cpu, Isa};
 use alignedkv::backend::{Attention, Floats, Mask, Mode, QueryRow, Stats};
-use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, Placement, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, NanPolicy, Placement, StepSequence};
 use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -144,6 +144,7 @@ impl Single {
         let config = Config {
             placement: Placement::Append,
             format,
+            nan: NanPolicy::Error,
             layers: vec![shape],
             max_sequences: 4,
             exact_head: if lossless { 0 } else { exact_head },
@@ -204,6 +205,7 @@ impl Single {
                 sequences: &views,
                 rows: &rows,
                 q: q.rows(),
+                lost: &[],
                 out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
                 scale: how.scale,
                 softcap: bent.softcap,

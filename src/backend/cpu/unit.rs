@@ -99,6 +99,24 @@ impl Unit {
         (first, last.max(first))
     }
 
+    /// Its rows that see a token which was no number, as bits.
+    pub fn lost(&self, call: &Attention) -> u64 {
+        let view = &call.sequences[call.rows[self.row].sequence];
+        if !view.layout.marked() {
+            return 0;
+        }
+        let mut lost = 0;
+        for tile in self.first() / TILE..self.to.div_ceil(TILE) {
+            let marks = view.marks(tile, self.kv_head);
+            if marks != 0 {
+                for i in 0..self.n_rows {
+                    lost |= u64::from(marks & seen(call, self.row + i, view, tile) != 0) << i;
+                }
+            }
+        }
+        lost
+    }
+
     /// The first token that any of its rows may see.
     pub fn first(&self) -> usize {
         if self.head > 0 { 0 } else { self.from }
