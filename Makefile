@@ -136,7 +136,7 @@ install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR
 	install -m 755 $(RELEASE)/libalignedkv.so $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(VERSION)
 	ln -sf libalignedkv.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(MAJOR)
 	ln -sf libalignedkv.so.$(MAJOR) $(DESTDIR)$(LIBDIR)/libalignedkv.so
-	install -m 644 $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)
+	bindings/abi/localise.sh $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)/libalignedkv.a
 	sed 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR)|; s|@VERSION@|$(VERSION)|' bindings/pkgconfig/alignedkv.pc.in >$(DESTDIR)$(LIBDIR)/pkgconfig/alignedkv.pc
 	for f in Config ConfigVersion; do \
 		sed 's|@VERSION@|$(VERSION)|; s|@MAJOR@|$(MAJOR)|' bindings/cmake/alignedkv$$f.cmake.in >$(DESTDIR)$(LIBDIR)/cmake/alignedkv/alignedkv$$f.cmake || exit 1; \

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -487,7 +488,7 @@ func TestManyGoroutines(t *testing.T) {
 				}
 				// Texts are the goroutine's own, whatever the others do.
 				var e *Error
-				if err := sequence.Truncate(int64(1000*g + 1000)); !errors.As(err, &e) || !strings.Contains(e.Text, itoa(1000*g+1000)) {
+				if err := sequence.Truncate(int64(1000*g + 1000)); !errors.As(err, &e) || !strings.Contains(e.Text, strconv.Itoa(1000*g+1000)) {
 					t.Errorf("goroutine %d got %v", g, err)
 				}
 			}
@@ -499,28 +500,6 @@ func TestManyGoroutines(t *testing.T) {
 		}()
 	}
 	group.Wait()
-}
-
-func itoa(n int) string {
-	if n < 10 {
-		return string(rune('0' + n))
-	}
-	return itoa(n/10) + string(rune('0'+n%10))
-}
-
-func TestStepsDoNotAllocate(t *testing.T) {
-	r := rand.New(rand.NewSource(8))
-	_, cache := open(t, CacheOptions{})
-	sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
-	k, v, q, out, bound := normal(r, kvHeads*dim), normal(r, kvHeads*dim), normal(r, qHeads*dim), make([]float32, qHeads*dim), make([]float32, qHeads)
-	var stats Stats
-	a := Attention{Q: RowsOf(q), Out: RowsOf(out), Bound: bound, Stats: &stats}
-	check(t, step(batch, sequence, 1, 1, RowsOf(k), RowsOf(v), &a))
-	check(t, batch.Begin(Step{Sequences: []*Sequence{sequence}, Queries: []int32{1}}))
-	defer batch.Close()
-	if n := testing.AllocsPerRun(100, func() { check(t, batch.Attention(0, &a)) }); n > 0 {
-		t.Errorf("a call of Attention allocates %g times", n)
-	}
 }
 
 func TestFloats(t *testing.T) {

@@ -2,6 +2,7 @@ package alignedkv
 
 import (
 	"runtime"
+	"sync"
 	"unsafe"
 )
 
@@ -99,6 +100,7 @@ func (a *Attention) check(call string, s shape, queries int64) error {
 
 func short[T any](s []T, n int64) bool { return s != nil && int64(len(s)) < n }
 
+// raw needs pins where a call is none of every step.
 func (a *Attention) raw(d *attentionDesc, pins *runtime.Pinner) {
 	*d = attentionDesc{
 		structSize: uint32(unsafe.Sizeof(attentionDesc{})), q: a.Q.raw(), out: a.Out.raw(), scale: a.Scale,
@@ -108,14 +110,7 @@ func (a *Attention) raw(d *attentionDesc, pins *runtime.Pinner) {
 		bound: pin(pins, a.Bound), lseBound: pin(pins, a.LSEBound), estimate: pin(pins, a.Estimate),
 		amplitude: pin(pins, a.Amplitude),
 	}
-	if a.Q.data != nil {
-		pins.Pin(a.Q.data)
-	}
-	if a.Out.data != nil {
-		pins.Pin(a.Out.data)
-	}
 	if a.Stats != nil {
-		pins.Pin(a.Stats)
 		d.stats = (*stats)(unsafe.Pointer(a.Stats))
 	}
 	if a.Mask != nil {
@@ -123,31 +118,24 @@ func (a *Attention) raw(d *attentionDesc, pins *runtime.Pinner) {
 	}
 }
 
+// What is handed to C lies on the heap: steps use it again.
+type scratch struct {
+	desc       attentionDesc
+	key, value rows
+}
+
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
+
 // Attention computes attention of the step's query rows over their sequences' rows in one layer.
 func (b *Batch) Attention(layer int, a *Attention) error {
 	if err := a.check("akv_aligned_attention", b.cache.shape(layer), b.progress().queries); err != nil {
 		return err
 	}
-	var d attentionDesc
-	var pins runtime.Pinner
-	a.raw(&d, &pins)
-	err := callAlignedAttention(b.handle.Load(), clamp(layer), &d)
-	pins.Unpin()
+	s := scratches.Get().(*scratch)
+	defer scratches.Put(s)
+	a.raw(&s.desc, nil)
+	err := callAlignedAttention(b.handle.Load(), clamp(layer), &s.desc)
 	runtime.KeepAlive(b)
 	runtime.KeepAlive(a)
-	return err
-}
-
-func quantize(batch uintptr, layer int32, key, value *Rows) error {
-	var pins runtime.Pinner
-	k, v := key.raw(), value.raw()
-	if k.data != nil {
-		pins.Pin(k.data)
-	}
-	if v.data != nil {
-		pins.Pin(v.data)
-	}
-	err := callQuantizeKv(batch, layer, &k, &v, 0)
-	pins.Unpin()
 	return err
 }

@@ -99,9 +99,7 @@ func (b *Batch) Begin(step Step) error {
 		}
 		ids[i] = s.id.Load()
 	}
-	var pins runtime.Pinner
-	defer pins.Unpin()
-	d.sequences, d.nNew, d.nQ, d.positions = pin(&pins, ids), pin(&pins, step.New), pin(&pins, step.Queries), pin(&pins, step.Positions)
+	d.sequences, d.nNew, d.nQ, d.positions = pin(nil, ids), pin(nil, step.New), pin(nil, step.Queries), pin(nil, step.Positions)
 	if err := callBatchBegin(b.handle.Load(), &d, 0); err != nil {
 		return err
 	}
@@ -139,7 +137,10 @@ func (b *Batch) Append(layer int, key, value Rows) error {
 	if err := b.cache.checkKV("akv_quantize_kv", layer, b.progress().new, &key, &value); err != nil {
 		return err
 	}
-	err := quantize(b.handle.Load(), clamp(layer), &key, &value)
+	s := scratches.Get().(*scratch)
+	defer scratches.Put(s)
+	s.key, s.value = key.raw(), value.raw()
+	err := callQuantizeKv(b.handle.Load(), clamp(layer), &s.key, &s.value, 0)
 	runtime.KeepAlive(b)
 	return err
 }

@@ -126,6 +126,7 @@ func (c *Context) Supports(o CacheOptions, a *Attention) (Path, error) {
 	if a != nil {
 		attention = new(attentionDesc)
 		a.raw(attention, &pins)
+		attention.q.data, attention.out.data, attention.stats = nil, nil, nil
 	}
 	var path int32
 	err := callSupports(c.handle.Load(), &cache, attention, &path)
@@ -188,13 +189,15 @@ func (c *Context) MergeStates(states []State, rows, heads, dim int, out State) e
 	return err
 }
 
-// pin is the address of a slice that a struct may hold during a call; nil of an empty one.
+// pin is the address of a slice, nil of an empty one. Without pins the call itself tells the collector.
 func pin[T any](pins *runtime.Pinner, s []T) *T {
 	if len(s) == 0 {
 		return nil
 	}
 	p := unsafe.SliceData(s)
-	pins.Pin(p)
+	if pins != nil {
+		pins.Pin(p)
+	}
 	return p
 }
 

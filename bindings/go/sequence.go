@@ -84,18 +84,15 @@ func (s *Sequence) Read(layer int, first, n int64, key, value Rows) error {
 
 // transfer checks K and V, or what of them is there, and makes a call with them.
 func (c *Cache) transfer(name string, layer int, n int64, key, value Rows, call func(k, v *rows) error) error {
-	var pins runtime.Pinner
-	defer pins.Unpin()
-	raw := func(r *Rows, name string) (*rows, *Rows) {
+	raw := func(r *Rows) (*rows, *Rows) {
 		if r.data == nil {
 			return nil, nil
 		}
-		pins.Pin(r.data)
 		raw := r.raw()
 		return &raw, r
 	}
-	k, checkK := raw(&key, "key")
-	v, checkV := raw(&value, "value")
+	k, checkK := raw(&key)
+	v, checkV := raw(&value)
 	if err := c.checkKV(name, layer, n, checkK, checkV); err != nil {
 		return err
 	}

@@ -86,11 +86,10 @@ func (c *Cache) SlotsAttention(layer int, spans []Span, a *Attention) error {
 	if err := a.check("akv_slots_attention", c.shape(layer), queries); err != nil {
 		return err
 	}
-	var d attentionDesc
-	var pins runtime.Pinner
-	a.raw(&d, &pins)
-	err := callSlotsAttention(c.handle.Load(), clamp(layer), (*span)(unsafe.Pointer(unsafe.SliceData(spans))), int32(len(spans)), &d)
-	pins.Unpin()
+	s := scratches.Get().(*scratch)
+	defer scratches.Put(s)
+	a.raw(&s.desc, nil)
+	err := callSlotsAttention(c.handle.Load(), clamp(layer), (*span)(unsafe.Pointer(unsafe.SliceData(spans))), int32(len(spans)), &s.desc)
 	runtime.KeepAlive(c)
 	runtime.KeepAlive(a)
 	return err

@@ -3,43 +3,6 @@
 package alignedkv
 
 // #cgo pkg-config: alignedkv
-// #cgo noescape go_akv_context_create
-// #cgo noescape go_akv_context_destroy
-// #cgo noescape go_akv_poll
-// #cgo noescape go_akv_supports
-// #cgo noescape go_akv_cache_create
-// #cgo noescape go_akv_cache_destroy
-// #cgo noescape go_akv_cache_usage
-// #cgo noescape go_akv_sequence_create
-// #cgo noescape go_akv_sequence_destroy
-// #cgo noescape go_akv_sequence_fork
-// #cgo noescape go_akv_sequence_truncate
-// #cgo noescape go_akv_sequence_remove
-// #cgo noescape go_akv_sequence_shift
-// #cgo noescape go_akv_sequence_length
-// #cgo noescape go_akv_sequence_export
-// #cgo noescape go_akv_sequence_import
-// #cgo noescape go_akv_dequantize_kv
-// #cgo noescape go_akv_batch_create
-// #cgo noescape go_akv_batch_begin
-// #cgo noescape go_akv_batch_commit
-// #cgo noescape go_akv_batch_replayed
-// #cgo noescape go_akv_batch_abort
-// #cgo noescape go_akv_batch_workspace
-// #cgo noescape go_akv_batch_destroy
-// #cgo noescape go_akv_quantize_kv
-// #cgo noescape go_akv_aligned_attention
-// #cgo noescape go_akv_merge_states
-// #cgo noescape go_akv_slots_write
-// #cgo noescape go_akv_slots_read
-// #cgo noescape go_akv_slots_invalidate
-// #cgo noescape go_akv_slots_copy
-// #cgo noescape go_akv_attach_rows
-// #cgo noescape go_akv_slots_attention
-// #cgo noescape go_akv_slots_workspace
-// #cgo noescape go_akv_mask_create
-// #cgo noescape go_akv_mask_set
-// #cgo noescape go_akv_mask_destroy
 // #include <alignedkv.h>
 // #include <stdlib.h>
 //
@@ -105,13 +68,34 @@ package alignedkv
 // static outcome go_akv_sequence_import(uintptr_t cache, akv_read_fn read, uintptr_t user, akv_sequence *out) {
 //     return done(akv_sequence_import((akv_cache *)cache, read, (void *)user, out));
 // }
-// static outcome go_akv_dequantize_kv(uintptr_t cache, akv_sequence sequence, int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream) {
+// static outcome go_akv_dequantize_kv(uintptr_t cache, akv_sequence sequence, int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream, uint8_t *key_data, uint8_t *value_data) {
+//     akv_rows full_key;
+//     if (key) {
+//         full_key = *key;
+//         full_key.data = key_data;
+//         key = &full_key;
+//     }
+//     akv_rows full_value;
+//     if (value) {
+//         full_value = *value;
+//         full_value.data = value_data;
+//         value = &full_value;
+//     }
 //     return done(akv_dequantize_kv((akv_cache *)cache, sequence, layer, first, n, key, value, (void *)stream));
 // }
 // static outcome go_akv_batch_create(uintptr_t cache, const akv_batch_desc *bounds, uintptr_t *out) {
 //     return done(akv_batch_create((akv_cache *)cache, bounds, (akv_batch **)out));
 // }
-// static outcome go_akv_batch_begin(uintptr_t batch, const akv_batch_desc *desc, uintptr_t stream) {
+// static outcome go_akv_batch_begin(uintptr_t batch, const akv_batch_desc *desc, uintptr_t stream, const akv_sequence *desc_sequences, const int32_t *desc_n_new, const int32_t *desc_n_q, const int64_t *desc_positions) {
+//     akv_batch_desc full_desc;
+//     if (desc) {
+//         full_desc = *desc;
+//         full_desc.sequences = desc_sequences;
+//         full_desc.n_new = desc_n_new;
+//         full_desc.n_q = desc_n_q;
+//         full_desc.positions = desc_positions;
+//         desc = &full_desc;
+//     }
 //     return done(akv_batch_begin((akv_batch *)batch, desc, (void *)stream));
 // }
 // static outcome go_akv_batch_commit(uintptr_t batch) {
@@ -129,19 +113,75 @@ package alignedkv
 // static outcome go_akv_batch_destroy(uintptr_t batch) {
 //     return done(akv_batch_destroy((akv_batch *)batch));
 // }
-// static outcome go_akv_quantize_kv(uintptr_t batch, int32_t layer, const akv_rows *key, const akv_rows *value, uintptr_t stream) {
+// static outcome go_akv_quantize_kv(uintptr_t batch, int32_t layer, const akv_rows *key, const akv_rows *value, uintptr_t stream, uint8_t *key_data, uint8_t *value_data) {
+//     akv_rows full_key;
+//     if (key) {
+//         full_key = *key;
+//         full_key.data = key_data;
+//         key = &full_key;
+//     }
+//     akv_rows full_value;
+//     if (value) {
+//         full_value = *value;
+//         full_value.data = value_data;
+//         value = &full_value;
+//     }
 //     return done(akv_quantize_kv((akv_batch *)batch, layer, key, value, (void *)stream));
 // }
-// static outcome go_akv_aligned_attention(uintptr_t batch, int32_t layer, const akv_attention_desc *desc) {
+// static outcome go_akv_aligned_attention(uintptr_t batch, int32_t layer, const akv_attention_desc *desc, uint8_t *desc_q_data, uint8_t *desc_out_data, const float *desc_alibi_slopes, const float *desc_sink_logits, const int64_t *desc_kv_from, const int64_t *desc_kv_to, const uint64_t *desc_tree, float *desc_lse, float *desc_bound, float *desc_lse_bound, float *desc_estimate, float *desc_amplitude, akv_stats *desc_stats, const akv_threads *desc_threads, uint8_t *desc_workspace) {
+//     akv_attention_desc full_desc;
+//     if (desc) {
+//         full_desc = *desc;
+//         full_desc.q.data = desc_q_data;
+//         full_desc.out.data = desc_out_data;
+//         full_desc.alibi_slopes = desc_alibi_slopes;
+//         full_desc.sink_logits = desc_sink_logits;
+//         full_desc.kv_from = desc_kv_from;
+//         full_desc.kv_to = desc_kv_to;
+//         full_desc.tree = desc_tree;
+//         full_desc.lse = desc_lse;
+//         full_desc.bound = desc_bound;
+//         full_desc.lse_bound = desc_lse_bound;
+//         full_desc.estimate = desc_estimate;
+//         full_desc.amplitude = desc_amplitude;
+//         full_desc.stats = desc_stats;
+//         full_desc.threads = desc_threads;
+//         full_desc.workspace = desc_workspace;
+//         desc = &full_desc;
+//     }
 //     return done(akv_aligned_attention((akv_batch *)batch, layer, desc));
 // }
 // static outcome go_akv_merge_states(uintptr_t context, const akv_state *states, int32_t n, int64_t rows, int32_t heads, int32_t dim, const akv_state *out, uintptr_t stream) {
 //     return done(akv_merge_states((akv_context *)context, states, n, rows, heads, dim, out, (void *)stream));
 // }
-// static outcome go_akv_slots_write(uintptr_t cache, int32_t layer, const int64_t *slots, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream) {
+// static outcome go_akv_slots_write(uintptr_t cache, int32_t layer, const int64_t *slots, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream, uint8_t *key_data, uint8_t *value_data) {
+//     akv_rows full_key;
+//     if (key) {
+//         full_key = *key;
+//         full_key.data = key_data;
+//         key = &full_key;
+//     }
+//     akv_rows full_value;
+//     if (value) {
+//         full_value = *value;
+//         full_value.data = value_data;
+//         value = &full_value;
+//     }
 //     return done(akv_slots_write((akv_cache *)cache, layer, slots, n, key, value, (void *)stream));
 // }
-// static outcome go_akv_slots_read(uintptr_t cache, int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream) {
+// static outcome go_akv_slots_read(uintptr_t cache, int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream, uint8_t *key_data, uint8_t *value_data) {
+//     akv_rows full_key;
+//     if (key) {
+//         full_key = *key;
+//         full_key.data = key_data;
+//         key = &full_key;
+//     }
+//     akv_rows full_value;
+//     if (value) {
+//         full_value = *value;
+//         full_value.data = value_data;
+//         value = &full_value;
+//     }
 //     return done(akv_slots_read((akv_cache *)cache, layer, first, n, key, value, (void *)stream));
 // }
 // static outcome go_akv_slots_invalidate(uintptr_t cache, int32_t layer, int64_t first, int64_t n) {
@@ -153,7 +193,27 @@ package alignedkv
 // static outcome go_akv_attach_rows(uintptr_t cache, int32_t layer, const akv_rows *key, const akv_rows *value) {
 //     return done(akv_attach_rows((akv_cache *)cache, layer, key, value));
 // }
-// static outcome go_akv_slots_attention(uintptr_t cache, int32_t layer, const akv_span *spans, int32_t n_spans, const akv_attention_desc *desc) {
+// static outcome go_akv_slots_attention(uintptr_t cache, int32_t layer, const akv_span *spans, int32_t n_spans, const akv_attention_desc *desc, uint8_t *desc_q_data, uint8_t *desc_out_data, const float *desc_alibi_slopes, const float *desc_sink_logits, const int64_t *desc_kv_from, const int64_t *desc_kv_to, const uint64_t *desc_tree, float *desc_lse, float *desc_bound, float *desc_lse_bound, float *desc_estimate, float *desc_amplitude, akv_stats *desc_stats, const akv_threads *desc_threads, uint8_t *desc_workspace) {
+//     akv_attention_desc full_desc;
+//     if (desc) {
+//         full_desc = *desc;
+//         full_desc.q.data = desc_q_data;
+//         full_desc.out.data = desc_out_data;
+//         full_desc.alibi_slopes = desc_alibi_slopes;
+//         full_desc.sink_logits = desc_sink_logits;
+//         full_desc.kv_from = desc_kv_from;
+//         full_desc.kv_to = desc_kv_to;
+//         full_desc.tree = desc_tree;
+//         full_desc.lse = desc_lse;
+//         full_desc.bound = desc_bound;
+//         full_desc.lse_bound = desc_lse_bound;
+//         full_desc.estimate = desc_estimate;
+//         full_desc.amplitude = desc_amplitude;
+//         full_desc.stats = desc_stats;
+//         full_desc.threads = desc_threads;
+//         full_desc.workspace = desc_workspace;
+//         desc = &full_desc;
+//     }
 //     return done(akv_slots_attention((akv_cache *)cache, layer, spans, n_spans, desc));
 // }
 // static outcome go_akv_slots_workspace(uintptr_t cache, int64_t max_kv, int32_t max_threads, size_t *bytes, size_t *align) {
@@ -652,7 +712,15 @@ func callSequenceImport(cache uintptr, read unsafe.Pointer, user uintptr, out *u
 }
 
 func callDequantizeKv(cache uintptr, sequence uint64, layer int32, first int64, n int64, key *rows, value *rows, stream uintptr) error {
-	o := C.go_akv_dequantize_kv(C.uintptr_t(cache), C.akv_sequence(sequence), C.int32_t(layer), C.int64_t(first), C.int64_t(n), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream))
+	var keyData unsafe.Pointer
+	if key != nil {
+		keyData, key.data = key.data, nil
+	}
+	var valueData unsafe.Pointer
+	if value != nil {
+		valueData, value.data = value.data, nil
+	}
+	o := C.go_akv_dequantize_kv(C.uintptr_t(cache), C.akv_sequence(sequence), C.int32_t(layer), C.int64_t(first), C.int64_t(n), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream), (*C.uint8_t)(unsafe.Pointer(keyData)), (*C.uint8_t)(unsafe.Pointer(valueData)))
 	if o.status == akvOk {
 		return nil
 	}
@@ -668,7 +736,17 @@ func callBatchCreate(cache uintptr, bounds *batchDesc, out *uintptr) error {
 }
 
 func callBatchBegin(batch uintptr, desc *batchDesc, stream uintptr) error {
-	o := C.go_akv_batch_begin(C.uintptr_t(batch), (*C.akv_batch_desc)(unsafe.Pointer(desc)), C.uintptr_t(stream))
+	var descSequences *uint64
+	var descNNew *int32
+	var descNQ *int32
+	var descPositions *int64
+	if desc != nil {
+		descSequences, desc.sequences = desc.sequences, nil
+		descNNew, desc.nNew = desc.nNew, nil
+		descNQ, desc.nQ = desc.nQ, nil
+		descPositions, desc.positions = desc.positions, nil
+	}
+	o := C.go_akv_batch_begin(C.uintptr_t(batch), (*C.akv_batch_desc)(unsafe.Pointer(desc)), C.uintptr_t(stream), (*C.akv_sequence)(unsafe.Pointer(descSequences)), (*C.int32_t)(unsafe.Pointer(descNNew)), (*C.int32_t)(unsafe.Pointer(descNQ)), (*C.int64_t)(unsafe.Pointer(descPositions)))
 	if o.status == akvOk {
 		return nil
 	}
@@ -716,7 +794,15 @@ func callBatchDestroy(batch uintptr) error {
 }
 
 func callQuantizeKv(batch uintptr, layer int32, key *rows, value *rows, stream uintptr) error {
-	o := C.go_akv_quantize_kv(C.uintptr_t(batch), C.int32_t(layer), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream))
+	var keyData unsafe.Pointer
+	if key != nil {
+		keyData, key.data = key.data, nil
+	}
+	var valueData unsafe.Pointer
+	if value != nil {
+		valueData, value.data = value.data, nil
+	}
+	o := C.go_akv_quantize_kv(C.uintptr_t(batch), C.int32_t(layer), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream), (*C.uint8_t)(unsafe.Pointer(keyData)), (*C.uint8_t)(unsafe.Pointer(valueData)))
 	if o.status == akvOk {
 		return nil
 	}
@@ -724,7 +810,39 @@ func callQuantizeKv(batch uintptr, layer int32, key *rows, value *rows, stream u
 }
 
 func callAlignedAttention(batch uintptr, layer int32, desc *attentionDesc) error {
-	o := C.go_akv_aligned_attention(C.uintptr_t(batch), C.int32_t(layer), (*C.akv_attention_desc)(unsafe.Pointer(desc)))
+	var descQData unsafe.Pointer
+	var descOutData unsafe.Pointer
+	var descAlibiSlopes *float32
+	var descSinkLogits *float32
+	var descKvFrom *int64
+	var descKvTo *int64
+	var descTree *uint64
+	var descLse *float32
+	var descBound *float32
+	var descLseBound *float32
+	var descEstimate *float32
+	var descAmplitude *float32
+	var descStats *stats
+	var descThreads *threads
+	var descWorkspace unsafe.Pointer
+	if desc != nil {
+		descQData, desc.q.data = desc.q.data, nil
+		descOutData, desc.out.data = desc.out.data, nil
+		descAlibiSlopes, desc.alibiSlopes = desc.alibiSlopes, nil
+		descSinkLogits, desc.sinkLogits = desc.sinkLogits, nil
+		descKvFrom, desc.kvFrom = desc.kvFrom, nil
+		descKvTo, desc.kvTo = desc.kvTo, nil
+		descTree, desc.tree = desc.tree, nil
+		descLse, desc.lse = desc.lse, nil
+		descBound, desc.bound = desc.bound, nil
+		descLseBound, desc.lseBound = desc.lseBound, nil
+		descEstimate, desc.estimate = desc.estimate, nil
+		descAmplitude, desc.amplitude = desc.amplitude, nil
+		descStats, desc.stats = desc.stats, nil
+		descThreads, desc.threads = desc.threads, nil
+		descWorkspace, desc.workspace = desc.workspace, nil
+	}
+	o := C.go_akv_aligned_attention(C.uintptr_t(batch), C.int32_t(layer), (*C.akv_attention_desc)(unsafe.Pointer(desc)), (*C.uint8_t)(unsafe.Pointer(descQData)), (*C.uint8_t)(unsafe.Pointer(descOutData)), (*C.float)(unsafe.Pointer(descAlibiSlopes)), (*C.float)(unsafe.Pointer(descSinkLogits)), (*C.int64_t)(unsafe.Pointer(descKvFrom)), (*C.int64_t)(unsafe.Pointer(descKvTo)), (*C.uint64_t)(unsafe.Pointer(descTree)), (*C.float)(unsafe.Pointer(descLse)), (*C.float)(unsafe.Pointer(descBound)), (*C.float)(unsafe.Pointer(descLseBound)), (*C.float)(unsafe.Pointer(descEstimate)), (*C.float)(unsafe.Pointer(descAmplitude)), (*C.akv_stats)(unsafe.Pointer(descStats)), (*C.akv_threads)(unsafe.Pointer(descThreads)), (*C.uint8_t)(unsafe.Pointer(descWorkspace)))
 	if o.status == akvOk {
 		return nil
 	}
@@ -740,7 +858,15 @@ func callMergeStates(context uintptr, states *state, n int32, rows int64, heads 
 }
 
 func callSlotsWrite(cache uintptr, layer int32, slots *int64, n int64, key *rows, value *rows, stream uintptr) error {
-	o := C.go_akv_slots_write(C.uintptr_t(cache), C.int32_t(layer), (*C.int64_t)(unsafe.Pointer(slots)), C.int64_t(n), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream))
+	var keyData unsafe.Pointer
+	if key != nil {
+		keyData, key.data = key.data, nil
+	}
+	var valueData unsafe.Pointer
+	if value != nil {
+		valueData, value.data = value.data, nil
+	}
+	o := C.go_akv_slots_write(C.uintptr_t(cache), C.int32_t(layer), (*C.int64_t)(unsafe.Pointer(slots)), C.int64_t(n), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream), (*C.uint8_t)(unsafe.Pointer(keyData)), (*C.uint8_t)(unsafe.Pointer(valueData)))
 	if o.status == akvOk {
 		return nil
 	}
@@ -748,7 +874,15 @@ func callSlotsWrite(cache uintptr, layer int32, slots *int64, n int64, key *rows
 }
 
 func callSlotsRead(cache uintptr, layer int32, first int64, n int64, key *rows, value *rows, stream uintptr) error {
-	o := C.go_akv_slots_read(C.uintptr_t(cache), C.int32_t(layer), C.int64_t(first), C.int64_t(n), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream))
+	var keyData unsafe.Pointer
+	if key != nil {
+		keyData, key.data = key.data, nil
+	}
+	var valueData unsafe.Pointer
+	if value != nil {
+		valueData, value.data = value.data, nil
+	}
+	o := C.go_akv_slots_read(C.uintptr_t(cache), C.int32_t(layer), C.int64_t(first), C.int64_t(n), (*C.akv_rows)(unsafe.Pointer(key)), (*C.akv_rows)(unsafe.Pointer(value)), C.uintptr_t(stream), (*C.uint8_t)(unsafe.Pointer(keyData)), (*C.uint8_t)(unsafe.Pointer(valueData)))
 	if o.status == akvOk {
 		return nil
 	}
@@ -780,7 +914,39 @@ func callAttachRows(cache uintptr, layer int32, key *rows, value *rows) error {
 }
 
 func callSlotsAttention(cache uintptr, layer int32, spans *span, nSpans int32, desc *attentionDesc) error {
-	o := C.go_akv_slots_attention(C.uintptr_t(cache), C.int32_t(layer), (*C.akv_span)(unsafe.Pointer(spans)), C.int32_t(nSpans), (*C.akv_attention_desc)(unsafe.Pointer(desc)))
+	var descQData unsafe.Pointer
+	var descOutData unsafe.Pointer
+	var descAlibiSlopes *float32
+	var descSinkLogits *float32
+	var descKvFrom *int64
+	var descKvTo *int64
+	var descTree *uint64
+	var descLse *float32
+	var descBound *float32
+	var descLseBound *float32
+	var descEstimate *float32
+	var descAmplitude *float32
+	var descStats *stats
+	var descThreads *threads
+	var descWorkspace unsafe.Pointer
+	if desc != nil {
+		descQData, desc.q.data = desc.q.data, nil
+		descOutData, desc.out.data = desc.out.data, nil
+		descAlibiSlopes, desc.alibiSlopes = desc.alibiSlopes, nil
+		descSinkLogits, desc.sinkLogits = desc.sinkLogits, nil
+		descKvFrom, desc.kvFrom = desc.kvFrom, nil
+		descKvTo, desc.kvTo = desc.kvTo, nil
+		descTree, desc.tree = desc.tree, nil
+		descLse, desc.lse = desc.lse, nil
+		descBound, desc.bound = desc.bound, nil
+		descLseBound, desc.lseBound = desc.lseBound, nil
+		descEstimate, desc.estimate = desc.estimate, nil
+		descAmplitude, desc.amplitude = desc.amplitude, nil
+		descStats, desc.stats = desc.stats, nil
+		descThreads, desc.threads = desc.threads, nil
+		descWorkspace, desc.workspace = desc.workspace, nil
+	}
+	o := C.go_akv_slots_attention(C.uintptr_t(cache), C.int32_t(layer), (*C.akv_span)(unsafe.Pointer(spans)), C.int32_t(nSpans), (*C.akv_attention_desc)(unsafe.Pointer(desc)), (*C.uint8_t)(unsafe.Pointer(descQData)), (*C.uint8_t)(unsafe.Pointer(descOutData)), (*C.float)(unsafe.Pointer(descAlibiSlopes)), (*C.float)(unsafe.Pointer(descSinkLogits)), (*C.int64_t)(unsafe.Pointer(descKvFrom)), (*C.int64_t)(unsafe.Pointer(descKvTo)), (*C.uint64_t)(unsafe.Pointer(descTree)), (*C.float)(unsafe.Pointer(descLse)), (*C.float)(unsafe.Pointer(descBound)), (*C.float)(unsafe.Pointer(descLseBound)), (*C.float)(unsafe.Pointer(descEstimate)), (*C.float)(unsafe.Pointer(descAmplitude)), (*C.akv_stats)(unsafe.Pointer(descStats)), (*C.akv_threads)(unsafe.Pointer(descThreads)), (*C.uint8_t)(unsafe.Pointer(descWorkspace)))
 	if o.status == akvOk {
 		return nil
 	}
