@@ -147,9 +147,14 @@ typedef int32_t akv_status;
 #define AKV_FULL   1  // A query row sees all tokens of its sequence.
 
 // NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE.
-#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_NAN_ZERO      2  // It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and
+                             // head.
+#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches: where a query row sees a token whose K or V has one on a
+                             // KV head, all query heads of that KV head get NaN as output, lse and amplitude, and
+                             // infinity as bounds and estimate; where q has one, that row's head does. The rest is as
+                             // if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+                             // AKV_ATTACHED.
+#define AKV_NAN_ZERO      2  // It counts as 0, and is stored so. Not with AKV_ATTACHED.
 
 // RoPE pairings: akv_rope.pairing
 #define AKV_ROPE_INTERLEAVED 0  // Channels 2i and 2i + 1 turn together.

@@ -138,15 +138,18 @@ namespace AlignedKV
         internal const int AKV_FULL = 1;
         /// <summary>
         ///  # NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-        ///  The call fails with AKV_E_NONFINITE.
+        ///  The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and head.
         /// </summary>
         internal const int AKV_NAN_ERROR = 0;
         /// <summary>
-        ///  It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+        ///  It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of that
+        ///  KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's head
+        ///  does. The rest is as if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+        ///  AKV_ATTACHED.
         /// </summary>
         internal const int AKV_NAN_PROPAGATE = 1;
         /// <summary>
-        ///  It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+        ///  It counts as 0, and is stored so. Not with AKV_ATTACHED.
         /// </summary>
         internal const int AKV_NAN_ZERO = 2;
         /// <summary>
