@@ -52,7 +52,7 @@
  *   the caller's, by one stream or by events: memory that a call gives back is used again by later ones. Calls without
  *   a stream that have to move rows (fork, truncate, abort) wait for all work of the CUDA context: make them while no
  *   stream is captured. What only the device finds out (NaN in K, V or q, overflow) is akv_poll's to tell; such K and V
- *   are stored as 0. q counts with 16 bits, in AKV_EXACT too, and groups of more than 16 heads are read in parts.
+ *   are stored as 0. Groups of more than 16 heads are read in parts.
  *   Steps within all three bounds of a batch (max_sequences, max_q, max_kv; at most max_q new tokens) can be captured:
  *
  *   akv_batch_begin(batch, &step, stream);                     outside capture
