@@ -136,6 +136,7 @@ fn finish(w: &mut Worker, unit: &Unit) {
         }
     }
     let limit = if call.out.dtype() == Dtype::F16 { 65519.0 } else { f32::MAX };
+    let lost = unit.lost(call);
     for at in 0..n {
         let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
         let sums = &w.scratch.total[at];
@@ -151,8 +152,13 @@ fn finish(w: &mut Worker, unit: &Unit) {
         }
         w.overflow |= peak.is_nan() || peak > limit;
         let mut c = sums.certificate(peak);
-        if unit.path == Path::Published {
+        let is_lost = lost >> (at / g) & 1 == 1 || call.lost.binary_search(&(row, head)).is_ok();
+        if unit.path == Path::Published || is_lost {
             (c.bound, c.lse_bound, c.estimate) = (f32::INFINITY, f32::INFINITY, f32::INFINITY);
+        }
+        if is_lost {
+            (c.lse, c.amplitude) = (f32::NAN, f32::NAN);
+            out.fill(f32::NAN);
         }
         let index = row * call.shape.n_q_heads + head;
         // SAFETY: a unit's rows and heads are its own, and one thread merges it; rows and heads are within the call's.
