@@ -80,6 +80,7 @@ if [ "$what" = test ] && ! good_go; then
         cp -r "$(cd / && go mod download -json "$toolchain" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')" .go
         chmod -R u+w .go
         chmod +x .go/bin/* .go/pkg/tool/*/*
+        hash -r
     fi
     good_go || { say "Go $GO or later, with its race detector, is needed"; exit 1; }
 fi
