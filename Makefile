@@ -12,10 +12,11 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 PYTHON   = $(shell for p in .venv/bin/python3 python3 /usr/bin/python3; do $$p -c 'import numpy' 2>/dev/null && echo $$p && break; done)
 CFLAGS  ?= -O3 -Wall -Wextra
+RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-bindings test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-bindings test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -25,7 +26,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-bindings ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-bindings ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -114,6 +115,17 @@ bench-bindings: | setup-test ## what a call costs from C, Go and C#, written to 
 	$(MAKE) --no-print-directory -s install DESTDIR=$(STAGE) PREFIX=/usr
 	python3 bindings/bench/report.py $(STAGE)
 
+# As root, on fewer cores than ranks, and over TCP, whose bytes are counted.
+MPIRUN = mpirun $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --oversubscribe --mca mpi_yield_when_idle 1 \
+	--mca btl self,tcp --mca btl_tcp_if_include lo
+
+test-mpi: | setup-test ## context parallelism: one sequence over 2 and 4 MPI ranks against one process and float64 (tables: RESULTS=FOLDER)
+	cargo build --release --lib
+	mkdir -p $(BUILD)
+	mpicc -std=c11 $(CFLAGS) -Iinclude examples/context_parallel.c examples/tinylm_model.c -o $(BUILD)/context_parallel $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(MPIRUN) -n 2 $(BUILD)/context_parallel
+	$(MPIRUN) -n 4 $(BUILD)/context_parallel --results $(RESULTS)/context_parallel
+
 test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
 	bindings/llamacpp/ci.sh test
 
@@ -158,6 +170,7 @@ abi: header | setup-test ## take the header as it is for the baseline that tests
 results: setup-test ## measure the figures that README.md quotes
 	$(MAKE) demo
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
+	$(MAKE) test-mpi RESULTS=benches/results
 	$(MAKE) readme
 
 readme: ## refresh what README.md and docs quote: the quickstart program and measured figures

@@ -38,6 +38,7 @@ if [ "$what" = test ]; then
     need abidiff abigail-tools
     need mcs mono-mcs
     need mono mono-runtime
+    need mpicc "libopenmpi-dev openmpi-bin"
 fi
 # shellcheck disable=SC2086 # a list of words
 [ -z "$missing" ] || apt $missing

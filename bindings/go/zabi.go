@@ -406,6 +406,8 @@ type attentionDesc struct {
 	mode           int32
 	visibility     int32
 	window         int32
+	sinkTokens     int32
+	reserved       int32
 	alibiSlopes    *float32
 	sinkLogits     *float32
 	mask           uintptr
@@ -542,6 +544,8 @@ var (
 	_ [unsafe.Offsetof(attentionDesc{}.mode)]struct{}           = [unsafe.Offsetof(C.akv_attention_desc{}.mode)]struct{}{}
 	_ [unsafe.Offsetof(attentionDesc{}.visibility)]struct{}     = [unsafe.Offsetof(C.akv_attention_desc{}.visibility)]struct{}{}
 	_ [unsafe.Offsetof(attentionDesc{}.window)]struct{}         = [unsafe.Offsetof(C.akv_attention_desc{}.window)]struct{}{}
+	_ [unsafe.Offsetof(attentionDesc{}.sinkTokens)]struct{}     = [unsafe.Offsetof(C.akv_attention_desc{}.sink_tokens)]struct{}{}
+	_ [unsafe.Offsetof(attentionDesc{}.reserved)]struct{}       = [unsafe.Offsetof(C.akv_attention_desc{}.reserved)]struct{}{}
 	_ [unsafe.Offsetof(attentionDesc{}.alibiSlopes)]struct{}    = [unsafe.Offsetof(C.akv_attention_desc{}.alibi_slopes)]struct{}{}
 	_ [unsafe.Offsetof(attentionDesc{}.sinkLogits)]struct{}     = [unsafe.Offsetof(C.akv_attention_desc{}.sink_logits)]struct{}{}
 	_ [unsafe.Offsetof(attentionDesc{}.mask)]struct{}           = [unsafe.Offsetof(C.akv_attention_desc{}.mask)]struct{}{}

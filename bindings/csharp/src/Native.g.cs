@@ -138,15 +138,18 @@ namespace AlignedKV
         internal const int AKV_FULL = 1;
         /// <summary>
         ///  # NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-        ///  The call fails with AKV_E_NONFINITE.
+        ///  The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and head.
         /// </summary>
         internal const int AKV_NAN_ERROR = 0;
         /// <summary>
-        ///  It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+        ///  It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of that
+        ///  KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's head
+        ///  does. The rest is as if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+        ///  AKV_ATTACHED.
         /// </summary>
         internal const int AKV_NAN_PROPAGATE = 1;
         /// <summary>
-        ///  It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+        ///  It counts as 0, and is stored so. Not with AKV_ATTACHED.
         /// </summary>
         internal const int AKV_NAN_ZERO = 2;
         /// <summary>
@@ -407,8 +410,7 @@ namespace AlignedKV
         ///  akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
         ///  capture.
         ///
-        ///  Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-        ///  AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+        ///  Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -486,13 +488,14 @@ namespace AlignedKV
 
         /// <summary>
         ///  Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-        ///  token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+        ///  token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
+        ///  alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
         ///  path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
         ///  its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
         ///  AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
         ///  number of threads.
         ///
-        ///  Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+        ///  Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
         ///  AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
         ///  workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
         ///  AKV_E_INTERNAL: they are undefined.
@@ -993,7 +996,7 @@ namespace AlignedKV
         public int* n_new;
         /// <summary>
         ///  `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-        ///  decode may mix.
+        ///  decode may mix. More than there are tokens: see akv_aligned_attention.
         /// </summary>
         public int* n_q;
         /// <summary>
@@ -1180,7 +1183,18 @@ namespace AlignedKV
         /// </summary>
         public int window;
         /// <summary>
-        ///  `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+        ///  First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+        ///  AKV_FORMAT_PUBLISHED.
+        /// </summary>
+        public int sink_tokens;
+        /// <summary>
+        ///  0.
+        /// </summary>
+        public int reserved;
+        /// <summary>
+        ///  `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
+        ///  * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
+        ///  AKV_FORMAT_PUBLISHED.
         /// </summary>
         public float* alibi_slopes;
         /// <summary>
@@ -1202,7 +1216,12 @@ namespace AlignedKV
         /// </summary>
         public long* kv_to;
         /// <summary>
-        ///  `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+        ///  `[sum of n_q]`, for speculative trees: of the last 64 tokens of its sequence, the step's new ones included, row r sees
+        ///  only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last token, bit 63 - i the
+        ///  token i before it; the row's own token has a bit like any other, bits of tokens that are not there do not count, and
+        ///  tokens before the last 64 are seen as ever. With a tree of n tokens whose node j is the step's new token j, a row sees
+        ///  what came before and the nodes in the bits `path` if tree[r] is path &lt;&lt; (64 - n) | UINT64_MAX &gt;&gt; n. NULL = none. Not
+        ///  for AKV_FORMAT_PUBLISHED.
         /// </summary>
         public ulong* tree;
         /// <summary>

@@ -24,11 +24,11 @@ namespace AlignedKV
             Lies<akv_span>(16, "stream 0", "n_q 4", "n_kv 8");
             Lies<akv_stats>(144, "bytes_k 0", "bytes_v 8", "bytes_scales 16", "bytes_exact 24", "tokens 112",
                 "dense_rows 120", "backend 128", "isa 132", "path 136", "reserved 140");
-            Lies<akv_attention_desc>(224, "struct_size 0", "flags 4", "q 8", "out 40", "scale 72", "logit_softcap 76",
-                "tolerance 80", "mode 84", "visibility 88", "window 92", "alibi_slopes 96",
-                "sink_logits 104", "mask 112", "kv_from 120", "kv_to 128", "tree 136", "lse 144",
-                "bound 152", "lse_bound 160", "estimate 168", "amplitude 176", "stats 184", "threads 192",
-                "workspace 200", "workspace_bytes 208", "stream 216");
+            Lies<akv_attention_desc>(232, "struct_size 0", "flags 4", "q 8", "out 40", "scale 72", "logit_softcap 76",
+                "tolerance 80", "mode 84", "visibility 88", "window 92", "sink_tokens 96", "reserved 100",
+                "alibi_slopes 104", "sink_logits 112", "mask 120", "kv_from 128", "kv_to 136", "tree 144",
+                "lse 152", "bound 160", "lse_bound 168", "estimate 176", "amplitude 184", "stats 192",
+                "threads 200", "workspace 208", "workspace_bytes 216", "stream 224");
             Lies<akv_state>(48, "out 0", "lse 8", "bound 16", "lse_bound 24", "estimate 32", "amplitude 40");
         }
     }
