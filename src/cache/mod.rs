@@ -135,7 +135,7 @@ impl Cache {
         let is_index = matches!(config.placement, Placement::Slots { attached: true, .. });
         let layout = |&shape: &Shape| if is_index { Layout::index(shape) } else { Layout::new(config.format, shape) };
         let marks = |layout: Layout| if config.nan == NanPolicy::Propagate { layout.with_marks() } else { layout };
-        let layouts: Vec<Layout> = config.layers.iter().map(layout).map(marks).collect();
+        let layouts = crate::error::collect(config.layers.iter().map(|shape| Ok(marks(layout(shape)))))?;
         let memory = Memory::with_device(allocator, device, config.max_bytes);
         let sequences = RwLock::new(Directory::new(&memory)?);
         let mut cache = Cache { config, layouts, memory, sequences, slots: Vec::new() };
