@@ -33,7 +33,7 @@ if readelf -d c_static cpp_static | grep -q libalignedkv; then fail "static: lin
 # Beside another Rust library, with all that is in either.
 rustc --edition 2024 -O --crate-type staticlib "$programs/other.rs" -o libother.a
 # shellcheck disable=SC2086
-cc -std=c11 "$programs/both.c" -o both -Wl,--whole-archive libother.a -L"$lib" -Wl,-Bstatic -lalignedkv -Wl,-Bdynamic -Wl,--no-whole-archive $(pkg-config --cflags alignedkv) -lpthread -ldl -lm
+cc -std=c11 "$programs/both.c" -o both libother.a -L"$lib" -Wl,--whole-archive,-Bstatic -lalignedkv -Wl,-Bdynamic,--no-whole-archive $(pkg-config --cflags alignedkv) -lpthread -ldl -lm
 runs both /nowhere
 
 # find_package.

@@ -34,6 +34,7 @@ type Attention struct {
 	Mode         Mode
 	Visibility   Visibility
 	Window       int       // 0 = the layer's.
+	SinkTokens   int       // First tokens that a window does not hide.
 	ALiBiSlopes  []float32 // [QHeads]
 	SinkLogits   []float32 // [QHeads]: score of a token more, whose value is 0.
 	Mask         *Mask     // Of Cache.SlotsAttention.
@@ -105,7 +106,7 @@ func (a *Attention) raw(d *attentionDesc, pins *runtime.Pinner) {
 	*d = attentionDesc{
 		structSize: uint32(unsafe.Sizeof(attentionDesc{})), q: a.Q.raw(), out: a.Out.raw(), scale: a.Scale,
 		logitSoftcap: a.LogitSoftcap, tolerance: a.Tolerance, mode: int32(a.Mode), visibility: int32(a.Visibility),
-		window: clamp(a.Window), alibiSlopes: pin(pins, a.ALiBiSlopes), sinkLogits: pin(pins, a.SinkLogits),
+		window: clamp(a.Window), sinkTokens: clamp(a.SinkTokens), alibiSlopes: pin(pins, a.ALiBiSlopes), sinkLogits: pin(pins, a.SinkLogits),
 		kvFrom: pin(pins, a.KVFrom), kvTo: pin(pins, a.KVTo), tree: pin(pins, a.Tree), lse: pin(pins, a.LSE),
 		bound: pin(pins, a.Bound), lseBound: pin(pins, a.LSEBound), estimate: pin(pins, a.Estimate),
 		amplitude: pin(pins, a.Amplitude),

@@ -84,7 +84,9 @@ namespace AlignedKV
         public Visibility Visibility;
         /// <summary>Sliding window of this call; 0 = the layer's.</summary>
         public int Window;
-        /// <summary>[QHeads]</summary>
+        /// <summary>First tokens that a window does not hide.</summary>
+        public int SinkTokens;
+        /// <summary>[QHeads]: factors of distances to tokens, or of what Mask adds.</summary>
         public ReadOnlySpan<float> AlibiSlopes;
         /// <summary>[QHeads]: score of a token more, whose value is 0.</summary>
         public ReadOnlySpan<float> SinkLogits;
@@ -148,7 +150,7 @@ namespace AlignedKV
                 {
                     struct_size = (uint)sizeof(akv_attention_desc), q = Q.At(q), @out = Out.Read.At(output), scale = Scale,
                     logit_softcap = LogitSoftcap, tolerance = Tolerance, mode = (int)Mode, visibility = (int)Visibility,
-                    window = Window, alibi_slopes = alibi, sink_logits = sinks, kv_from = from, kv_to = to, tree = tree, lse = lse,
+                    window = Window, sink_tokens = SinkTokens, alibi_slopes = alibi, sink_logits = sinks, kv_from = from, kv_to = to, tree = tree, lse = lse,
                     bound = bound, lse_bound = lseBound, estimate = estimate, amplitude = amplitude, stats = counted,
                 };
                 int status;
