@@ -78,7 +78,9 @@ struct Arena(Vec<Line>);
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([u64; 8]);
+struct Line {
+    _words: [u64; 8],
+}
 
 impl Arena {
     /// An address in its `part`, NULL, or a crooked one.
@@ -170,7 +172,7 @@ fn any_layer(dice: &mut Dice) -> akv_layer_desc {
 
 /// Every descriptor with fields of any value, pointers that are NULL, crooked or real, sizes that no struct has.
 pub fn descriptors(data: &[u8]) {
-    thread_local!(static ARENA: std::cell::RefCell<Arena> = std::cell::RefCell::new(Arena(vec![Line([0; 8]); PARTS * PART])));
+    thread_local!(static ARENA: std::cell::RefCell<Arena> = std::cell::RefCell::new(Arena(vec![Line { _words: [0; 8] }; PARTS * PART])));
     ARENA.with_borrow_mut(|arena| with_descriptors(&mut Dice::Bytes(data), arena));
 }
 

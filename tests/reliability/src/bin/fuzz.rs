@@ -35,7 +35,8 @@ mod alone {
 
     /// Random bytes, of which many are small: choices are.
     fn draw(dice: &mut Dice) -> Vec<u8> {
-        let n = dice.below(1 << (2 + dice.below(9)));
+        let most = 4 << dice.below(9);
+        let n = dice.below(most);
         let small = dice.below(4);
         (0..n).map(|_| if dice.below(4) < small { dice.below(8) as u8 } else { dice.bits() as u8 }).collect()
     }
