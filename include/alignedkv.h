@@ -147,9 +147,14 @@ typedef int32_t akv_status;
 #define AKV_FULL   1  // A query row sees all tokens of its sequence.
 
 // NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE.
-#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_NAN_ZERO      2  // It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and
+                             // head.
+#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches: where a query row sees a token whose K or V has one on a
+                             // KV head, all query heads of that KV head get NaN as output, lse and amplitude, and
+                             // infinity as bounds and estimate; where q has one, that row's head does. The rest is as
+                             // if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+                             // AKV_ATTACHED.
+#define AKV_NAN_ZERO      2  // It counts as 0, and is stored so. Not with AKV_ATTACHED.
 
 // RoPE pairings: akv_rope.pairing
 #define AKV_ROPE_INTERLEAVED 0  // Channels 2i and 2i + 1 turn together.
@@ -236,13 +241,13 @@ typedef struct akv_context_desc {
 // Shape of one layer's attention. An array element: fixed size.
 typedef struct akv_layer_desc {
     // Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
-    // up to 64.
+    // up to 64 (128 where v_is_prefix_of_k).
     int32_t n_q_heads;
     // KV heads, 1 to 4096.
     int32_t n_kv_heads;
-    // Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
+    // Channels of q and K (head_dim): a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k).
     int32_t dim_k;
-    // Channels of V and of the output: a multiple of 8 from 16 to 256; 0 = dim_k.
+    // Channels of V and of the output: a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k); 0 = dim_k.
     int32_t dim_v;
     // AKV_F32, AKV_F16 or AKV_BF16: element type of the K rows that will be appended.
     int32_t dtype_k;
@@ -260,7 +265,9 @@ typedef struct akv_layer_desc {
     int32_t group;
     // 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
     int32_t share_with;
-    // Non-zero: V is the first dim_v channels of K (MLA). Not built yet.
+    // 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed query).
+    // K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the dense path,
+    // which reads all stored planes of K. AKV_APPEND only, not AKV_FORMAT_PUBLISHED. 0: V has rows of its own.
     int32_t v_is_prefix_of_k;
 } akv_layer_desc;
 
@@ -362,7 +369,7 @@ typedef struct akv_batch_desc {
     // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     const int32_t *n_new;
     // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    // decode may mix.
+    // decode may mix. More than there are tokens: see akv_aligned_attention.
     const int32_t *n_q;
     // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -461,6 +468,11 @@ typedef struct akv_attention_desc {
     int32_t visibility;
     // Sliding window of this call; 0 = the layer's.
     int32_t window;
+    // First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+    // AKV_FORMAT_PUBLISHED.
+    int32_t sink_tokens;
+    // 0.
+    int32_t reserved;
     // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
     // * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
     // AKV_FORMAT_PUBLISHED.
@@ -669,9 +681,10 @@ akv_status akv_batch_create(struct akv_cache *cache, const struct akv_batch_desc
 // akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 // capture.
 //
-// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
-akv_status akv_batch_begin(struct akv_batch *batch, const struct akv_batch_desc *desc, void *stream);
+// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+akv_status akv_batch_begin(struct akv_batch *batch,
+                           const struct akv_batch_desc *desc,
+                           void *stream);
 
 // Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
 // for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
@@ -698,8 +711,8 @@ akv_status akv_batch_workspace(const struct akv_batch *batch, size_t *bytes, siz
 akv_status akv_batch_destroy(struct akv_batch *batch);
 
 // Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
-// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
+// n_new][n_kv_heads][dim_v]` (NULL where v_is_prefix_of_k), rows sequence by sequence, in the layer's dtypes, K after RoPE.
+// Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
 // is appended, and the call may be made again.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
@@ -712,21 +725,25 @@ akv_status akv_quantize_kv(struct akv_batch *batch,
 // ---- Attention, and merging partial attention -----------------------------------------------------------------------
 
 // Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+// token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
+// alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
 // path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
 // its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
-// number of threads.
+// AKV_FORMAT_RAW take the dense path. A row's result, bit for bit, depends on its sequence and on whether it has more than 8
+// query rows: not on the other rows, the other sequences of the batch, or the number of threads.
 //
-// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 // AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
 // workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
 // AKV_E_INTERNAL: they are undefined.
-akv_status akv_aligned_attention(struct akv_batch *batch, int32_t layer, const struct akv_attention_desc *desc);
+akv_status akv_aligned_attention(struct akv_batch *batch,
+                                 int32_t layer,
+                                 const struct akv_attention_desc *desc);
 
 // Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 // their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. What is
+// NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
 akv_status akv_merge_states(struct akv_context *context,
                             const struct akv_state *states,
                             int32_t n,

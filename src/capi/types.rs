@@ -218,13 +218,13 @@ pub struct akv_context_desc {
 #[derive(Debug, Clone, Copy)]
 pub struct akv_layer_desc {
     /// Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
-    /// up to 64.
+    /// up to 64 (128 where v_is_prefix_of_k).
     pub n_q_heads: i32,
     /// KV heads, 1 to 4096.
     pub n_kv_heads: i32,
-    /// Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
+    /// Channels of q and K (head_dim): a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k).
     pub dim_k: i32,
-    /// Channels of V and of the output: a multiple of 8 from 16 to 256; 0 = dim_k.
+    /// Channels of V and of the output: a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k); 0 = dim_k.
     pub dim_v: i32,
     /// AKV_F32, AKV_F16 or AKV_BF16: element type of the K rows that will be appended.
     pub dtype_k: i32,
@@ -242,7 +242,9 @@ pub struct akv_layer_desc {
     pub group: i32,
     /// 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
     pub share_with: i32,
-    /// Non-zero: V is the first dim_v channels of K (MLA). Not built yet.
+    /// 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed query).
+    /// K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the dense path,
+    /// which reads all stored planes of K. AKV_APPEND only, not AKV_FORMAT_PUBLISHED. 0: V has rows of its own.
     pub v_is_prefix_of_k: i32,
 }
 
@@ -466,9 +468,9 @@ pub struct akv_attention_desc {
     pub sink_tokens: i32,
     /// 0.
     pub reserved: i32,
-    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
-    /// * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
-    /// AKV_FORMAT_PUBLISHED.
+    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): to a score of head h, after
+    /// the cap, is added alibi_slopes[h] times the distance, the token's position less the query row's; NULL = nothing. Not
+    /// for AKV_FORMAT_PUBLISHED.
     pub alibi_slopes: *const f32,
     /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
