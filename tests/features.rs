@@ -631,8 +631,11 @@ fn distances_are_added() {
     });
 }
 
+/// Rows or tokens, and heads.
+type Places = Vec<(usize, usize)>;
+
 /// Puts something that is no number into some rows; returns (token, kv head) of K or V, and (row, head) of q.
-fn spoil(rng: &mut Rng, layer: &akv_layer_desc, s: &mut Sequence) -> (Vec<(usize, usize)>, Vec<(usize, usize)>) {
+fn spoil(rng: &mut Rng, layer: &akv_layer_desc, s: &mut Sequence) -> (Places, Places) {
     let (heads, kv_heads) = (layer.n_q_heads as usize, layer.n_kv_heads as usize);
     let (mut bad, mut bad_q) = (Vec::new(), Vec::new());
     let no_number = |rng: &mut Rng| [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY][rng.below(4)];

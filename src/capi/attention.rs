@@ -622,14 +622,17 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
 }
 
 /// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-/// token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
-/// alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
+/// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
 /// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
-/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-/// AKV_FORMAT_RAW take the dense path. A row's result, bit for bit, depends on its sequence and on whether it has more than 8
-/// query rows: not on the other rows, the other sequences of the batch, or the number of threads.
+/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT,
+/// AKV_FORMAT_RAW and layers with v_is_prefix_of_k take the dense path. On the CPU a row's result, bit for bit, depends
+/// on its sequence and on whether that has more than 8 query rows: not on the other rows, the other sequences of the
+/// batch, or the number of threads.
 ///
-/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+/// Cross-attention: with AKV_FULL, no window and no alibi_slopes nothing depends on where a row is, and n_q may be
+/// larger than len. Otherwise more query rows than tokens are AKV_E_ARGUMENT.
+///
+/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 /// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
 /// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
 /// AKV_E_INTERNAL: they are undefined.
@@ -651,8 +654,8 @@ pub unsafe extern "C" fn akv_aligned_attention(
 
 /// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 /// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-/// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. What is
-/// NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
+/// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. On
+/// the CPU what is NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

@@ -213,7 +213,8 @@ pub unsafe extern "C" fn akv_batch_create(
 /// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 /// capture.
 ///
-/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY,
+/// AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -366,9 +367,9 @@ pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status 
 }
 
 /// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
-/// n_new][n_kv_heads][dim_v]` (NULL where v_is_prefix_of_k), rows sequence by sequence, in the layer's dtypes, K after RoPE.
-/// Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
-/// is appended, and the call may be made again.
+/// n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
+/// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+/// All rows are checked first: on error nothing is appended, and the call may be made again.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
 ///
