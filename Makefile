@@ -12,10 +12,11 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 PYTHON   = $(shell for p in .venv/bin/python3 python3 /usr/bin/python3; do $$p -c 'import numpy' 2>/dev/null && echo $$p && break; done)
 CFLAGS  ?= -O3 -Wall -Wextra
+RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -25,7 +26,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -102,6 +103,17 @@ test-oracle: | setup-test ## the library against its definition in NumPy
 	cargo build --release --lib
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so
 
+# As root, on fewer cores than ranks, and over TCP, whose bytes are counted.
+MPIRUN = mpirun $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --oversubscribe --mca mpi_yield_when_idle 1 \
+	--mca btl self,tcp --mca btl_tcp_if_include lo
+
+test-mpi: | setup-test ## context parallelism: one sequence over 2 and 4 MPI ranks against one process and float64 (tables: RESULTS=FOLDER)
+	cargo build --release --lib
+	mkdir -p $(BUILD)
+	mpicc -std=c11 $(CFLAGS) -Iinclude examples/context_parallel.c examples/tinylm_model.c -o $(BUILD)/context_parallel $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(MPIRUN) -n 2 $(BUILD)/context_parallel
+	$(MPIRUN) -n 4 $(BUILD)/context_parallel --results $(RESULTS)/context_parallel
+
 test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
 	bindings/llamacpp/ci.sh test
 
@@ -124,7 +136,7 @@ install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR
 	install -m 755 $(RELEASE)/libalignedkv.so $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(VERSION)
 	ln -sf libalignedkv.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(MAJOR)
 	ln -sf libalignedkv.so.$(MAJOR) $(DESTDIR)$(LIBDIR)/libalignedkv.so
-	install -m 644 $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)
+	bindings/abi/localise.sh $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)/libalignedkv.a
 	sed 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR)|; s|@VERSION@|$(VERSION)|' bindings/pkgconfig/alignedkv.pc.in >$(DESTDIR)$(LIBDIR)/pkgconfig/alignedkv.pc
 	for f in Config ConfigVersion; do \
 		sed 's|@VERSION@|$(VERSION)|; s|@MAJOR@|$(MAJOR)|' bindings/cmake/alignedkv$$f.cmake.in >$(DESTDIR)$(LIBDIR)/cmake/alignedkv/alignedkv$$f.cmake || exit 1; \
@@ -136,6 +148,7 @@ header: ## regenerate include/alignedkv.h from src/capi
 results: setup-test ## measure the figures that README.md quotes
 	$(MAKE) demo
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
+	$(MAKE) test-mpi RESULTS=benches/results
 	$(MAKE) readme
 
 readme: ## refresh what README.md quotes: the quickstart program and measured figures

@@ -33,6 +33,7 @@ if [ "$what" = test ]; then
     need curl "curl ca-certificates"
     need valgrind "valgrind libc6-dbg"
     need python3 python3
+    need mpicc "libopenmpi-dev openmpi-bin"
 fi
 # shellcheck disable=SC2086 # a list of words
 [ -z "$missing" ] || apt $missing

@@ -13,7 +13,14 @@ mod reader;
 #[cfg(unix)]
 mod region;
 mod sequence;
+mod shared;
 mod slots;
+
+/// What `shared` counts with: `tests/loom.rs` has loom's.
+mod sync {
+    pub use std::sync::Arc;
+    pub use std::sync::atomic::{AtomicUsize, Ordering};
+}
 
 pub use batch::{Batch, Bounds, StepSequence};
 pub use device::Plan;

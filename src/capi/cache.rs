@@ -320,7 +320,7 @@ mod tests {
             argument(with(change, |_| ()), name);
         }
         type LayerCase = (&'static str, fn(&mut akv_layer_desc));
-        let cases: [LayerCase; 19] = [
+        let cases: [LayerCase; 20] = [
             ("n_kv_heads", |l| l.n_kv_heads = 0),
             ("n_kv_heads", |l| l.n_kv_heads = -2),
             ("n_q_heads", |l| l.n_q_heads = 0),

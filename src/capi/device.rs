@@ -60,13 +60,20 @@ fn rows(grid: &Grid) -> params::Rows {
 
 /// What kernels are told of query rows.
 fn device_rows(rows: Vec<crate::backend::QueryRow>) -> Vec<QueryRow> {
-    let row = |row: crate::backend::QueryRow| QueryRow {
-        sequence: row.sequence as i32,
-        from: row.from.min(row.to) as i32,
-        to: row.to as i32,
-        n: row.n as i32,
-        dense: i32::from(row.dense),
-        reserved: 0,
+    let (mut sequence, mut n_dense) = (None, 0);
+    let row = |row: crate::backend::QueryRow| {
+        if sequence != Some(row.sequence) {
+            (sequence, n_dense) = (Some(row.sequence), 0);
+        }
+        n_dense += i32::from(row.dense);
+        QueryRow {
+            sequence: row.sequence as i32,
+            from: row.from.min(row.to) as i32,
+            to: row.to as i32,
+            n: row.n as i32,
+            dense: if row.dense { n_dense } else { 0 },
+            reserved: 0,
+        }
     };
     rows.into_iter().map(row).collect()
 }
@@ -87,10 +94,13 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
 
 /// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.
 pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, usize) {
-    let shapes = || cache.layouts().iter().map(|layout| &layout.shape);
-    let of = |shape: &Shape, zeros: usize| Workspace::new(shape, max_q, max_kv.div_ceil(TILE), zeros);
-    let zeros = shapes().map(|shape| of(shape, 0).zeros).max().unwrap_or(0);
-    (shapes().map(|shape| of(shape, zeros).bytes).max().unwrap_or(0), zeros)
+    let most = |zeros: usize, what: fn(&Workspace) -> usize| {
+        let of = |shape: &Shape, scans| what(&Workspace::new(shape, max_q, max_kv.div_ceil(TILE), scans, zeros));
+        let layouts = cache.layouts().iter();
+        layouts.map(|layout| of(&layout.shape, false).max(of(&layout.shape, true))).max().unwrap_or(0)
+    };
+    let zeros = most(0, |workspace| workspace.zeros);
+    (most(zeros, |workspace| workspace.bytes), zeros)
 }
 
 /// Tells the device of a step that has begun. Returns how many tiles each layer is appended to.
@@ -166,8 +176,14 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         _ => step.max_kv,
     };
     let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
+    // Replays of a graph have other rows than this step.
+    let is_dense = |n: usize| options.all_dense || n > super::attention::MAX_PROGRESSIVE;
+    let (dense, scans) = match capturing {
+        true => (is_dense(max_rows), !options.all_dense),
+        false => (step.sequences.iter().any(|s| is_dense(s.n_q)), step.sequences.iter().any(|s| !is_dense(s.n_q))),
+    };
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, tables.zeros);
+    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
     let start = if desc.workspace.is_null() {
         tables.workspace(room.bytes, room.zeros, stream, capturing)?
     } else {
@@ -201,10 +217,6 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             (room.rows(start), rows.len())
         }
     };
-    let dense = |n: usize| if options.all_dense || n > super::attention::MAX_PROGRESSIVE { n } else { 0 };
-    let dense_rows: usize = step.sequences.iter().map(|s| dense(s.n_q)).sum();
-    let mut path = if dense_rows > 0 { AKV_PATH_DENSE } else { 0 };
-    path |= if dense_rows < n_q { AKV_PATH_PROGRESSIVE } else { 0 };
     let call = Call {
         shape,
         params: AttendParams {
@@ -229,10 +241,10 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         },
         n_rows,
         n_tiles: tiles,
+        dense,
+        scans,
         report: desc.stats as u64,
-        dense_rows: dense_rows as u64,
         backend: AKV_CUDA,
-        path,
     };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, stream) }

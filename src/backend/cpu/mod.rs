@@ -26,12 +26,12 @@ use crate::alignment::Sums;
 use crate::error::caught;
 use crate::format::{Dtype, Layout, MAX_LATENT};
 use crate::{Error, Result};
+use parking_lot::{Mutex, MutexGuard};
 use pool::{Pool, SpinBarrier};
 use refine::Refine;
 use scan::Scan;
 use simd::Simd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use unit::{Path, Shares, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
 
@@ -222,7 +222,7 @@ struct Shared {
 
 impl Shared {
     fn failed(&self, end: usize) -> MutexGuard<'_, Option<Error>> {
-        self.failed[end].lock().unwrap_or_else(PoisonError::into_inner)
+        self.failed[end].lock()
     }
 
     /// Meets the other threads at the beginning (0) or the end (1) of their parts: if one has failed, all fail alike,
@@ -313,11 +313,11 @@ impl Cpu {
                 // SAFETY: the caller's contract; each thread its own ith.
                 let stats = unsafe { self.run(Ok(call), threads, workspace.start()) };
                 if ith == 0 {
-                    *result.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+                    *result.lock() = stats;
                 }
             };
             if pool.run(&part) {
-                return result.into_inner().unwrap_or_else(PoisonError::into_inner);
+                return result.into_inner();
             }
         }
         // The context's threads are busy with another call: the bits are the same without them.
