@@ -1,17 +1,19 @@
 //! Attention, and merging partial attention.
 
 use super::batch::{Object, WORKSPACE_ALIGN, Workspaces};
-use super::check::{Bytes, Grid, array, count, descriptor, disjoint, optional, pointer, within, wrong, zero};
+use super::check::{Bytes, Field, Grid, array, count, descriptor, disjoint, optional, pointer, within, wrong, zero};
 use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::backend::cpu::{Cpu, State, merge};
 use crate::backend::cuda::Sight;
 use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, TREE, Threads};
-use crate::cache::{NanPolicy, Positions, Reader, SequenceView, StepSequence};
+use crate::cache::{NanPolicy, Positions, SequenceView};
+use crate::error::{collect, reserve};
 use crate::format::{Clean, Format, Layout, MAX_DIM, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
+use std::fmt::Display;
 use std::ops::Deref;
 
 /// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
@@ -36,10 +38,10 @@ pub(super) struct Options {
 impl Options {
     /// `slots`: for akv_slots_attention.
     pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape, slots: bool) -> Result<Options> {
-        let at = |field: &str| format!("{name}->{field}");
+        let at = |field| Field(&name, "->", field);
         zero(at("flags"), d.flags)?;
-        Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
-        Grid::new(&d.out, &at("out"), shape.n_q_heads, shape.dim_v)?;
+        Grid::new(&d.q, at("q"), shape.n_q_heads, shape.dim_k)?;
+        Grid::new(&d.out, at("out"), shape.n_q_heads, shape.dim_v)?;
         if !d.scale.is_finite() {
             return Err(wrong(at("scale"), d.scale, "a finite factor, or 0 for 1 / sqrt(dim_k)"));
         }
@@ -67,13 +69,13 @@ impl Options {
                 return Err(wrong(at("alibi_slopes"), "not NULL", "NULL without a mask, whose values they multiply"));
             }
         }
-        let not_here = |field: &str| {
+        let not_here = |field| {
             let call = if slots { "akv_slots_attention: its mask says it all" } else { "akv_aligned_attention" };
             Err(wrong(at(field), "not NULL", format_args!("NULL in {call}")))
         };
         let others = [("kv_from", d.kv_from.is_null()), ("kv_to", d.kv_to.is_null()), ("tree", d.tree.is_null())];
         match others.iter().find(|(_, null)| !null) {
-            Some((field, _)) if slots => return not_here(field),
+            Some(&(field, _)) if slots => return not_here(field),
             _ if !slots && !d.mask.is_null() => return not_here("mask"),
             _ => {}
         }
@@ -160,11 +162,11 @@ impl Team {
 }
 
 /// Memory of an optional output of `n` floats: none if it is NULL.
-fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
+fn floats(p: *mut f32, n: Option<usize>, name: impl Display) -> Result<Bytes> {
     if p.is_null() {
         return Ok(Bytes { from: 0, to: 0 });
     }
-    Bytes::new(pointer(p, name)?, n, name)
+    Bytes::new(pointer(p, &name)?, n, name)
 }
 
 /// What each query row does not see, whatever else is said: `[rows]` each.
@@ -223,8 +225,9 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
     sequences: &[(usize, usize, P)],
     sight: Sight,
     limits: Limits,
-) -> Vec<QueryRow> {
-    let mut rows = Vec::with_capacity(sequences.iter().map(|s| s.1).sum());
+) -> Result<Vec<QueryRow>> {
+    let mut rows = Vec::new();
+    reserve(&mut rows, sequences.iter().map(|s| s.1).sum())?;
     for (sequence, (len, n_q, positions)) in sequences.iter().enumerate() {
         let (len, n_q) = (*len, *n_q);
         let dense = sight.dense || n_q > MAX_PROGRESSIVE;
@@ -257,7 +260,7 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
             rows.push(row);
         }
     }
-    rows
+    Ok(rows)
 }
 
 /// Fails for outputs that are misaligned, or share bytes with one another, with q or with the workspace.
@@ -483,16 +486,20 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     // SAFETY: the caller's contract.
     let limits = unsafe { Limits::new(desc, step.n_q) }?;
     let prepared = batch.batch.read(layer);
-    let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
-    let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
-    let of_step: Vec<_> =
-        views.iter().zip(readers).map(|(view, (step, reader))| (view.len, step.n_q, reader.positions())).collect();
-    let sight = frame.options.sight();
-    let checked = check_tokens(&of_step, sight, desc);
-    let rows = query_rows(&of_step, sight, limits);
-    let positions: Vec<_> = readers.iter().map(|(_, reader)| reader.positions()).collect();
-    let scene = Scene { sequences: &views, rows: &rows, mask: None, positions: Some(&positions) };
-    let scene = prepared.as_ref().map_err(Clone::clone).and_then(|_| checked.map(|()| scene));
+    let seen = prepared.as_ref().map_err(Clone::clone).and_then(|readers| {
+        let (readers, sight) = (readers.iter(), frame.options.sight());
+        let views = collect(readers.clone().map(|(_, reader)| Ok(reader.view())))?;
+        let positions = collect(readers.clone().map(|(_, reader)| Ok(reader.positions())))?;
+        let of_step = collect(readers.map(|(step, reader)| Ok((reader.n_tokens(), step.n_q, reader.positions()))))?;
+        check_tokens(&of_step, sight, desc)?;
+        Ok((views, query_rows(&of_step, sight, limits)?, positions))
+    });
+    let scene = seen.as_ref().map_err(Clone::clone).map(|(sequences, rows, positions)| Scene {
+        sequences,
+        rows,
+        mask: None,
+        positions: Some(positions),
+    });
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, scene, &batch.workspaces) }
 }
@@ -540,18 +547,18 @@ fn state_arrays(s: &akv_state, out: usize, others: usize) -> [(&'static str, *mu
 fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
     let sizes = n.checked_mul(dim).filter(|&n| n <= isize::MAX as usize / 4);
     let n_out = sizes.ok_or_else(|| wrong("rows", n, "states that fit the address space"))?;
-    let check = |state: &akv_state, name: &str| -> Result<[Bytes; 6]> {
+    let check = |state: &akv_state, name: &dyn Display| -> Result<[Bytes; 6]> {
         let mut all = [Bytes { from: 0, to: 0 }; 6];
         for (i, (field, p, n)) in state_arrays(state, n_out, n).into_iter().enumerate() {
-            let name = format!("{name}{field}");
+            let name = Field(name, "", field);
             if i < 2 {
-                pointer(p, &name)?;
+                pointer(p, name)?;
             }
-            all[i] = floats(p, Some(n), &name)?;
+            all[i] = floats(p, Some(n), name)?;
         }
         Ok(all)
     };
-    let outputs = check(out, "out->")?;
+    let outputs = check(out, &"out->")?;
     for i in 0..6 {
         if let Some(j) = (0..i).find(|&j| outputs[i].overlaps(&outputs[j])) {
             let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
@@ -563,7 +570,7 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
         }
     }
     for (s, state) in states.iter().enumerate() {
-        let inputs = check(state, &format!("states[{s}]."))?;
+        let inputs = check(state, &format_args!("states[{s}]."))?;
         for (i, output) in outputs.iter().enumerate() {
             // An element is read by all states before it is written, so the same array may be both.
             if let Some(j) = (0..6).find(|&j| output.overlaps(&inputs[j]) && !(i == j && *output == inputs[j])) {
@@ -582,7 +589,8 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
 /// # Safety
 /// What `states` and `out` point to is as documented, and checked.
 unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
-    let mut parts: Vec<State> = Vec::with_capacity(states.len());
+    let mut parts: Vec<State> = Vec::new();
+    reserve(&mut parts, states.len())?;
     let mut buffer = [0.0; MAX_DIM];
     for i in 0..n {
         parts.clear();

@@ -7,6 +7,7 @@ use super::{cache, device, guard};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Device, Tables};
 use crate::cache::{Batch, Block, Bounds, Memory, StepSequence};
+use crate::error::reserve;
 use crate::{Error, Result};
 use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::ffi::c_void;
@@ -125,7 +126,8 @@ impl<'a> Request<'a> {
             Some(values) => count(format_args!("desc->{name}[{i}]"), values[i].into()).map(Some),
             None => Ok(None),
         };
-        let mut sequences = Vec::with_capacity(n);
+        let mut sequences = Vec::new();
+        reserve(&mut sequences, n)?;
         for (i, &sequence) in ids.iter().enumerate() {
             let n_new = at(n_new, "n_new", i)?.unwrap_or(0);
             let n_q = at(n_q, "n_q", i)?.unwrap_or(n_new);
@@ -232,9 +234,9 @@ pub unsafe extern "C" fn akv_batch_begin(
             return Err(Error::Busy("batch has a step in progress: commit or abort it first".to_owned()));
         }
         batch.batch.begin(&request.sequences, request.positions)?;
-        let lens = request.sequences.iter().map(|s| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new));
-        let lens = lens.collect::<Result<Vec<_>>>().inspect_err(|_| batch.batch.abort())?;
-        let max_kv = lens.into_iter().max().unwrap_or(0);
+        let len = |s: &StepSequence| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new);
+        let max_kv = request.sequences.iter().try_fold(0, |most, s| Ok(len(s)?.max(most)));
+        let max_kv = max_kv.inspect_err(|_| batch.batch.abort())?;
         let mut n_appends = 0;
         if batch.tables.is_some() {
             let (_, mut tables) = batch.device()?;

@@ -104,7 +104,7 @@ pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, u
 pub(super) fn begin(batch: &Batch, tables: &mut Tables, stream: Stream) -> Result<usize> {
     let plan = batch.plan()?;
     batch.lengths(|sequences| {
-        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, Limits::default())))
+        tables.begin(&plan, stream, |sight| query_rows(sequences, sight, Limits::default()).map(device_rows))
     })??;
     Ok(plan.n_appends)
 }
@@ -208,7 +208,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             ));
         }
         None => {
-            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, limits)))?;
+            let rows = batch.batch.lengths(|s| query_rows(s, sight, limits).map(device_rows))??;
             // SAFETY: the workspace has room for them.
             unsafe { device.upload(room.rows(start), bytes_of(&rows), stream) }?;
             (room.rows(start), rows.len())

@@ -10,6 +10,7 @@ use super::{cache, context, guard};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Mask, QueryRow};
 use crate::cache::{NanPolicy, SequenceView, SlotLayer};
+use crate::error::{collect, reserve};
 use crate::format::{Clean, Dtype, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
@@ -207,8 +208,10 @@ unsafe fn attend(
     let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
     let prepared: Result<(Option<RwLockReadGuard<Mask>>, RwLockReadGuard<SlotLayer>)> =
         mask.and_then(|mask| cells.map(|cells| (mask, cells)));
-    let (mut views, mut rows) = (Vec::new(), Vec::new());
-    if let Ok((mask, cells)) = &prepared {
+    let seen = prepared.as_ref().map_err(Clone::clone).and_then(|(mask, cells)| {
+        let (mut views, mut rows) = (Vec::new(), Vec::new());
+        reserve(&mut views, n_spans)?;
+        reserve(&mut rows, n_q)?;
         for (i, span) in spans.iter().enumerate() {
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
@@ -217,11 +220,10 @@ unsafe fn attend(
             }
             views.push(view);
         }
-    }
-    let scene = match &prepared {
-        Ok((mask, _)) => Ok(Scene { sequences: &views, rows: &rows, mask: mask.as_deref(), positions: None }),
-        Err(error) => Err(error.clone()),
-    };
+        Ok((views, rows, mask.as_deref()))
+    });
+    let scene = seen.as_ref().map_err(Clone::clone);
+    let scene = scene.map(|(sequences, rows, mask)| Scene { sequences, rows, mask: *mask, positions: None });
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, scene, &cache.workspaces) }
 }
@@ -308,8 +310,7 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // All locks before the first change.
-        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
-        for mut cells in cells? {
+        for mut cells in collect(layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)))? {
             let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
             cells.invalidate(first, n);
         }
@@ -328,9 +329,10 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from: i64, to: i64, n: i64) -> akv_status {
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
-        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
         // What can fail comes before the first change.
-        let (mut cells, mut spares) = (cells?, Vec::new());
+        let mut cells = collect(layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)))?;
+        let mut spares = Vec::new();
+        reserve(&mut spares, cells.len())?;
         for cells in &cells {
             if cells.is_index() {
                 let expected = "expected AKV_SLOTS";
