@@ -16,7 +16,7 @@ RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -26,7 +26,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-tensorrt ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -113,6 +113,23 @@ test-mpi: | setup-test ## context parallelism: one sequence over 2 and 4 MPI ran
 	mpicc -std=c11 $(CFLAGS) -Iinclude examples/context_parallel.c examples/tinylm_model.c -o $(BUILD)/context_parallel $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(MPIRUN) -n 2 $(BUILD)/context_parallel
 	$(MPIRUN) -n 4 $(BUILD)/context_parallel --results $(RESULTS)/context_parallel
+
+TENSORRT = $(BUILD)/tensorrt
+
+test-tensorrt: | setup-test ## the TensorRT plugin: an interface check without a TensorRT runtime, kernels on the CPU
+	cargo build --release --lib
+	mkdir -p $(TENSORRT)
+	$(CXX) -std=c++17 -O2 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1 -Ikernels/host \
+		-o $(TENSORRT)/libcuda.so.1 kernels/host/runner.cpp bindings/tensorrt/test/libcuda.cpp -x c++ kernels/alignedkv.cu
+	ln -sf $(abspath $(RELEASE))/libalignedkv.so $(TENSORRT)/libalignedkv.so.0
+	set -e; headers=$$(bindings/tensorrt/headers.sh $(CARGO_TARGET_DIR)/tensorrt); \
+		flags="-std=c++17 -O2 -Wall -Wextra -Werror -Wno-deprecated-declarations -Iinclude -isystem $$headers -isystem $$headers/.."; \
+		$(CXX) $$flags -fPIC -fvisibility=hidden -shared -Wl,--version-script=bindings/tensorrt/exports.map -o $(TENSORRT)/libalignedkv_tensorrt.so \
+			bindings/tensorrt/plugin.cpp $(TENSORRT)/libalignedkv.so.0; \
+		$(CXX) $$flags -rdynamic -o $(TENSORRT)/host bindings/tensorrt/test/host.cpp $(TENSORRT)/libalignedkv.so.0 $(TENSORRT)/libcuda.so.1 -ldl
+	test "$$(nm -D --defined-only $(TENSORRT)/libalignedkv_tensorrt.so | cut -d' ' -f3 | sort | xargs)" = "getCreators setLoggerFinder"
+	LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/host $(TENSORRT)/libalignedkv_tensorrt.so
+	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/host $(TENSORRT)/libalignedkv_tensorrt.so
 
 test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
 	bindings/llamacpp/ci.sh test
