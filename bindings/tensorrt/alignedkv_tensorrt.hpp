@@ -1,6 +1,6 @@
-// alignedkv_tensorrt.hpp: what an application that runs engines with AlignedKVAttention needs. It owns context and cache
-// (alignedkv.h, backend AKV_CUDA), and begins and ends the steps; the plugin's layers find both under a key of TensorRT's
-// plugin registry. Header only, C++17; link alignedkv. MIT OR Apache-2.0.
+// alignedkv_tensorrt.hpp: what an application that runs engines with AlignedKVAttention needs. It owns context and
+// cache (alignedkv.h, backend AKV_CUDA), and begins and ends the steps; the plugin's layers find both under a key of
+// TensorRT's plugin registry. Header only, C++17; link alignedkv. MIT OR Apache-2.0.
 //
 //   SharedCache shared(cache, layers);                         // akv_cache *, std::vector<akv_layer_desc>
 //   registry->acquirePluginResource("alignedkv", &shared);     // before execution contexts are made
@@ -39,7 +39,7 @@ inline namespace tensorrt_v1 {
 struct Step {
     std::vector<akv_sequence> sequences;
     std::vector<int32_t> lengths;
-    int64_t n_new = 0, n_q = 0;  // rows of k and v, of q
+    int64_t n_new = 0, n_q = 0; // rows of k and v, of q
 };
 
 // The steps that run on one stream, one after another. Used by one thread at a time, but for `expected`.
@@ -48,8 +48,8 @@ struct Lane {
     akv_batch_desc bounds{};
     bool begun = false;
     Step step;
-    bool checked = false;       // the step's work, or a captured one's, compares it with its tensors
-    std::deque<Step> expected;  // steps that have been begun and not compared yet; under the mutex
+    bool checked = false;      // the step's work, or a captured one's, compares it with its tensors
+    std::deque<Step> expected; // steps that have been begun and not compared yet; under the mutex
 };
 
 struct Shared {
@@ -57,7 +57,7 @@ struct Shared {
     akv_cache *cache = nullptr;
     std::vector<akv_layer_desc> layers;
     std::map<cudaStream_t, Lane> lanes;
-    std::string fault;  // the first, until it is polled
+    std::string fault; // the first, until it is polled
 
     Lane *lane(cudaStream_t stream) {
         std::lock_guard<std::mutex> lock(mutex);
@@ -75,9 +75,9 @@ public:
         shared_->layers = std::move(layers);
     }
 
-    // Makes the batch (akv_batch_create) of the steps that will run on `stream`: one per execution context. Engines whose
-    // steps are captured, or use a workspace of TensorRT's, need max_sequences, max_q and max_kv, none beyond the
-    // maxima of the engine's profile. AKV_E_BUSY if the stream has one.
+    // Makes the batch (akv_batch_create) of the steps that will run on `stream`: one per execution context.
+    // Steps that are captured need max_sequences, max_q and max_kv, and all need them within the maxima of the
+    // engine's profile, for which its workspace is made. AKV_E_BUSY if the stream has one.
     akv_status open(cudaStream_t stream, akv_batch_desc const &bounds) {
         std::lock_guard<std::mutex> lock(shared_->mutex);
         if (shared_->lanes.count(stream)) return AKV_E_BUSY;
@@ -158,7 +158,7 @@ private:
     std::shared_ptr<Shared> shared_;
 };
 
-}  // namespace tensorrt_v1
-}  // namespace alignedkv
+} // namespace tensorrt_v1
+} // namespace alignedkv
 
 #endif

@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#pragma weak getLogger  // lean runtimes may lack it
+#pragma weak getLogger // lean runtimes may lack it
 
 namespace alignedkv {
 namespace {
@@ -18,8 +18,9 @@ using namespace nvinfer1;
 
 constexpr char const *NAME = "AlignedKVAttention", *VERSION = "1", *KEY = "alignedkv";
 
-// Tensors. q [rows][q heads][dim_k]; key [rows][kv heads][dim_k] and value [..][dim_v], after RoPE; the step's sequences
-// [n] and how many rows are new in each [n]; the token, whose value means nothing. out [rows][q heads][dim_v], the token.
+// Tensors. q [rows][q heads][dim_k]; key [rows][kv heads][dim_k] and value [..][dim_v], after RoPE; the step's
+// sequences [n] and how many rows are new in each [n]; the token, whose value means nothing. out [rows][q heads][dim_v],
+// the token.
 enum Input { Q, KEY_ROWS, VALUE_ROWS, SEQUENCES, LENGTHS, TOKEN, INPUTS };
 enum Output { OUT, TOKEN_OUT, OUTPUTS };
 
@@ -44,10 +45,10 @@ __attribute__((format(printf, 2, 3))) void log(ILogger::Severity severity, char 
     else fprintf(stderr, "%s\n", text);
 }
 
-#define FAIL(value, ...)                                                       \
-    do {                                                                       \
-        log(ILogger::Severity::kERROR, __VA_ARGS__);                           \
-        return value;                                                          \
+#define FAIL(value, ...)                             \
+    do {                                             \
+        log(ILogger::Severity::kERROR, __VA_ARGS__); \
+        return value;                                \
     } while (0)
 
 // What TensorRT calls must not throw.
@@ -55,9 +56,7 @@ template <class Value, class Work>
 Value guarded(Value failure, Work work) noexcept {
     try {
         return work();
-    } catch (std::exception const &e) {
-        FAIL(failure, "%s: %s", NAME, e.what());
-    }
+    } catch (std::exception const &e) { FAIL(failure, "%s: %s", NAME, e.what()); }
 }
 
 std::string last_error() {
@@ -148,13 +147,13 @@ bool dimensions(Dims_ dims, Dimensions &d) {
 // ---- configuration: fields of the creator, and what the plan keeps ----
 
 struct Config {
-    std::string cache = KEY;      // key of the shared cache
-    int32_t layer = -1;           // of it
-    int64_t max_kv = 0;           // longest sequence, for the workspace
+    std::string cache = KEY; // key of the shared cache
+    int32_t layer = -1;      // of it
+    int64_t max_kv = 0;      // longest sequence, for the workspace
     float scale = 0, softcap = 0, tolerance = 0;
     int32_t mode = AKV_EXPECTED, window = 0;
-    int32_t verify = -1;          // 1: this layer compares the step with its tensors; -1: layer 0 does
-    int64_t workspace = 0;        // bytes, of all profiles' maxima; the plan's alone
+    int32_t verify = -1;   // 1: this layer compares the step with its tensors; -1: layer 0 does
+    int64_t workspace = 0; // bytes, of all profiles' maxima; the plan's alone
 };
 
 struct Field {
@@ -165,10 +164,14 @@ struct Field {
 
 // All but `cache`, which is a string.
 std::vector<Field> fields_of(Config &c) {
-    return {{"layer", PluginFieldType::kINT32, &c.layer},        {"max_kv", PluginFieldType::kINT64, &c.max_kv},
-            {"scale", PluginFieldType::kFLOAT32, &c.scale},      {"logit_softcap", PluginFieldType::kFLOAT32, &c.softcap},
-            {"tolerance", PluginFieldType::kFLOAT32, &c.tolerance}, {"mode", PluginFieldType::kINT32, &c.mode},
-            {"window", PluginFieldType::kINT32, &c.window},      {"verify", PluginFieldType::kINT32, &c.verify},
+    return {{"layer", PluginFieldType::kINT32, &c.layer},
+            {"max_kv", PluginFieldType::kINT64, &c.max_kv},
+            {"scale", PluginFieldType::kFLOAT32, &c.scale},
+            {"logit_softcap", PluginFieldType::kFLOAT32, &c.softcap},
+            {"tolerance", PluginFieldType::kFLOAT32, &c.tolerance},
+            {"mode", PluginFieldType::kINT32, &c.mode},
+            {"window", PluginFieldType::kINT32, &c.window},
+            {"verify", PluginFieldType::kINT32, &c.verify},
             {"workspace", PluginFieldType::kINT64, &c.workspace}};
 }
 
@@ -190,18 +193,20 @@ bool read(PluginFieldCollection const *given, TensorRTPhase phase, Config &c) {
         if (it == known.end() || (it->data == &c.workspace && phase == TensorRTPhase::kBUILD))
             FAIL(false, "%s: there is no field %s", NAME, f.name);
         if (f.type != it->type || f.length != 1)
-            FAIL(false, "%s: %s: type %d and length %d, expected type %d and length 1", NAME, f.name, int(f.type), f.length, int(it->type));
+            FAIL(false, "%s: %s: type %d and length %d, expected type %d and length 1", NAME, f.name, int(f.type),
+                 f.length, int(it->type));
         memcpy(it->data, f.data, size_of(f.type));
     }
     if (c.cache.empty()) FAIL(false, "%s: cache is empty: expected the key of a shared cache", NAME);
     if (c.layer < 0) FAIL(false, "%s: layer is %d: expected the layer's index in the cache", NAME, c.layer);
     if (c.max_kv < 1 || c.max_kv > INT32_MAX)
-        FAIL(false, "%s: max_kv is %lld: expected the tokens of the longest sequence", NAME, static_cast<long long>(c.max_kv));
+        FAIL(false, "%s: max_kv is %lld: expected the tokens of the longest sequence", NAME,
+             static_cast<long long>(c.max_kv));
     return true;
 }
 
-// What the library needs for `rows` query rows; 0, logged, if it cannot tell. Asks it with a cache of its own, which has
-// no rows: the shared one is none of the builder's business.
+// Workspace that the library needs; 0, logged, if it cannot tell. Asks it with a cache of its own, which has no rows:
+// the shared one is none of the builder's business.
 size_t workspace_of(Config const &c, Dimensions const &d) {
     akv_context_desc context_desc{};
     context_desc.struct_size = sizeof context_desc;
@@ -217,7 +222,8 @@ size_t workspace_of(Config const &c, Dimensions const &d) {
     cache_desc.layers = &layer;
     akv_batch_desc bounds{};
     bounds.struct_size = sizeof bounds;
-    bounds.max_sequences = int32_t(d.sequences), bounds.max_q = int32_t(std::max(d.q_rows, d.rows)), bounds.max_kv = c.max_kv;
+    bounds.max_sequences = int32_t(d.sequences), bounds.max_q = int32_t(std::max(d.q_rows, d.rows)),
+    bounds.max_kv = c.max_kv;
     akv_context *context = nullptr;
     akv_cache *cache = nullptr;
     akv_batch *batch = nullptr;
@@ -272,7 +278,8 @@ struct Check {
         for (size_t i = 0; i < step.sequences.size() && check->shared->fault.empty(); i++) {
             if (check->sequences[i] == step.sequences[i] && check->lengths[i] == step.lengths[i]) continue;
             char text[200];
-            snprintf(text, sizeof text, "sequences[%zu] is %llu with %d new tokens, but the step was begun with %llu and %d", i,
+            snprintf(text, sizeof text,
+                     "sequences[%zu] is %llu with %d new tokens, but the step was begun with %llu and %d", i,
                      static_cast<unsigned long long>(check->sequences[i]), check->lengths[i],
                      static_cast<unsigned long long>(step.sequences[i]), step.lengths[i]);
             check->shared->fault = text;
@@ -312,24 +319,27 @@ public:
 
     int32_t getNbOutputs() const noexcept override { return OUTPUTS; }
 
-    int32_t getOutputDataTypes(DataType *types, int32_t n_out, DataType const *inputs, int32_t n_in) const noexcept override {
+    int32_t getOutputDataTypes(DataType *types, int32_t n_out, DataType const *inputs,
+                               int32_t n_in) const noexcept override {
         if (!counts(n_in, n_out)) return -1;
         types[OUT] = inputs[Q];
         types[TOKEN_OUT] = DataType::kINT32;
         return 0;
     }
 
-    int32_t getOutputShapes(DimsExprs const *inputs, int32_t n_in, DimsExprs const *, int32_t, DimsExprs *outputs, int32_t n_out,
-                            IExprBuilder &) noexcept override {
+    int32_t getOutputShapes(DimsExprs const *inputs, int32_t n_in, DimsExprs const *, int32_t, DimsExprs *outputs,
+                            int32_t n_out, IExprBuilder &) noexcept override {
         if (!counts(n_in, n_out)) return -1;
-        if (inputs[Q].nbDims != 3 || inputs[VALUE_ROWS].nbDims != 3) FAIL(-1, "%s: q and value need three dimensions", NAME);
+        if (inputs[Q].nbDims != 3 || inputs[VALUE_ROWS].nbDims != 3)
+            FAIL(-1, "%s: q and value need three dimensions", NAME);
         outputs[OUT] = inputs[Q];
         outputs[OUT].d[2] = inputs[VALUE_ROWS].d[2];
         outputs[TOKEN_OUT] = inputs[TOKEN];
         return 0;
     }
 
-    bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const *all, int32_t n_in, int32_t n_out) noexcept override {
+    bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const *all, int32_t n_in,
+                                   int32_t n_out) noexcept override {
         if (!counts(n_in, n_out) || all[at].desc.format != TensorFormat::kLINEAR) return false;
         const DataType type = all[at].desc.type;
         int32_t dtype;
@@ -364,7 +374,8 @@ public:
 
     // -- runtime
 
-    int32_t onShapeChange(PluginTensorDesc const *in, int32_t n_in, PluginTensorDesc const *, int32_t n_out) noexcept override {
+    int32_t onShapeChange(PluginTensorDesc const *in, int32_t n_in, PluginTensorDesc const *,
+                          int32_t n_out) noexcept override {
         Dimensions d;
         if (!counts(n_in, n_out) || !dimensions([&](int i) -> Dims const & { return in[i].dims; }, d)) return -1;
         return !shared_ || fits(in, d) ? 0 : -1;
@@ -375,8 +386,8 @@ public:
         return guarded<IPluginV3 *>(nullptr, [&] { return attach(); });
     }
 
-    int32_t enqueue(PluginTensorDesc const *in, PluginTensorDesc const *out, void const *const *inputs, void *const *outputs,
-                    void *workspace, cudaStream_t stream) noexcept override {
+    int32_t enqueue(PluginTensorDesc const *in, PluginTensorDesc const *out, void const *const *inputs,
+                    void *const *outputs, void *workspace, cudaStream_t stream) noexcept override {
         return guarded(-1, [&] { return run(in, out, inputs, outputs, workspace, stream); });
     }
 
@@ -406,24 +417,29 @@ private:
             getPluginRegistry()->releasePluginResource(config_.cache.c_str());
             FAIL(nullptr, "%s: resource %s is not a cache of this version", NAME, config_.cache.c_str());
         } else if (phase_ == TensorRTPhase::kRUNTIME) {
-            FAIL(nullptr, "%s: there is no cache %s: acquire an alignedkv::SharedCache under this key first", NAME, config_.cache.c_str());
+            FAIL(nullptr, "%s: there is no cache %s: acquire an alignedkv::SharedCache under this key first", NAME,
+                 config_.cache.c_str());
         }
         return plugin.release();
     }
 
-    int32_t run(PluginTensorDesc const *in, PluginTensorDesc const *out, void const *const *inputs, void *const *outputs, void *workspace,
-                cudaStream_t stream) {
+    int32_t run(PluginTensorDesc const *in, PluginTensorDesc const *out, void const *const *inputs,
+                void *const *outputs, void *workspace, cudaStream_t stream) {
         Dimensions d;
         if (!dimensions([&](int i) -> Dims const & { return in[i].dims; }, d)) return -1;
         Lane *lane = shared_ ? shared_->lane(stream) : nullptr;
         const bool begun = lane && lane->begun;
         if (!shared_ || (!begun && phase_ == TensorRTPhase::kBUILD)) return nothing(out, outputs, stream);
-        if (!begun) FAIL(-1, "%s: layer %d: no step is begun on this stream (SharedCache::begin; builds with auxiliary streams are not for this plugin)",
-                         NAME, config_.layer);
+        if (!begun)
+            FAIL(-1,
+                 "%s: layer %d: no step is begun on this stream (SharedCache::begin; builds with auxiliary streams are "
+                 "not for this plugin)",
+                 NAME, config_.layer);
         int capturing = 0;
         if (Driver::get().capturing(stream, &capturing)) FAIL(-1, "%s: this stream cannot be used", NAME);
         if (!fits(in, d) || !holds(*lane, d, capturing != 0)) return -1;
-        if ((config_.verify < 0 ? config_.layer == 0 : config_.verify != 0) && !check(*lane, d, inputs, stream)) return -1;
+        if ((config_.verify < 0 ? config_.layer == 0 : config_.verify != 0) && !check(*lane, d, inputs, stream))
+            return -1;
 
         akv_rows key{}, value{};
         key.data = const_cast<void *>(inputs[KEY_ROWS]), value.data = const_cast<void *>(inputs[VALUE_ROWS]);
@@ -459,7 +475,8 @@ private:
 
     static bool counts(int32_t n_in, int32_t n_out) {
         if (n_in == INPUTS && n_out == OUTPUTS) return true;
-        FAIL(false, "%s: %d inputs and %d outputs, expected %d (q, key, value, sequences, lengths, token) and %d", NAME, n_in, n_out, INPUTS, OUTPUTS);
+        FAIL(false, "%s: %d inputs and %d outputs, expected %d (q, key, value, sequences, lengths, token) and %d", NAME,
+             n_in, n_out, INPUTS, OUTPUTS);
     }
 
     // The builder times a layer that is attached to nothing, or for which nothing is begun: outputs are zeros.
@@ -469,7 +486,8 @@ private:
             size_t bytes = 4;
             if (i == OUT) dtype_of(out[i].type, dtype, bytes);
             for (int c = 0; c < out[i].dims.nbDims; c++) bytes *= size_t(out[i].dims.d[c]);
-            if (bytes && Driver::get().complete && Driver::get().memset(address(outputs[i]), 0, bytes, stream)) return -1;
+            if (bytes && Driver::get().complete && Driver::get().memset(address(outputs[i]), 0, bytes, stream))
+                return -1;
         }
         return 0;
     }
@@ -479,24 +497,31 @@ private:
         akv_layer_desc const &l = shared_->layers[size_t(config_.layer)];
         const int32_t dim_v = l.dim_v ? l.dim_v : l.dim_k;
         if (d.q_heads != l.n_q_heads || d.kv_heads != l.n_kv_heads || d.dim_k != l.dim_k || d.dim_v != dim_v)
-            FAIL(false, "%s: layer %d has %d query and %d KV heads of %d and %d channels, the tensors %d and %d of %d and %d", NAME, config_.layer,
-                 l.n_q_heads, l.n_kv_heads, l.dim_k, dim_v, int(d.q_heads), int(d.kv_heads), int(d.dim_k), int(d.dim_v));
+            FAIL(false,
+                 "%s: layer %d has %d query and %d KV heads of %d and %d channels, the tensors %d and %d of %d and %d",
+                 NAME, config_.layer, l.n_q_heads, l.n_kv_heads, l.dim_k, dim_v, int(d.q_heads), int(d.kv_heads),
+                 int(d.dim_k), int(d.dim_v));
         int32_t k, v;
         size_t bytes;
-        if (!dtype_of(in[KEY_ROWS].type, k, bytes) || !dtype_of(in[VALUE_ROWS].type, v, bytes) || k != l.dtype_k || v != l.dtype_v)
+        if (!dtype_of(in[KEY_ROWS].type, k, bytes) || !dtype_of(in[VALUE_ROWS].type, v, bytes) || k != l.dtype_k ||
+            v != l.dtype_v)
             FAIL(false, "%s: key and value of layer %d have other types than the cache's", NAME, config_.layer);
         return true;
     }
 
     // The step's rows lie within the tensors; so do those of all later steps, if this one is captured.
     bool holds(Lane const &lane, Dimensions const &d, bool capturing) const {
-        const int64_t n_q = capturing ? lane.bounds.max_q : lane.step.n_q, n_new = capturing ? lane.bounds.max_q : lane.step.n_new;
+        const int64_t n_q = capturing ? lane.bounds.max_q : lane.step.n_q,
+                      n_new = capturing ? lane.bounds.max_q : lane.step.n_new;
         const int64_t n = capturing ? lane.bounds.max_sequences : int64_t(lane.step.sequences.size());
         if (capturing && (!lane.bounds.max_q || !lane.bounds.max_sequences || !lane.bounds.max_kv))
-            FAIL(false, "%s: only steps within max_sequences, max_q and max_kv can be captured (SharedCache::open)", NAME);
+            FAIL(false, "%s: only steps within max_sequences, max_q and max_kv can be captured (SharedCache::open)",
+                 NAME);
         if (d.q_rows < n_q || d.rows < n_new || d.sequences < n)
-            FAIL(false, "%s: layer %d: tensors of %d query rows, %d new rows and %d sequences, but the %s have %d, %d and %d", NAME, config_.layer,
-                 int(d.q_rows), int(d.rows), int(d.sequences), capturing ? "batch's bounds" : "step's", int(n_q), int(n_new), int(n));
+            FAIL(false,
+                 "%s: layer %d: tensors of %d query rows, %d new rows and %d sequences, but the %s have %d, %d and %d",
+                 NAME, config_.layer, int(d.q_rows), int(d.rows), int(d.sequences),
+                 capturing ? "batch's bounds" : "step's", int(n_q), int(n_new), int(n));
         return true;
     }
 
@@ -504,15 +529,20 @@ private:
     bool check(Lane &lane, Dimensions const &d, void const *const *inputs, cudaStream_t stream) {
         {
             std::lock_guard<std::mutex> lock(shared_->mutex);
-            if (!shared_->fault.empty() && !reported_) log(ILogger::Severity::kERROR, "%s: %s", NAME, shared_->fault.c_str());
+            if (!shared_->fault.empty() && !reported_)
+                log(ILogger::Severity::kERROR, "%s: %s", NAME, shared_->fault.c_str());
             reported_ = !shared_->fault.empty();
         }
-        auto it = std::find_if(checks_.begin(), checks_.end(), [&](auto const &c) { return c->stream == stream && c->room >= d.sequences; });
+        auto it = std::find_if(checks_.begin(), checks_.end(),
+                               [&](auto const &c) { return c->stream == stream && c->room >= d.sequences; });
         if (it == checks_.end()) {
             int capturing = 0;
             Driver::get().capturing(stream, &capturing);
-            Check *made = capturing ? nullptr : Check::create(shared_, stream, std::max<int64_t>(d.sequences, lane.bounds.max_sequences));
-            if (!made) FAIL(false, "%s: no pinned memory for the check of sequences: run a step before one is captured", NAME);
+            Check *made =
+                capturing ? nullptr
+                          : Check::create(shared_, stream, std::max<int64_t>(d.sequences, lane.bounds.max_sequences));
+            if (!made)
+                FAIL(false, "%s: no pinned memory for the check of sequences: run a step before one is captured", NAME);
             checks_.emplace_back(made);
             it = checks_.end() - 1;
         }
@@ -527,7 +557,7 @@ private:
 
     Config config_;
     TensorRTPhase phase_;
-    std::shared_ptr<Shared> shared_;  // once attached
+    std::shared_ptr<Shared> shared_; // once attached
     std::vector<std::unique_ptr<Check>> checks_;
     bool reported_ = false;
     std::vector<PluginField> kept_;
@@ -545,7 +575,8 @@ public:
         collection_.nbFields = int32_t(names_.size());
         collection_.fields = names_.data();
     }
-    IPluginV3 *createPlugin(AsciiChar const *, PluginFieldCollection const *fields, TensorRTPhase phase) noexcept override {
+    IPluginV3 *createPlugin(AsciiChar const *, PluginFieldCollection const *fields,
+                            TensorRTPhase phase) noexcept override {
         return guarded<IPluginV3 *>(nullptr, [&] {
             Config config;
             return read(fields, phase, config) ? new Plugin(std::move(config), phase) : nullptr;
@@ -561,8 +592,8 @@ private:
     PluginFieldCollection collection_;
 };
 
-}  // namespace
-}  // namespace alignedkv
+} // namespace
+} // namespace alignedkv
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

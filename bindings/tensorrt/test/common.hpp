@@ -1,5 +1,5 @@
-// What the programs beside this share: the driver, checks, rows and tensors of two attention layers, and the library without
-// the plugin. MIT OR Apache-2.0.
+// What the programs beside this share: the driver, checks, rows and tensors of two attention layers, and the library
+// without the plugin. MIT OR Apache-2.0.
 #include "../alignedkv_tensorrt.hpp"
 
 #include <cstdio>
@@ -36,22 +36,22 @@ int cuMemcpyDtoHAsync_v2(void *, Address, size_t, cudaStream_t);
 
 static long checks, failures;
 
-#define CHECK(condition, ...)                                                            \
-    do {                                                                                 \
-        checks++;                                                                        \
-        if (!(condition) && failures++ < 20) {                                           \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #condition), printf(__VA_ARGS__);  \
-            printf("\n");                                                                \
-        }                                                                                \
+#define CHECK(condition, ...)                                                           \
+    do {                                                                                \
+        checks++;                                                                       \
+        if (!(condition) && failures++ < 20) {                                          \
+            printf("%s:%d: %s: ", __FILE__, __LINE__, #condition), printf(__VA_ARGS__); \
+            printf("\n");                                                               \
+        }                                                                               \
     } while (0)
-#define REQUIRE(call)                                                                    \
-    do {                                                                                 \
-        if (int code_ = (call)) {                                                        \
-            char text_[512];                                                             \
-            akv_last_error(text_, sizeof text_, nullptr);                                \
-            printf("%s:%d: %s is %d: %s\n", __FILE__, __LINE__, #call, code_, text_);    \
-            exit(1);                                                                     \
-        }                                                                                \
+#define REQUIRE(call)                                                                 \
+    do {                                                                              \
+        if (int code_ = (call)) {                                                     \
+            char text_[512];                                                          \
+            akv_last_error(text_, sizeof text_, nullptr);                             \
+            printf("%s:%d: %s is %d: %s\n", __FILE__, __LINE__, #call, code_, text_); \
+            exit(1);                                                                  \
+        }                                                                             \
     } while (0)
 
 // ---- tensors ----
@@ -109,7 +109,8 @@ struct Rows {
             q[l].resize(size_t(n) * HEADS * DIM), k[l].resize(size_t(n) * KV_HEADS * DIM), v[l].resize(k[l].size());
             for (float &x : q[l]) x = float(6 * uniform());
             for (auto *rows : {&k[l], &v[l]}) // magnitudes from 1/8 to 2
-                for (uint16_t &x : *rows) x = uint16_t((uniform() < 0 ? 0x8000 : 0) | (0x3000 + int((uniform() + 0.5) * 0xfff)));
+                for (uint16_t &x : *rows)
+                    x = uint16_t((uniform() < 0 ? 0x8000 : 0) | (0x3000 + int((uniform() + 0.5) * 0xfff)));
         }
     }
     void upload(Tensors &t, cudaStream_t stream) const {
@@ -134,7 +135,9 @@ static inline int64_t length(akv_cache *cache, akv_sequence s) {
     return n;
 }
 
-static inline bool same(std::vector<float> const &a, std::vector<float> const &b) { return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0; }
+static inline bool same(std::vector<float> const &a, std::vector<float> const &b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0;
+}
 
 // The library without the plugin.
 struct Direct {
@@ -168,7 +171,8 @@ struct Direct {
             key.data = p(tensors.in[l][1]), value.data = p(tensors.in[l][2]);
             key.dtype = value.dtype = AKV_F16;
             akv_attention_desc a{};
-            a.struct_size = sizeof a, a.q.data = p(tensors.in[l][0]), a.out.data = p(tensors.out[l]), a.tolerance = 2e-3f, a.stream = stream;
+            a.struct_size = sizeof a, a.q.data = p(tensors.in[l][0]), a.out.data = p(tensors.out[l]),
+            a.tolerance = 2e-3f, a.stream = stream;
             REQUIRE(akv_quantize_kv(batch, l, &key, &value, stream));
             REQUIRE(akv_aligned_attention(batch, l, &a));
         }

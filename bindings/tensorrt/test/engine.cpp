@@ -1,5 +1,5 @@
-// Builds an engine of two attention layers with the plugin, serialises, loads and runs it, in calls and in a CUDA graph, and
-// compares with calls of the library. Needs TensorRT and a GPU: ../run-engine compiles and runs it. MIT OR Apache-2.0.
+// Builds an engine of two attention layers with the plugin, serialises, loads and runs it, in calls and in a CUDA
+// graph, and compares with calls of the library. Needs TensorRT and a GPU: ../run-engine compiles and runs it. MIT OR Apache-2.0.
 #include "common.hpp"
 
 #include <NvInfer.h>
@@ -42,8 +42,12 @@ static void build(IBuilder &builder, INetworkDefinition &network, IBuilderConfig
             printf("no plugin: %s\n", logger.last.c_str());
             exit(1);
         }
-        ITensor *inputs[] = {rows("q" + n, DataType::kFLOAT, HEADS), rows("k" + n, DataType::kHALF, KV_HEADS),
-                             rows("v" + n, DataType::kHALF, KV_HEADS), sequences, lengths, token};
+        ITensor *inputs[] = {rows("q" + n, DataType::kFLOAT, HEADS),
+                             rows("k" + n, DataType::kHALF, KV_HEADS),
+                             rows("v" + n, DataType::kHALF, KV_HEADS),
+                             sequences,
+                             lengths,
+                             token};
         ILayer *layer = network.addPluginV3(inputs, 6, nullptr, 0, *plugin);
         layer->getOutput(0)->setName(("out" + n).c_str());
         network.markOutput(*layer->getOutput(0));
@@ -58,9 +62,10 @@ static void build(IBuilder &builder, INetworkDefinition &network, IBuilderConfig
 // Sets shapes and addresses, and runs.
 static bool enqueue(IExecutionContext &context, Tensors const &t, int rows, cudaStream_t stream) {
     auto p = [](Address a) { return reinterpret_cast<void *>(a); };
-    bool good = context.setInputShape("sequences", dims({SEQUENCES})) && context.setInputShape("lengths", dims({SEQUENCES})) &&
-                context.setTensorAddress("sequences", p(t.sequences)) && context.setTensorAddress("lengths", p(t.lengths)) &&
-                context.setTensorAddress("token", p(t.token[0])) && context.setTensorAddress("token_out", p(t.token[LAYERS]));
+    bool good =
+        context.setInputShape("sequences", dims({SEQUENCES})) && context.setInputShape("lengths", dims({SEQUENCES})) &&
+        context.setTensorAddress("sequences", p(t.sequences)) && context.setTensorAddress("lengths", p(t.lengths)) &&
+        context.setTensorAddress("token", p(t.token[0])) && context.setTensorAddress("token_out", p(t.token[LAYERS]));
     for (int l = 0; l < LAYERS; l++) {
         const std::string n = std::to_string(l);
         char const *names[] = {"q", "k", "v"};
@@ -88,7 +93,8 @@ int main(int, char **argv) {
     {
         Owned<IBuilder> builder(createInferBuilder(logger));
 #if NV_TENSORRT_MAJOR < 11
-        Owned<INetworkDefinition> network(builder->createNetworkV2(1u << uint32_t(NetworkDefinitionCreationFlag::kSTRONGLY_TYPED)));
+        Owned<INetworkDefinition> network(
+            builder->createNetworkV2(1u << uint32_t(NetworkDefinitionCreationFlag::kSTRONGLY_TYPED)));
 #else
         Owned<INetworkDefinition> network(builder->createNetworkV2(0));
 #endif
@@ -101,7 +107,8 @@ int main(int, char **argv) {
         return 1;
     }
     akv_context_desc context_desc{};
-    context_desc.struct_size = sizeof context_desc, context_desc.abi_version = AKV_ABI_VERSION, context_desc.backend = AKV_CUDA;
+    context_desc.struct_size = sizeof context_desc, context_desc.abi_version = AKV_ABI_VERSION,
+    context_desc.backend = AKV_CUDA;
     akv_layer_desc layer{};
     layer.n_q_heads = HEADS, layer.n_kv_heads = KV_HEADS, layer.dim_k = DIM, layer.dtype_k = layer.dtype_v = AKV_F16;
     std::vector<akv_layer_desc> layers(LAYERS, layer);
@@ -125,7 +132,8 @@ int main(int, char **argv) {
         }
         cudaStream_t streams[2] = {};
         akv_batch_desc bounds{};
-        bounds.struct_size = sizeof bounds, bounds.max_sequences = SEQUENCES, bounds.max_q = PROMPT, bounds.max_kv = MAX_KV;
+        bounds.struct_size = sizeof bounds, bounds.max_sequences = SEQUENCES, bounds.max_q = PROMPT,
+        bounds.max_kv = MAX_KV;
         for (cudaStream_t &stream : streams) {
             REQUIRE(cuStreamCreate(&stream, 0));
             REQUIRE(shared.open(stream, bounds));
@@ -164,7 +172,8 @@ int main(int, char **argv) {
             }
             REQUIRE(shared.commit(stream));
             for (int l = 0; l < LAYERS; l++)
-                CHECK(same(outputs(tensors, l, n, stream), outputs(direct.tensors, l, n, direct.stream)), "layer %d of step %d", l, t);
+                CHECK(same(outputs(tensors, l, n, stream), outputs(direct.tensors, l, n, direct.stream)),
+                      "layer %d of step %d", l, t);
         }
         std::string text;
         CHECK(shared.poll(&text) == AKV_OK, "%s", text.c_str());
@@ -182,6 +191,7 @@ int main(int, char **argv) {
     REQUIRE(akv_context_destroy(library));
     REQUIRE(cuCtxPopCurrent_v2(&device));
     REQUIRE(cuDevicePrimaryCtxRelease_v2(0));
-    printf("tensorrt: an engine of TensorRT %d.%d: %ld checks, %ld failed\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, checks, failures);
+    printf("tensorrt: an engine of TensorRT %d.%d: %ld checks, %ld failed\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR,
+           checks, failures);
     return failures != 0;
 }

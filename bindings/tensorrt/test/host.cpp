@@ -1,6 +1,6 @@
-// An interface check without a TensorRT runtime: drives the plugin as TensorRT would, by its documentation, with a registry
-// and a logger of its own, and compares with calls of the library. Compiled against TensorRT's headers; the kernels run on
-// the CPU, under a stand-in for the driver. What it cannot tell: whether TensorRT itself does what is said of it.
+// An interface check without a TensorRT runtime: drives the plugin as TensorRT would, by its documentation, with a
+// registry and a logger of its own, and compares with calls of the library. Compiled against TensorRT's headers; the
+// kernels run on the CPU, under a stand-in for the driver. What it cannot tell: whether TensorRT itself does what is said of it.
 #include "common.hpp"
 
 #include <dlfcn.h>
@@ -44,7 +44,9 @@ struct Registry final : IPluginRegistry {
 #if NV_TENSORRT_MAJOR < 11
     bool registerCreator(IPluginCreator &, AsciiChar const *) noexcept override { return false; }
     IPluginCreator *const *getPluginCreatorList(int32_t *) const noexcept override { return nullptr; }
-    IPluginCreator *getPluginCreator(AsciiChar const *, AsciiChar const *, AsciiChar const *) noexcept override { return nullptr; }
+    IPluginCreator *getPluginCreator(AsciiChar const *, AsciiChar const *, AsciiChar const *) noexcept override {
+        return nullptr;
+    }
     bool deregisterCreator(IPluginCreator const &) noexcept override { return false; }
 #endif
     void setErrorRecorder(IErrorRecorder *) noexcept override {}
@@ -55,9 +57,13 @@ struct Registry final : IPluginRegistry {
     void deregisterLibrary(PluginLibraryHandle) noexcept override {}
     bool registerCreator(IPluginCreatorInterface &, AsciiChar const *) noexcept override { return false; }
     IPluginCreatorInterface *const *getAllCreators(int32_t *) const noexcept override { return nullptr; }
-    IPluginCreatorInterface *getCreator(AsciiChar const *, AsciiChar const *, AsciiChar const *) noexcept override { return nullptr; }
+    IPluginCreatorInterface *getCreator(AsciiChar const *, AsciiChar const *, AsciiChar const *) noexcept override {
+        return nullptr;
+    }
     bool deregisterCreator(IPluginCreatorInterface const &) noexcept override { return false; }
-    virtual IPluginCreatorInterface *const *getAllCreatorsRecursive(int32_t *) noexcept { return nullptr; } // from 10.9 on
+    virtual IPluginCreatorInterface *const *getAllCreatorsRecursive(int32_t *) noexcept {
+        return nullptr;
+    } // from 10.9 on
 };
 
 static Registry &registry() {
@@ -73,8 +79,12 @@ enum { IN = 6, OUT = 2 };
 
 static IPluginCreatorV3One *creator;
 
-static IPluginV3OneBuild *build_of(IPluginV3 *p) { return static_cast<IPluginV3OneBuild *>(p->getCapabilityInterface(PluginCapabilityType::kBUILD)); }
-static IPluginV3OneRuntime *runtime_of(IPluginV3 *p) { return static_cast<IPluginV3OneRuntime *>(p->getCapabilityInterface(PluginCapabilityType::kRUNTIME)); }
+static IPluginV3OneBuild *build_of(IPluginV3 *p) {
+    return static_cast<IPluginV3OneBuild *>(p->getCapabilityInterface(PluginCapabilityType::kBUILD));
+}
+static IPluginV3OneRuntime *runtime_of(IPluginV3 *p) {
+    return static_cast<IPluginV3OneRuntime *>(p->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+}
 
 // Of `rows` query rows and new rows, and n sequences.
 struct Descriptions {
@@ -82,10 +92,16 @@ struct Descriptions {
     DynamicPluginTensorDesc dynamic[IN + OUT];
 
     Descriptions(int rows, int n) {
-        const DataType types[IN + OUT] = {DataType::kFLOAT, DataType::kHALF, DataType::kHALF, DataType::kINT64,
+        const DataType types[IN + OUT] = {DataType::kFLOAT, DataType::kHALF,  DataType::kHALF,  DataType::kINT64,
                                           DataType::kINT32, DataType::kINT32, DataType::kFLOAT, DataType::kINT32};
-        const Dims shapes[IN + OUT] = {dims({rows, HEADS, DIM}), dims({rows, KV_HEADS, DIM}), dims({rows, KV_HEADS, DIM}), dims({n}),
-                                       dims({n}), dims({1}), dims({rows, HEADS, DIM}), dims({1})};
+        const Dims shapes[IN + OUT] = {dims({rows, HEADS, DIM}),
+                                       dims({rows, KV_HEADS, DIM}),
+                                       dims({rows, KV_HEADS, DIM}),
+                                       dims({n}),
+                                       dims({n}),
+                                       dims({1}),
+                                       dims({rows, HEADS, DIM}),
+                                       dims({1})};
         for (int i = 0; i < IN + OUT; i++) {
             PluginTensorDesc &d = i < IN ? in[i] : out[i - IN];
             d.dims = shapes[i], d.type = types[i], d.format = TensorFormat::kLINEAR, d.scale = -1;
@@ -103,7 +119,8 @@ struct Context {
     Tensors tensors;
     int rows;
 
-    Context(std::vector<IPluginV3 *> const &engine, int rows, size_t workspace) : tensors(rows, SEQUENCES, workspace), rows(rows) {
+    Context(std::vector<IPluginV3 *> const &engine, int rows, size_t workspace)
+        : tensors(rows, SEQUENCES, workspace), rows(rows) {
         REQUIRE(cuStreamCreate(&stream, 0));
         for (IPluginV3 *p : engine) plugins.push_back(runtime_of(p)->attachToContext(nullptr));
     }
@@ -116,10 +133,12 @@ struct Context {
         Descriptions d(n_rows, n);
         for (int l = 0; l < LAYERS; l++) {
             auto p = [](Address a) { return reinterpret_cast<void *>(a); };
-            void const *in[IN] = {p(tensors.in[l][0]), p(tensors.in[l][1]), p(tensors.in[l][2]), p(tensors.sequences), p(tensors.lengths), p(tensors.token[l])};
+            void const *in[IN] = {p(tensors.in[l][0]),  p(tensors.in[l][1]), p(tensors.in[l][2]),
+                                  p(tensors.sequences), p(tensors.lengths),  p(tensors.token[l])};
             void *out[OUT] = {p(tensors.out[l]), p(tensors.token[l + 1])};
             if (int32_t code = runtime_of(plugins[l])->onShapeChange(d.in, IN, d.out, OUT)) return code;
-            if (int32_t code = runtime_of(plugins[l])->enqueue(d.in, d.out, in, out, p(tensors.workspace), stream)) return code;
+            if (int32_t code = runtime_of(plugins[l])->enqueue(d.in, d.out, in, out, p(tensors.workspace), stream))
+                return code;
         }
         return 0;
     }
@@ -148,7 +167,8 @@ struct Plan {
         for (int i = 0; i < c->nbFields; i++) {
             PluginField const &f = c->fields[i];
             const size_t size = f.type == PluginFieldType::kCHAR ? 1 : f.type == PluginFieldType::kINT64 ? 8 : 4;
-            fields.push_back({f.name, std::string(static_cast<char const *>(f.data), size * size_t(f.length)), f.type, f.length});
+            fields.push_back(
+                {f.name, std::string(static_cast<char const *>(f.data), size * size_t(f.length)), f.type, f.length});
         }
     }
     IPluginV3 *load() const {
@@ -161,7 +181,8 @@ struct Plan {
 // ---- what must be ----
 
 static void fails(int32_t code, char const *word, int line) {
-    CHECK(code != 0 && strstr(logger.last.c_str(), word), "line %d: %d, \"%s\" does not say %s", line, code, logger.last.c_str(), word);
+    CHECK(code != 0 && strstr(logger.last.c_str(), word), "line %d: %d, \"%s\" does not say %s", line, code,
+          logger.last.c_str(), word);
 }
 #define FAILS(call, word) (logger.last.clear(), fails((call), word, __LINE__))
 #define IS_NULL(call, word) FAILS((call) == nullptr ? -1 : 0, word)
@@ -169,10 +190,13 @@ static void fails(int32_t code, char const *word, int line) {
 static void creators() {
     int32_t layer = 0, wrong = 3;
     int64_t max_kv = MAX_KV;
-    const PluginField good[] = {{"layer", &layer, PluginFieldType::kINT32, 1}, {"max_kv", &max_kv, PluginFieldType::kINT64, 1}};
-    CHECK(strcmp(creator->getPluginName(), "AlignedKVAttention") == 0 && strcmp(creator->getPluginVersion(), "1") == 0, "name");
+    const PluginField good[] = {{"layer", &layer, PluginFieldType::kINT32, 1},
+                                {"max_kv", &max_kv, PluginFieldType::kINT64, 1}};
+    CHECK(strcmp(creator->getPluginName(), "AlignedKVAttention") == 0 && strcmp(creator->getPluginVersion(), "1") == 0,
+          "name");
     bool names = false;
-    for (int i = 0; i < creator->getFieldNames()->nbFields; i++) names |= strcmp(creator->getFieldNames()->fields[i].name, "tolerance") == 0;
+    for (int i = 0; i < creator->getFieldNames()->nbFields; i++)
+        names |= strcmp(creator->getFieldNames()->fields[i].name, "tolerance") == 0;
     CHECK(names, "tolerance is not among the fields");
     IS_NULL(make({good[0]}), "max_kv is 0");
     IS_NULL(make({good[1]}), "layer is -1");
@@ -199,17 +223,22 @@ static std::vector<IPluginV3 *> engine(size_t *workspace) {
 
         DataType in[IN], out[OUT];
         for (int i = 0; i < IN; i++) in[i] = large.in[i].type;
-        CHECK(b->getOutputDataTypes(out, OUT, in, IN) == 0 && out[0] == DataType::kFLOAT && out[1] == DataType::kINT32, "types");
+        CHECK(b->getOutputDataTypes(out, OUT, in, IN) == 0 && out[0] == DataType::kFLOAT && out[1] == DataType::kINT32,
+              "types");
         // Expressions are only handed on: addresses stand for them.
         DimsExprs shapes[IN], of[OUT];
         static char expressions[IN * 3];
         for (int i = 0; i < IN; i++) {
             shapes[i].nbDims = large.in[i].dims.nbDims;
-            for (int c = 0; c < 3; c++) shapes[i].d[c] = reinterpret_cast<IDimensionExpr const *>(&expressions[3 * i + c]);
+            for (int c = 0; c < 3; c++)
+                shapes[i].d[c] = reinterpret_cast<IDimensionExpr const *>(&expressions[3 * i + c]);
         }
         alignas(16) static char none[64];
-        CHECK(b->getOutputShapes(shapes, IN, nullptr, 0, of, OUT, reinterpret_cast<IExprBuilder &>(none)) == 0, "shapes");
-        CHECK(of[0].nbDims == 3 && of[0].d[0] == shapes[0].d[0] && of[0].d[1] == shapes[0].d[1] && of[0].d[2] == shapes[2].d[2], "out's shape");
+        CHECK(b->getOutputShapes(shapes, IN, nullptr, 0, of, OUT, reinterpret_cast<IExprBuilder &>(none)) == 0,
+              "shapes");
+        CHECK(of[0].nbDims == 3 && of[0].d[0] == shapes[0].d[0] && of[0].d[1] == shapes[0].d[1] &&
+                  of[0].d[2] == shapes[2].d[2],
+              "out's shape");
         CHECK(of[1].nbDims == 1 && of[1].d[0] == shapes[5].d[0], "the token's shape");
         for (int i = 0; i < IN + OUT; i++) {
             CHECK(b->supportsFormatCombination(i, large.dynamic, IN, OUT), "tensor %d", i);
@@ -259,7 +288,8 @@ int main(int, char **argv) {
     std::vector<IPluginV3 *> const plugins = engine(&workspace);
 
     akv_context_desc context_desc{};
-    context_desc.struct_size = sizeof context_desc, context_desc.abi_version = AKV_ABI_VERSION, context_desc.backend = AKV_CUDA;
+    context_desc.struct_size = sizeof context_desc, context_desc.abi_version = AKV_ABI_VERSION,
+    context_desc.backend = AKV_CUDA;
     akv_layer_desc layer{};
     layer.n_q_heads = HEADS, layer.n_kv_heads = KV_HEADS, layer.dim_k = DIM, layer.dtype_k = layer.dtype_v = AKV_F16;
     std::vector<akv_layer_desc> layers(LAYERS, layer);
@@ -289,7 +319,9 @@ int main(int, char **argv) {
         int64_t max_kv = MAX_KV;
         Context timing({}, 4, workspace);
         for (int i = 0; i < LAYERS; i++) {
-            IPluginV3 *p = make({{"layer", &l, PluginFieldType::kINT32, 1}, {"cache", "test", PluginFieldType::kCHAR, 4}, {"max_kv", &max_kv, PluginFieldType::kINT64, 1}});
+            IPluginV3 *p = make({{"layer", &l, PluginFieldType::kINT32, 1},
+                                 {"cache", "test", PluginFieldType::kCHAR, 4},
+                                 {"max_kv", &max_kv, PluginFieldType::kINT64, 1}});
             timing.plugins.push_back(runtime_of(p)->attachToContext(nullptr));
             delete p;
         }
@@ -301,7 +333,8 @@ int main(int, char **argv) {
     {
         // One context for prompts, one for decoding.
         Context prefill(plugins, PROMPT, workspace), decode(plugins, SEQUENCES, workspace);
-        CHECK(registry().entries["test"].count == 1 + 2 * LAYERS, "the key is held %d times", registry().entries["test"].count);
+        CHECK(registry().entries["test"].count == 1 + 2 * LAYERS, "the key is held %d times",
+              registry().entries["test"].count);
         akv_batch_desc bounds{};
         bounds.struct_size = sizeof bounds;
         bounds.max_sequences = SEQUENCES, bounds.max_q = PROMPT, bounds.max_kv = MAX_KV;
@@ -334,7 +367,9 @@ int main(int, char **argv) {
         REQUIRE(cuStreamSynchronize(prefill.stream));
         CHECK(arrived == sent, "the token is %d", arrived);
         for (int l = 0; l < LAYERS; l++)
-            CHECK(same(outputs(prefill.tensors, l, PROMPT, prefill.stream), outputs(direct.tensors, l, PROMPT, direct.stream)), "layer %d of the prompt", l);
+            CHECK(same(outputs(prefill.tensors, l, PROMPT, prefill.stream),
+                       outputs(direct.tensors, l, PROMPT, direct.stream)),
+                  "layer %d of the prompt", l);
         CHECK(length(cache, sequences[0]) == PROMPT - 7, "%d tokens", int(length(cache, sequences[0])));
 
         // Decoding across the end of a tile: calls, then a graph that is replayed.
@@ -363,13 +398,16 @@ int main(int, char **argv) {
             }
             REQUIRE(shared.commit(decode.stream));
             for (int l = 0; l < LAYERS; l++)
-                CHECK(same(outputs(decode.tensors, l, SEQUENCES, decode.stream), outputs(direct.tensors, l, SEQUENCES, direct.stream)), "layer %d of step %d", l, t);
+                CHECK(same(outputs(decode.tensors, l, SEQUENCES, decode.stream),
+                           outputs(direct.tensors, l, SEQUENCES, direct.stream)),
+                      "layer %d of step %d", l, t);
         }
         std::string text;
-        CHECK(shared.poll(&text) == AKV_OK && akv_poll(context, nullptr, nullptr, nullptr) == AKV_OK, "%s", text.c_str());
+        CHECK(shared.poll(&text) == AKV_OK && akv_poll(context, nullptr, nullptr, nullptr) == AKV_OK, "%s",
+              text.c_str());
 
-        // A dead sequence: refused where the step begins. Other sequences in the tensor than in the step, and NaN: found by the
-        // stream, reported when asked for; enqueue goes on.
+        // A dead sequence: refused where the step begins. Other sequences in the tensor than in the step, and NaN: found by
+        // the stream, reported when asked for; enqueue goes on.
         akv_sequence dead[SEQUENCES] = {sequences[0], sequences[1] + (1ull << 32)};
         step.sequences = dead;
         CHECK(shared.begin(decode.stream, step) == AKV_E_HANDLE, "a dead sequence");
