@@ -123,13 +123,18 @@ test-tensorrt: | setup-test ## the TensorRT plugin: an interface check without a
 		-o $(TENSORRT)/libcuda.so.1 kernels/host/runner.cpp bindings/tensorrt/test/libcuda.cpp -x c++ kernels/alignedkv.cu
 	ln -sf $(abspath $(RELEASE))/libalignedkv.so $(TENSORRT)/libalignedkv.so.0
 	set -e; headers=$$(bindings/tensorrt/headers.sh $(CARGO_TARGET_DIR)/tensorrt); \
-		flags="-std=c++17 -O2 -Wall -Wextra -Werror -Wno-deprecated-declarations -Iinclude -isystem $$headers -isystem $$headers/.."; \
-		$(CXX) $$flags -fPIC -fvisibility=hidden -shared -Wl,--version-script=bindings/tensorrt/exports.map -o $(TENSORRT)/libalignedkv_tensorrt.so \
-			bindings/tensorrt/plugin.cpp $(TENSORRT)/libalignedkv.so.0; \
-		$(CXX) $$flags -rdynamic -o $(TENSORRT)/host bindings/tensorrt/test/host.cpp $(TENSORRT)/libalignedkv.so.0 $(TENSORRT)/libcuda.so.1 -ldl
-	test "$$(nm -D --defined-only $(TENSORRT)/libalignedkv_tensorrt.so | cut -d' ' -f3 | sort | xargs)" = "getCreators setLoggerFinder"
-	LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/host $(TENSORRT)/libalignedkv_tensorrt.so
-	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/host $(TENSORRT)/libalignedkv_tensorrt.so
+	for build in plain sanitized; do \
+		flags="-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-deprecated-declarations -Iinclude -isystem $$headers -isystem $$headers/.."; \
+		[ $$build = plain ] || flags="$$flags -fsanitize=address,undefined -fno-sanitize-recover=undefined"; \
+		mkdir -p $(TENSORRT)/$$build; \
+		$(CXX) $$flags -fPIC -fvisibility=hidden -shared -Wl,--version-script=bindings/tensorrt/exports.map \
+			-o $(TENSORRT)/$$build/libalignedkv_tensorrt.so bindings/tensorrt/plugin.cpp $(TENSORRT)/libalignedkv.so.0; \
+		$(CXX) $$flags -rdynamic -o $(TENSORRT)/$$build/host bindings/tensorrt/test/host.cpp $(TENSORRT)/libalignedkv.so.0 \
+			$(TENSORRT)/libcuda.so.1 -ldl -lpthread; \
+	done
+	test "$$(nm -D --defined-only $(TENSORRT)/plain/libalignedkv_tensorrt.so | cut -d' ' -f3 | sort | xargs)" = "getCreators setLoggerFinder"
+	LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/plain/host $(TENSORRT)/plain/libalignedkv_tensorrt.so
+	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/sanitized/host $(TENSORRT)/sanitized/libalignedkv_tensorrt.so
 
 test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
 	bindings/llamacpp/ci.sh test

@@ -67,6 +67,7 @@ struct Shared {
 };
 
 // The resource under the key. Copies share what they name. Different streams may be used by different threads at once.
+// No call of the library is made under the mutex: it may wait for a stream, whose checks need the mutex.
 class SharedCache final : public nvinfer1::IPluginResource {
 public:
     // `cache` outlives it, and every execution context; `layers` are those that it was made of.
@@ -79,22 +80,22 @@ public:
     // Steps that are captured need max_sequences, max_q and max_kv, and all need them within the maxima of the
     // engine's profile, for which its workspace is made. AKV_E_BUSY if the stream has one.
     akv_status open(cudaStream_t stream, akv_batch_desc const &bounds) {
-        std::lock_guard<std::mutex> lock(shared_->mutex);
-        if (shared_->lanes.count(stream)) return AKV_E_BUSY;
+        if (shared_->lane(stream)) return AKV_E_BUSY;
         Lane lane;
         lane.bounds = bounds;
         if (akv_status status = akv_batch_create(shared_->cache, &bounds, &lane.batch)) return status;
+        std::lock_guard<std::mutex> lock(shared_->mutex);
         shared_->lanes.emplace(stream, std::move(lane));
         return AKV_OK;
     }
 
     // Destroys it. The stream must be idle.
     akv_status close(cudaStream_t stream) {
+        Lane *lane = shared_->lane(stream);
+        if (!lane) return AKV_E_HANDLE;
+        if (akv_status status = akv_batch_destroy(lane->batch)) return status;
         std::lock_guard<std::mutex> lock(shared_->mutex);
-        auto it = shared_->lanes.find(stream);
-        if (it == shared_->lanes.end()) return AKV_E_HANDLE;
-        if (akv_status status = akv_batch_destroy(it->second.batch)) return status;
-        shared_->lanes.erase(it);
+        shared_->lanes.erase(stream);
         return AKV_OK;
     }
 
@@ -144,7 +145,6 @@ public:
     int32_t release() noexcept override { return 0; }
 
 private:
-    // Not under the mutex: the library may wait for the stream, and the stream's checks need the mutex.
     akv_status end(cudaStream_t stream, akv_status (*call)(akv_batch *)) {
         Lane *lane = shared_->lane(stream);
         if (!lane) return AKV_E_HANDLE;

@@ -19,8 +19,8 @@ using namespace nvinfer1;
 constexpr char const *NAME = "AlignedKVAttention", *VERSION = "1", *KEY = "alignedkv";
 
 // Tensors. q [rows][q heads][dim_k]; key [rows][kv heads][dim_k] and value [..][dim_v], after RoPE; the step's
-// sequences [n] and how many rows are new in each [n]; the token, whose value means nothing. out [rows][q heads][dim_v],
-// the token.
+// sequences [n] and how many rows are new in each [n]; the token, whose value means nothing. Outputs: out [rows]
+// [q heads][dim_v] and the token.
 enum Input { Q, KEY_ROWS, VALUE_ROWS, SEQUENCES, LENGTHS, TOKEN, INPUTS };
 enum Output { OUT, TOKEN_OUT, OUTPUTS };
 

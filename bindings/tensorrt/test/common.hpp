@@ -113,6 +113,16 @@ struct Rows {
                     x = uint16_t((uniform() < 0 ? 0x8000 : 0) | (0x3000 + int((uniform() + 0.5) * 0xfff)));
         }
     }
+    // Row i alone.
+    Rows of(int i) const {
+        Rows one(1);
+        for (int l = 0; l < LAYERS; l++) {
+            std::copy_n(q[l].begin() + i * HEADS * DIM, HEADS * DIM, one.q[l].begin());
+            std::copy_n(k[l].begin() + i * KV_HEADS * DIM, KV_HEADS * DIM, one.k[l].begin());
+            std::copy_n(v[l].begin() + i * KV_HEADS * DIM, KV_HEADS * DIM, one.v[l].begin());
+        }
+        return one;
+    }
     void upload(Tensors &t, cudaStream_t stream) const {
         for (int l = 0; l < LAYERS; l++) {
             REQUIRE(cuMemcpyHtoDAsync_v2(t.in[l][0], q[l].data(), q[l].size() * 4, stream));

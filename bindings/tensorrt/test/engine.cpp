@@ -1,5 +1,6 @@
 // Builds an engine of two attention layers with the plugin, serialises, loads and runs it, in calls and in a CUDA
-// graph, and compares with calls of the library. Needs TensorRT and a GPU: ../run-engine compiles and runs it. MIT OR Apache-2.0.
+// graph, and compares with calls of the library. Needs TensorRT and a GPU: ../run-engine compiles and runs it.
+// MIT OR Apache-2.0.
 #include "common.hpp"
 
 #include <NvInfer.h>

@@ -1,9 +1,12 @@
 // An interface check without a TensorRT runtime: drives the plugin as TensorRT would, by its documentation, with a
 // registry and a logger of its own, and compares with calls of the library. Compiled against TensorRT's headers; the
-// kernels run on the CPU, under a stand-in for the driver. What it cannot tell: whether TensorRT itself does what is said of it.
+// kernels run on the CPU, under a stand-in for the driver. It cannot tell whether TensorRT itself does what is said of
+// it. MIT OR Apache-2.0.
 #include "common.hpp"
 
 #include <dlfcn.h>
+
+#include <thread>
 
 // ---- TensorRT's side ----
 
@@ -406,8 +409,35 @@ int main(int, char **argv) {
         CHECK(shared.poll(&text) == AKV_OK && akv_poll(context, nullptr, nullptr, nullptr) == AKV_OK, "%s",
               text.c_str());
 
-        // A dead sequence: refused where the step begins. Other sequences in the tensor than in the step, and NaN: found by
-        // the stream, reported when asked for; enqueue goes on.
+        // Both contexts at once, a sequence each.
+        Rows token(SEQUENCES);
+        direct.step(token, one);
+        std::vector<std::thread> threads;
+        for (int i = 0; i < 2; i++) {
+            threads.emplace_back([&, i] {
+                REQUIRE(cuCtxPushCurrent_v2(device));
+                Context &c = i ? decode : prefill;
+                akv_batch_desc own = step;
+                own.n_sequences = 1, own.sequences = &sequences[i];
+                c.names(own.sequences, one, 1);
+                token.of(i).upload(c.tensors, c.stream);
+                REQUIRE(shared.begin(c.stream, own));
+                CHECK(c.enqueue(1, 1) == 0, "a thread");
+                REQUIRE(shared.commit(c.stream));
+            });
+        }
+        for (std::thread &t : threads) t.join();
+        for (int l = 0; l < LAYERS; l++) {
+            auto both = outputs(prefill.tensors, l, 1, prefill.stream),
+                 other = outputs(decode.tensors, l, 1, decode.stream);
+            both.insert(both.end(), other.begin(), other.end());
+            CHECK(same(both, outputs(direct.tensors, l, SEQUENCES, direct.stream)), "layer %d of two threads", l);
+        }
+        CHECK(shared.poll(&text) == AKV_OK, "%s", text.c_str());
+        decode.names(sequences, one, SEQUENCES);
+
+        // A dead sequence: refused where the step begins. Other sequences in the tensor than in the step, and NaN:
+        // found by the stream, reported when asked for; enqueue goes on.
         akv_sequence dead[SEQUENCES] = {sequences[0], sequences[1] + (1ull << 32)};
         step.sequences = dead;
         CHECK(shared.begin(decode.stream, step) == AKV_E_HANDLE, "a dead sequence");
