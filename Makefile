@@ -73,6 +73,7 @@ test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a st
 	AKV_STANDIN_INIT=4242 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/no_cuda 'error 4242 (unknown to the driver)'
 	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention_managed
+	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/snapshot_managed
 	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	LD_LIBRARY_PATH=$(STANDIN) $(PYTHON) benches/gpu/decode.py --library $(RELEASE)/libalignedkv.so --check

@@ -251,8 +251,8 @@ static void sequences(void) {
     REFUSED(akv_sequence_fork(cache, other, 1, NULL), AKV_E_ARGUMENT, "out");
     REFUSED(akv_sequence_remove(cache, other, 0, 1), AKV_E_UNSUPPORTED, "akv_sequence_remove");
     REFUSED(akv_sequence_shift(cache, other, 0, 1, 1, NULL), AKV_E_UNSUPPORTED, "akv_sequence_shift");
-    REFUSED(akv_sequence_export(cache, other, 0, NULL, NULL), AKV_E_UNSUPPORTED, "akv_sequence_export");
-    REFUSED(akv_sequence_import(cache, NULL, NULL, &written.sequence), AKV_E_UNSUPPORTED, "akv_sequence_import");
+    REFUSED(akv_sequence_export(cache, other, NULL, NULL, NULL), AKV_E_ARGUMENT, "write");
+    REFUSED(akv_sequence_import(cache, 0, NULL, NULL, &written.sequence), AKV_E_ARGUMENT, "read");
     /* Reading back. */
     REFUSED(akv_dequantize_kv(cache, sequence, 1, 0, 1, &key_out, NULL, NULL), AKV_E_ARGUMENT, "layer");
     REFUSED(akv_dequantize_kv(cache, sequence, 0, -1, 1, &key_out, NULL, NULL), AKV_E_ARGUMENT, "first");

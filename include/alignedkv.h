@@ -62,7 +62,7 @@
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
  *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export
- *   and import.
+ *   of digit planes apart.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -180,10 +180,11 @@ typedef struct akv_mask akv_mask;
 // another cache.
 typedef uint64_t akv_sequence;
 
-// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+// Takes `n` bytes (at most 65536) that are being exported. Returns 0 to go on; anything else ends the export.
 typedef int (*akv_write_fn)(void *user, const void *bytes, size_t n);
 
-// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+// Fills `n` bytes (at most 65536) that are being imported; no byte beyond the stream's end is asked for. Returns 0 to go
+// on; anything else ends the import.
 typedef int (*akv_read_fn)(void *user, void *bytes, size_t n);
 
 // Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
@@ -350,6 +351,28 @@ typedef struct akv_rope {
     // `[n_dims / 2]` radians per position, any scaling folded in.
     const float *inv_freq;
 } akv_rope;
+
+// What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+typedef struct akv_export_desc {
+    // sizeof(akv_export_desc).
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // First layer.
+    int32_t first_layer;
+    // Layers; 0 = all from first_layer on.
+    int32_t n_layers;
+    // Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
+    // AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    int32_t planes_k;
+    // The same of V.
+    int32_t planes_v;
+    // Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+    // and then known_v is 0, too.
+    int32_t known_k;
+    // The same of V.
+    int32_t known_v;
+} akv_export_desc;
 
 // One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
 typedef struct akv_batch_desc {
@@ -623,15 +646,35 @@ akv_status akv_sequence_shift(struct akv_cache *cache,
 // committed tokens.
 akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
-// Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
+// the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
+// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
+// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
+// work of the CUDA context.
+//
+// Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
+// AKV_E_BUSY (a layer is being written).
 akv_status akv_sequence_export(struct akv_cache *cache,
                                akv_sequence sequence,
-                               uint32_t flags,
+                               const struct akv_export_desc *desc,
                                akv_write_fn write,
                                void *user);
 
-// Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_sequence_import(struct akv_cache *cache, akv_read_fn read, void *user, akv_sequence *out);
+// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
+// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+// `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
+// sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
+// it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+//
+// Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
+// AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
+// AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+akv_status akv_sequence_import(struct akv_cache *cache,
+                               akv_sequence into,
+                               akv_read_fn read,
+                               void *user,
+                               akv_sequence *out);
 
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is

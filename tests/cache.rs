@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use alignedkv::Error;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Placement, Reader, StepSequence, Usage};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, Placement, Reader, StepSequence, Usage};
 use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, scale};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -150,6 +150,26 @@ fn counted() -> (&'static Counts, Allocator) {
     let user = std::ptr::from_ref(counts).cast_mut().cast();
     // SAFETY: the functions above keep the contract.
     (counts, unsafe { Allocator::hooks(counted_alloc, counted_dealloc, user) })
+}
+
+fn export(cache: &Cache, id: u64, part: Excerpt) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    cache.export(id, &part, &mut |piece| {
+        bytes.extend_from_slice(piece);
+        0
+    })?;
+    Ok(bytes)
+}
+
+fn import(cache: &Cache, into: Option<u64>, mut bytes: &[u8]) -> Result<u64, Error> {
+    let result = cache.import(into, &mut |piece| {
+        let Some((now, later)) = bytes.split_at_checked(piece.len()) else { return 1 };
+        piece.copy_from_slice(now);
+        bytes = later;
+        0
+    });
+    assert!(result.is_err() || bytes.is_empty(), "not all was read");
+    result
 }
 
 // ---- the model ----
@@ -415,7 +435,8 @@ impl Simulation {
                     self.model(id).truncate(n, head);
                 }
             }
-            27..50 => self.begin(before),
+            27..30 => self.swap(before),
+            30..50 => self.begin(before),
             50..80 => self.append(before),
             80..92 => self.commit(),
             92..95 => {
@@ -449,6 +470,49 @@ impl Simulation {
         if let Some(id) = self.pick() {
             assert_eq!(cache.length(id, None).unwrap(), self.model(id).tokens.len());
         }
+    }
+
+    /// A sequence as bytes, and from them again, in one piece or two.
+    fn swap(&mut self, before: Usage) {
+        let (cache, Some(id)) = (self.cache.clone(), self.pick()) else { return };
+        // What a begun step has appended is a part of it, in the layers that have it.
+        if self.owned(id) || self.model(id).tokens.len() > 1000 {
+            return;
+        }
+        let all = export(&cache, id, Excerpt::default()).unwrap();
+        assert_eq!(before, cache.usage(), "an export takes nothing");
+        let parts =
+            [Excerpt { n_layers: Some(1), ..Excerpt::default() }, Excerpt { first_layer: 1, ..Excerpt::default() }];
+        let split = cache.layouts().len() == 2 && self.random.one_in(2) && !self.model(id).tokens.is_empty();
+        let model = self.model(id).clone();
+        let first = if split { export(&cache, id, parts[0]).unwrap() } else { all.clone() };
+        let result = import(&cache, None, &first);
+        let Some(other) = self.settle(before, result, false) else { return };
+        if split {
+            let between = cache.usage();
+            assert!(matches!(cache.fork(other, None), Err(Error::Argument(_))), "a layer is missing");
+            assert!(matches!(cache.truncate(other, 0), Err(Error::Argument(_))));
+            assert!(matches!(import(&cache, Some(other), &first), Err(Error::Argument(_))), "it is there already");
+            let result = import(&cache, Some(other), &export(&cache, id, parts[1]).unwrap());
+            self.live.push((other, model));
+            if self.settle(between, result, false).is_none() {
+                self.live.pop();
+                cache.destroy(other).unwrap();
+                assert_eq!(in_use(before), in_use(cache.usage()));
+                return;
+            }
+        } else {
+            self.live.push((other, model));
+        }
+        assert!(export(&cache, other, Excerpt::default()).unwrap() == all, "exported anew, the same bytes");
+        if self.random.one_in(2) {
+            check_all_layers(&cache, other, self.model(other));
+        }
+        // The original goes, or the copy.
+        let gone = if self.random.one_in(2) { id } else { other };
+        cache.destroy(gone).unwrap();
+        self.live.retain(|s| s.0 != gone);
+        self.dead.push(gone);
     }
 
     fn begin(&mut self, before: Usage) {

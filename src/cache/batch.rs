@@ -146,6 +146,7 @@ impl Batch {
         let StepSequence { sequence: id, n_new, n_q } = step;
         let sequence = self.cache.find(id)?;
         let claim = sequence.claim()?;
+        sequence.check_whole()?;
         let len = sequence.len.load(Relaxed);
         let new_len = len
             .checked_add(n_new)

@@ -14,6 +14,7 @@ mod reader;
 mod region;
 mod sequence;
 mod slots;
+mod snapshot;
 
 pub use batch::{Batch, Bounds, StepSequence};
 pub use device::Plan;
@@ -21,6 +22,7 @@ pub use memory::{AllocFn, Allocator, Block, DeallocFn, Hooks, Memory};
 pub use positions::Positions;
 pub use reader::{Reader, SequenceView};
 pub use slots::SlotLayer;
+pub use snapshot::Excerpt;
 
 use crate::backend::cuda::params::View;
 use crate::backend::cuda::{Device, Stream};
@@ -241,6 +243,29 @@ impl Cache {
     pub fn device_view(&self, sequence: u64, layer: usize, stream: Stream) -> Result<View> {
         self.check_layer(layer)?;
         self.find(sequence)?.device_view(&self.memory, layer, stream)
+    }
+
+    /// Writes a sequence, or the part of it that is asked for, as bytes. `write` takes them in pieces; what it returns
+    /// but 0 ends the export.
+    pub fn export(&self, sequence: u64, part: &Excerpt, write: &mut dyn FnMut(&[u8]) -> i32) -> Result<()> {
+        self.check_placement(false)?;
+        snapshot::export(self, &*self.find(sequence)?, part, write)
+    }
+
+    /// Makes a sequence from such bytes, or adds what they hold to one that lacks it. `read` fills pieces; what it
+    /// returns but 0 ends the import.
+    pub fn import(&self, into: Option<u64>, read: &mut dyn FnMut(&mut [u8]) -> i32) -> Result<u64> {
+        self.check_placement(false)?;
+        match into {
+            None => {
+                let sequence = snapshot::import(self, read)?;
+                self.sequences.write().insert(sequence, self.config.max_sequences)
+            }
+            Some(id) => {
+                snapshot::import_into(self, &*self.find(id)?, read)?;
+                Ok(id)
+            }
+        }
     }
 
     /// True if nothing is kept beside the pages.

@@ -45,6 +45,28 @@ impl Positions {
         run.first.saturating_add(usize::try_from(in_run).unwrap_or(usize::MAX)).min(end)
     }
 
+    /// The runs of the first `len` tokens: their first token and its position.
+    pub(super) fn runs(&self, len: usize) -> impl ExactSizeIterator<Item = (usize, i64)> {
+        self.runs[..self.runs.partition_point(|r| r.first < len)].iter().map(|r| (r.first, r.position))
+    }
+
+    /// Adds a run to what is made from [`Positions::runs`], which has `len` tokens in all. False if it cannot be the next.
+    pub(super) fn add_run(&mut self, first: usize, position: i64, len: usize) -> Result<bool> {
+        let last = |r: &Run, end: usize| r.position.checked_add_unsigned((end - r.first - 1) as u64);
+        let next = Run { first, position };
+        let fits = match self.runs.last() {
+            None => first == 0,
+            Some(before) => first > before.first && last(before, first).is_some_and(|p| p <= position),
+        };
+        if !fits || first >= len || last(&next, len).is_none() {
+            return Ok(false);
+        }
+        let room = self.runs.room(1)?;
+        self.runs.adopt(room);
+        self.runs.push(next);
+        Ok(true)
+    }
+
     /// Room to [`Positions::extend`] by these.
     pub(super) fn room(&self, len: usize, positions: &[i64]) -> Result<Room> {
         let mut n_runs = 0;

@@ -90,7 +90,7 @@ macro_rules! descriptors {
         }
     )*};
 }
-descriptors!(akv_context_desc, akv_cache_desc, akv_batch_desc, akv_attention_desc, akv_usage);
+descriptors!(akv_context_desc, akv_cache_desc, akv_batch_desc, akv_export_desc, akv_attention_desc, akv_usage);
 
 /// No version of a descriptor will be larger: what claims to be was never initialised, and is not walked through.
 const DESCRIPTOR_LIMIT: usize = 4096;

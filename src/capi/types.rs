@@ -151,9 +151,10 @@ pub struct akv_mask {
 /// another cache.
 pub type akv_sequence = u64;
 
-/// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+/// Takes `n` bytes (at most 65536) that are being exported. Returns 0 to go on; anything else ends the export.
 pub type akv_write_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *const c_void, n: usize) -> c_int>;
-/// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+/// Fills `n` bytes (at most 65536) that are being imported; no byte beyond the stream's end is asked for. Returns 0 to go
+/// on; anything else ends the import.
 pub type akv_read_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *mut c_void, n: usize) -> c_int>;
 /// Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
 /// `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
@@ -336,6 +337,30 @@ pub struct akv_rope {
     pub reserved: i32,
     /// `[n_dims / 2]` radians per position, any scaling folded in.
     pub inv_freq: *const f32,
+}
+
+/// What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct akv_export_desc {
+    /// sizeof(akv_export_desc).
+    pub struct_size: u32,
+    /// 0.
+    pub flags: u32,
+    /// First layer.
+    pub first_layer: i32,
+    /// Layers; 0 = all from first_layer on.
+    pub n_layers: i32,
+    /// Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
+    /// AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    pub planes_k: i32,
+    /// The same of V.
+    pub planes_v: i32,
+    /// Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+    /// and then known_v is 0, too.
+    pub known_k: i32,
+    /// The same of V.
+    pub known_v: i32,
 }
 
 /// One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
@@ -526,6 +551,7 @@ const _: () = {
     assert!(size_of::<akv_usage>() == 64);
     assert!(size_of::<akv_rows>() == 32);
     assert!(size_of::<akv_rope>() == 24);
+    assert!(size_of::<akv_export_desc>() == 32 && offset_of!(akv_export_desc, planes_k) == 16);
     assert!(size_of::<akv_batch_desc>() == 64 && offset_of!(akv_batch_desc, max_kv) == 48);
     assert!(size_of::<akv_threads>() == 24);
     assert!(size_of::<akv_stats>() == 144 && offset_of!(akv_stats, backend) == 128);

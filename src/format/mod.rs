@@ -15,7 +15,7 @@ pub mod raw;
 mod rows;
 mod scale;
 
-pub use layout::{Format, Layout, Shape, Source};
+pub use layout::{Format, Layout, Planes, Shape, Source};
 pub use rows::{Dtype, Rows, RowsMut, finite_f16};
 pub use scale::{PEAK_LIMIT, inverse, scale, scale_byte};
 
