@@ -641,12 +641,15 @@ int main(int argc, char **argv) {
         rows[i] =
             early ? run_early(&SCHEMES[2], &SCHEMES[1], m, texts, &w, truth) : run(&SCHEMES[i], m, texts, &w, truth);
         const result *r = &rows[i];
-        printf(
-            "%s: %.0f bytes per text (%.1f%% of f16), loss difference %+.6f +- %.6f, of %d texts %d with the same "
-            "logits, "
-            "%d with the same text; %d of %d layers sent before the prompt was done\n",
-            r->scheme, r->bytes, 100 * r->bytes / r->f16_bytes, r->loss_difference, r->se, LANES, r->same_bits,
-            r->same_text, r->early, LANES * LAYERS);
+        printf("%s: loss difference %s", r->scheme, number(r->loss_difference, "%+.6f", "-"));
+        if (i > 0) {
+            printf(", %.0f bytes per text (%.1f%% of f16), of %d texts %d with the same logits, %d with the same text; "
+                   "%d of %d layers sent before the prompt was done",
+                   r->bytes, 100 * r->bytes / r->f16_bytes, LANES, r->same_bits, r->same_text, r->early,
+                   LANES * LAYERS);
+        }
+        printf("\n");
+        fflush(stdout);
         if (i == 0) continue;
         EXPECT(r->same_bits == LANES, "%s: %d of %d texts go on with the same bits", r->scheme, r->same_bits, LANES);
         if (early) continue;

@@ -3,7 +3,7 @@
 
 use alignedkv::backend::cpu::{Cpu, Isa};
 use alignedkv::backend::{Attention, Floats, Mask, Mode, QueryRow, Stats};
-use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, Placement, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, NanPolicy, Placement, StepSequence};
 use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -144,6 +144,7 @@ impl Single {
         let config = Config {
             placement: Placement::Append,
             format,
+            nan: NanPolicy::Error,
             layers: vec![shape],
             max_sequences: 64,
             exact_head: if lossless { 0 } else { exact_head },
@@ -214,10 +215,7 @@ impl Single {
         let (n_q, heads) = (ranges.len(), s.n_q_heads);
         let reader = self.cache.read(sequence, 0)?;
         let views = [reader.view()];
-        let rows: Vec<QueryRow> = ranges
-            .iter()
-            .map(|&(from, to)| QueryRow { sequence: 0, from, to, n: to.saturating_sub(from), dense: how.dense })
-            .collect();
+        let rows: Vec<QueryRow> = ranges.iter().map(|&(from, to)| QueryRow::new(0, from, to, how.dense)).collect();
         let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
         let mut o = Output {
             out: vec![0.0; n_q * heads * s.dim_v],
@@ -236,10 +234,12 @@ impl Single {
                 sequences: &views,
                 rows: &rows,
                 q: q.rows(),
+                lost: &[],
                 out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
                 scale: how.scale,
                 softcap: bent.softcap,
                 mask: bent.mask,
+                positions: None,
                 slopes: None,
                 sinks: bent.sinks,
                 tolerance: how.tolerance,
