@@ -82,7 +82,7 @@ unsafe fn write(
     value: *const akv_rows,
 ) -> Result<()> {
     let index = cache.layer(layer)?;
-    let place = format!("layer {index}");
+    let place = |error: Error| error.at(format_args!("layer {index}"));
     let mut cells = cache.cache.write_slots(index)?;
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
@@ -100,7 +100,7 @@ unsafe fn write(
         }
         let changed = || slots.iter().map(|&slot| slot as usize);
         for (name, rows) in [("attached key", &k), ("attached value", &v)] {
-            layout.check_rows(name, rows, changed()).map_err(|error| error.at(&place))?;
+            layout.check_rows(name, rows, changed()).map_err(place)?;
         }
         cells.write(slots, None, None);
         return Ok(());
@@ -124,7 +124,7 @@ unsafe fn write(
     let [k, v] = pairs.map(|(name, rows, clean)| (name, rows.map(|rows| clean.as_ref().map_or(rows, Clean::rows))));
     for (name, rows) in [k, v] {
         if let Some(rows) = rows {
-            layout.check_rows(name, &rows, 0..n).map_err(|error| error.at(&place))?;
+            layout.check_rows(name, &rows, 0..n).map_err(place)?;
         }
     }
     cells.write(slots, k.1, v.1);
