@@ -216,7 +216,8 @@ unsafe fn attend(
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
             for _ in 0..span.n_q {
-                rows.push(query_row(&view, i, mask.as_deref(), rows.len(), dense));
+                let row = query_row(&view, i, mask.as_deref(), rows.len(), dense);
+                rows.push(QueryRow { many: span.n_q as usize > MAX_PROGRESSIVE, ..row });
             }
             views.push(view);
         }
