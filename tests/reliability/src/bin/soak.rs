@@ -106,14 +106,17 @@ fn worker(o: &Options) -> ExitCode {
     ExitCode::from(u8::from(counts.findings() > 0))
 }
 
+/// How ThreadSanitizer ends a process that it has found one in.
+const DATA_RACE: i32 = 66;
+
 /// Runs the worker, and again if it crashed, until the time is over.
 fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
     let (counts, start) = (Counts::default(), Instant::now());
     let (mut rounds, mut resident) = (0, json!([0, 0]));
-    let mut seed = o.seed;
+    let (mut seed, mut data_races) = (o.seed, 0);
     loop {
         let left = o.seconds - start.elapsed().as_secs_f64();
-        if left < 0.3 || counts.crashes.load(Relaxed) >= 3 {
+        if left < 0.3 || counts.crashes.load(Relaxed) + data_races >= 3 {
             break;
         }
         let mut command = Command::new(std::env::current_exe().map_err(|e| e.to_string())?);
@@ -145,7 +148,9 @@ fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
         if last["rounds"].as_u64().unwrap_or(0) > 0 {
             resident = last["resident_mib"].clone();
         }
-        if !matches!(status.code(), Some(0 | 1)) {
+        if status.code() == Some(DATA_RACE) {
+            data_races += 1;
+        } else if !matches!(status.code(), Some(0 | 1)) {
             found(&counts.crashes, 1, || format!("the worker ended with {status}"));
         }
         seed = seed.wrapping_add(77);
@@ -162,7 +167,7 @@ fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
     Ok(json!({
         "program": "soak", "soak_minutes": (minutes * 100.0).round() / 100.0, "threads": o.threads,
         "sequences": o.sequences, "rounds": rounds, "resident_mib_first": at(0).round(), "resident_mib_last": at(1).round(),
-        "counts": counts.json(), "findings": counts.findings(),
+        "counts": counts.json(), "data_races": data_races, "findings": counts.findings() + data_races,
     }))
 }
 

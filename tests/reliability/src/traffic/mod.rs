@@ -10,6 +10,7 @@ use crate::counts::{Counts, add, found};
 use crate::dice::Dice;
 use crate::memory::Hooks;
 use crate::model::*;
+use crate::stream::{Reading, collect, read};
 use crate::truth::{HeadRows, Truth};
 use attention::Outputs;
 use crowd::Crowd;
@@ -192,6 +193,7 @@ struct Worker<'w, 'd> {
     outputs: Outputs,
     again: Outputs,
     workspace: Vec<[u64; 8]>,
+    bytes: Vec<u8>,
     key: Packed,
     value: Packed,
     rows: HeadRows,
@@ -242,6 +244,7 @@ impl<'w, 'd> Worker<'w, 'd> {
             outputs: Outputs::default(),
             again: Outputs::default(),
             workspace: Vec::new(),
+            bytes: Vec::new(),
             key: Packed::default(),
             value: Packed::default(),
             rows: HeadRows::default(),
@@ -324,8 +327,9 @@ impl<'w, 'd> Worker<'w, 'd> {
             11..18 => self.fork(),
             18..26 => self.truncate(),
             26..32 => self.check_rows(),
-            32..36 => self.stale(),
-            36..46 if self.world.plan.threads > 1 => self.disturb(),
+            32..35 => self.stale(),
+            35..37 => self.snapshot(),
+            37..46 if self.world.plan.threads > 1 => self.disturb(),
             46..60 if self.world.plan.threads > 1 => self.join_crowd(),
             _ => self.step(),
         }
@@ -478,6 +482,42 @@ impl<'w, 'd> Worker<'w, 'd> {
             }
         }
         add(&counts.outputs_checked, (2 * tokens.len() * heads) as u64);
+    }
+
+    /// A sequence goes out as bytes and comes in as another; or does not, if its bytes are damaged.
+    fn snapshot(&mut self) {
+        let Some((_, slot)) = self.slot(true) else { return };
+        let Some((i, mut to)) = self.slot(false) else { return };
+        let (Some(live), cache) = (slot.as_ref(), self.world.cache.0) else { return };
+        self.bytes.clear();
+        // SAFETY: a handle, an id, a function with its pointer.
+        let status =
+            unsafe { akv_sequence_export(cache, live.id, null(), Some(collect), (&raw mut self.bytes).cast()) };
+        if !self.expect("export", status, &[AKV_E_BUSY]) {
+            return;
+        }
+        let bytes = std::mem::take(&mut self.bytes);
+        let mut reading = Reading { bytes: &bytes, ..Reading::default() };
+        let damage = self.dice.below(4);
+        match damage {
+            0 => reading.bytes = &bytes[..self.dice.below(bytes.len().min(1 << 16))],
+            1 => reading.changes = vec![(self.dice.bits() as usize % bytes.len(), 1 << self.dice.below(8))],
+            _ => {}
+        }
+        let (before, mut id) = (self.before(), 0);
+        // SAFETY: a handle, a function with its pointer, an output.
+        let status = unsafe { akv_sequence_import(cache, 0, Some(read), (&raw mut reading).cast(), &mut id) };
+        if damage < 2 {
+            let memory = if self.world.plan.fail_one_in > 0 { AKV_E_MEMORY } else { AKV_E_CORRUPT };
+            self.refused("import", status, &[AKV_E_CORRUPT, AKV_E_VERSION, AKV_E_ARGUMENT, memory]);
+            self.unchanged("import", &before);
+        } else if self.expect("import", status, &[AKV_E_MEMORY]) {
+            let tokens = live.tokens.clone();
+            self.fill(i, &mut to, id, tokens);
+        } else {
+            self.unchanged("import", &before);
+        }
+        self.bytes = bytes;
     }
 
     /// Ids that mean nothing.
