@@ -360,22 +360,38 @@ namespace AlignedKV
         internal static extern int akv_sequence_length(akv_cache* cache, ulong sequence, int layer, long* @out);
 
         /// <summary>
-        ///  Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
+        ///  the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+        ///  batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
+        ///  stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
+        ///  max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
+        ///  work of the CUDA context.
+        ///
+        ///  Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
+        ///  AKV_E_BUSY (a layer is being written).
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
         /// </summary>
         [DllImport(__DllName, EntryPoint = "akv_sequence_export", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
-        internal static extern int akv_sequence_export(akv_cache* cache, ulong sequence, uint flags, akv_sequence_export_write_delegate write, void* user);
+        internal static extern int akv_sequence_export(akv_cache* cache, ulong sequence, akv_export_desc* desc, akv_sequence_export_write_delegate write, void* user);
 
         /// <summary>
-        ///  Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
+        ///  heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+        ///  `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
+        ///  sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
+        ///  it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+        ///
+        ///  Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
+        ///  AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
+        ///  AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
         /// </summary>
         [DllImport(__DllName, EntryPoint = "akv_sequence_import", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
-        internal static extern int akv_sequence_import(akv_cache* cache, akv_sequence_import_read_delegate read, void* user, ulong* @out);
+        internal static extern int akv_sequence_import(akv_cache* cache, ulong into, akv_sequence_import_read_delegate read, void* user, ulong* @out);
 
         /// <summary>
         ///  Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
@@ -970,6 +986,48 @@ namespace AlignedKV
         ///  `[n_dims / 2]` radians per position, any scaling folded in.
         /// </summary>
         public float* inv_freq;
+    }
+
+    /// <summary>
+    ///  What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+    /// </summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal unsafe partial struct akv_export_desc
+    {
+        /// <summary>
+        ///  sizeof(akv_export_desc).
+        /// </summary>
+        public uint struct_size;
+        /// <summary>
+        ///  0.
+        /// </summary>
+        public uint flags;
+        /// <summary>
+        ///  First layer.
+        /// </summary>
+        public int first_layer;
+        /// <summary>
+        ///  Layers; 0 = all from first_layer on.
+        /// </summary>
+        public int n_layers;
+        /// <summary>
+        ///  Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
+        ///  AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+        /// </summary>
+        public int planes_k;
+        /// <summary>
+        ///  The same of V.
+        /// </summary>
+        public int planes_v;
+        /// <summary>
+        ///  Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+        ///  and then known_v is 0, too.
+        /// </summary>
+        public int known_k;
+        /// <summary>
+        ///  The same of V.
+        /// </summary>
+        public int known_v;
     }
 
     /// <summary>
