@@ -20,7 +20,7 @@
  *
  * MIT OR Apache-2.0.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #include <alignedkv.h>
 
 #include <arpa/inet.h>
@@ -289,7 +289,9 @@ static int generate(kv_cache *coarse, kv_cache *fine, model *m, const uint8_t *f
     coarse->kept = made;
     memcpy(tokens, first, sizeof tokens);
     for (int t = 0; t < GREEDY; t++) {
-        if (kv == coarse && (arrived ? atomic_load(arrived) : t == after)) catch_up(kv = fine, made);
+        /* One token at least with the coarse cache, and half of them with the fine one. */
+        while (arrived && t == GREEDY / 2 && !atomic_load(arrived)) usleep(1000);
+        if (kv == coarse && (arrived ? t > 0 && atomic_load(arrived) : t == after)) catch_up(kv = fine, made);
         memcpy(c->text[t], tokens, sizeof tokens);
         begin(kv, kv->sequences, LANES, 1, 1);
         model_step(m, tokens, LANES, PROMPT + t, attend, kv, c->logits[t]);
@@ -643,15 +645,16 @@ int main(int argc, char **argv) {
         const result *r = &rows[i];
         printf("%s: loss difference %s", r->scheme, number(r->loss_difference, "%+.6f", "-"));
         if (i > 0) {
-            printf(", %.0f bytes per text (%.1f%% of f16), of %d texts %d with the same logits, %d with the same text; "
-                   "%d of %d layers sent before the prompt was done",
-                   r->bytes, 100 * r->bytes / r->f16_bytes, LANES, r->same_bits, r->same_text, r->early,
-                   LANES * LAYERS);
+            printf(
+                ", %.0f bytes per text (%.1f%% of f16), of %d texts %d with the same logits, %d with the same text; "
+                "%d of %d layers sent before the prompt was done",
+                r->bytes, 100 * r->bytes / r->f16_bytes, LANES, r->same_bits, r->same_text, r->early, LANES * LAYERS);
         }
         printf("\n");
         fflush(stdout);
         if (i == 0) continue;
         EXPECT(r->same_bits == LANES, "%s: %d of %d texts go on with the same bits", r->scheme, r->same_bits, LANES);
+        if (early) EXPECT(r->switched > 0 && r->switched <= GREEDY / 2, "finer planes after %d tokens", r->switched);
         if (early) continue;
         EXPECT(fabs(r->loss_difference) < 1e-3, "%s: loss differs by %g", r->scheme, r->loss_difference);
         EXPECT(r->bytes <= (SCHEMES[i].planes == 2 ? 0.55 : 1.1) * r->f16_bytes, "%s: %g bytes", r->scheme, r->bytes);
