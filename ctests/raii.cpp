@@ -251,6 +251,20 @@ int main() {
         akv::Batch other(std::move(batch));
         CHECK(!batch.get() && other.get());
         CHECK(thrown("max_", [&] { other.workspace(); }) == AKV_E_ARGUMENT);
+
+        // What is moved from holds nothing, and destroying an owner's handle behind its back is noticed.
+        CHECK(thrown("batch", [&] { batch.commit(); }) == AKV_E_HANDLE);
+        CHECK(akv_batch_destroy(other.get()) == AKV_OK && akv_batch_destroy(other.get()) == AKV_E_HANDLE);
+        CHECK(thrown("batch", [&] { akv::Step late(other, ids, n_new, 1); }) == AKV_E_HANDLE);
+        auto small = cache_of(layer);
+        small.max_bytes = 1 << 20;
+        akv::Cache full(context, small);
+        akv::Sequence in_full(full);
+        akv::Batch batch_of_full(full);
+        const akv_sequence id_of_full[] = {in_full.get()};
+        const int32_t many[] = {1000000};
+        CHECK(thrown("max_bytes", [&] { akv::Step step(batch_of_full, id_of_full, many); }) == AKV_E_CAPACITY);
+        CHECK(in_full.length() == 0);
     }
     CHECK(cache.usage().n_sequences == 0 && cache.usage().pages_used == 0);
     cells(context, layer);

@@ -5,7 +5,7 @@ use super::handle::CACHES;
 use super::types::*;
 use super::{guard, unbuilt};
 use crate::cache::Excerpt;
-use crate::format::{Dtype, MAX_DIM, RowsMut, Shape, TILE};
+use crate::format::{Dtype, MAX_LATENT, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -287,7 +287,7 @@ pub(super) unsafe fn write_rows(
     }
     type Use<'a> = &'a mut dyn FnMut(usize, usize, &[f32], &[f32]) -> Result<()>;
     let each = |f: Use| {
-        let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
+        let (mut k, mut v) = ([0.0; MAX_LATENT], [0.0; MAX_LATENT]);
         let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
         for row in 0..n {
             for head in 0..shape.n_kv_heads {

@@ -12,10 +12,13 @@
 //! | V scale bytes | `[TILE]` | |
 //! | V mean | `[dim_v]` int8 | of a closed tile; in sixteenths of a scale of its own; all 0 while it is open |
 //! | meta | 12 bytes | see [`Meta`] |
+//!
+//! Where V is a part of K there are no arrays of V.
 
 use super::layout::align;
 use super::{
-    Bits, LEFT, MAX_DIM, OFFSET, PLANES, Planes, Rows, Shape, Source, TILE, decode, encode as code_of, inverse, scale,
+    Bits, LEFT, MAX_DIM, MAX_LATENT, OFFSET, PLANES, Planes, Rows, Shape, Source, TILE, decode, encode as code_of,
+    inverse, scale,
 };
 use crate::Result;
 use std::ops::Range;
@@ -33,12 +36,13 @@ pub(super) struct Offsets {
 impl Offsets {
     #[inline(always)]
     pub fn new(s: &Shape) -> Offsets {
+        let (dim_v, v_tokens) = (s.stored_v(), s.v_tokens());
         let k_rest = align(TILE * s.dim_k / 2);
         let v = k_rest + align(TILE * (s.planes_k - 1) * s.dim_k / 2);
-        let k_scales = v + align(TILE * s.planes_v * s.dim_v / 2);
+        let k_scales = v + align(TILE * s.planes_v * dim_v / 2);
         let v_scales = k_scales + align(s.dim_k);
-        let v_mean = v_scales + align(TILE);
-        let meta = v_mean + align(s.dim_v);
+        let v_mean = v_scales + align(v_tokens);
+        let meta = v_mean + align(dim_v);
         Offsets { k_rest, v, k_scales, v_scales, v_mean, meta, bytes: meta + align(Meta::BYTES) }
     }
 }
@@ -108,17 +112,17 @@ impl<'a> Tile<'a> {
     /// The tile in a head's part of a page.
     #[inline(always)]
     pub fn new(s: &Shape, part: &'a [u8]) -> Tile<'a> {
-        let o = Offsets::new(s);
+        let (o, dim_v) = (Offsets::new(s), s.stored_v());
         Tile {
             k0: &part[..TILE * s.dim_k / 2],
             k_rest: &part[o.k_rest..o.k_rest + TILE * (s.planes_k - 1) * s.dim_k / 2],
-            v: &part[o.v..o.v + TILE * s.planes_v * s.dim_v / 2],
+            v: &part[o.v..o.v + TILE * s.planes_v * dim_v / 2],
             k_scales: &part[o.k_scales..o.k_scales + s.dim_k],
-            v_scales: &part[o.v_scales..o.v_scales + TILE],
-            v_mean: &part[o.v_mean..o.v_mean + s.dim_v],
+            v_scales: &part[o.v_scales..o.v_scales + s.v_tokens()],
+            v_mean: &part[o.v_mean..o.v_mean + dim_v],
             meta: Meta::read(&part[o.meta..]),
             dim_k: s.dim_k,
-            dim_v: s.dim_v,
+            dim_v,
         }
     }
 
@@ -279,14 +283,14 @@ impl<'a> PartMut<'a> {
         let (k_scales, rest) = scales.split_at_mut(o.v_scales - o.k_scales);
         let (v_scales, rest) = rest.split_at_mut(o.v_mean - o.v_scales);
         let (v_mean, meta) = rest.split_at_mut(o.meta - o.v_mean);
-        let (k_scales, v_mean) = (&mut k_scales[..s.dim_k], &mut v_mean[..s.dim_v]);
+        let (k_scales, v_mean) = (&mut k_scales[..s.dim_k], &mut v_mean[..s.stored_v()]);
         PartMut { k0, k_rest, v, k_scales, v_scales, v_mean, meta }
     }
 
     /// Writes the digits of a token's K codes.
     #[inline(always)]
     fn put_k(&mut self, row: usize, half: usize, planes: usize, codes: &[u16]) {
-        let mut first = [0u8; MAX_DIM / 2];
+        let mut first = [0u8; MAX_LATENT / 2];
         pack(codes, 0, &mut first[..half]);
         for (b, word) in (0..half).step_by(4).zip(first[..half].chunks_exact(4)) {
             let at = k0_place(row, b, half);
@@ -325,7 +329,9 @@ pub(super) fn encode(
     to: usize,
 ) {
     encode_keys(s, part, base.map(|base| (base, source.base_rows)), &source.k, head, skip, from, to);
-    encode_values(s, part, &source.v, head, skip, from, to);
+    if !s.v_is_prefix {
+        encode_values(s, part, &source.v, head, skip, from, to);
+    }
 }
 
 /// See [`super::Layout::stretches`].
@@ -335,7 +341,7 @@ pub(super) fn stretches(
     planes: Planes,
     f: &mut impl FnMut(Range<usize>) -> Result<()>,
 ) -> Result<()> {
-    let (o, half, half_v) = (Offsets::new(s), s.dim_k / 2, s.dim_v / 2);
+    let (o, half, half_v) = (Offsets::new(s), s.dim_k / 2, s.stored_v() / 2);
     if planes.k.0 == 0 && planes.k.1 > 0 {
         let (whole, more) = (rows / LANES * LANES * half, rows % LANES);
         f(0..whole)?;
@@ -357,7 +363,12 @@ pub(super) fn stretches(
     digits(o.k_rest, s.planes_k - 1, half, planes.k.0.saturating_sub(1), planes.k.1.saturating_sub(1))?;
     digits(o.v, s.planes_v, half_v, planes.v.0, planes.v.1)?;
     if planes.k.0 == 0 {
-        for (at, bytes) in [(o.k_scales, s.dim_k), (o.v_scales, rows), (o.v_mean, s.dim_v), (o.meta, Meta::BYTES)] {
+        for (at, bytes) in [
+            (o.k_scales, s.dim_k),
+            (o.v_scales, rows.min(s.v_tokens())),
+            (o.v_mean, s.stored_v()),
+            (o.meta, Meta::BYTES),
+        ] {
             f(at..at + bytes)?;
         }
     }
@@ -430,13 +441,13 @@ fn keys(
 ) {
     let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
     let mut part = PartMut::new(s, part);
-    let mut x = [0.0f32; MAX_DIM];
+    let mut x = [0.0f32; MAX_LATENT];
     let x = &mut x[..d];
     let base = base.map(|(part, rows)| (Tile::new(s, part), rows));
     if from == 0 {
         part.k_scales.fill(0);
     }
-    let mut peak = [0.0f32; MAX_DIM];
+    let mut peak = [0.0f32; MAX_LATENT];
     for row in from.max(skip)..to {
         k.read_finite(row, head, x);
         raise(&mut peak, x);
@@ -475,7 +486,7 @@ fn keys(
 
 /// Raises the peaks to the magnitudes of a row.
 #[inline(always)]
-fn raise(peak: &mut [f32; MAX_DIM], x: &[f32]) {
+fn raise(peak: &mut [f32; MAX_LATENT], x: &[f32]) {
     for (p, v) in peak.iter_mut().zip(x.iter()) {
         *p = if v.abs() > *p { v.abs() } else { *p };
     }
@@ -485,8 +496,11 @@ fn raise(peak: &mut [f32; MAX_DIM], x: &[f32]) {
 #[inline(always)]
 fn put_rows(s: &Shape, part: &mut PartMut, k: &Rows, head: usize, rows: impl Iterator<Item = (usize, bool)>) {
     let d = s.dim_k;
-    let factors: [f32; MAX_DIM] = std::array::from_fn(|c| part.k_scales.get(c).map_or(0.0, |&u| inverse(u)));
-    let (mut x, mut codes) = ([0.0f32; MAX_DIM], [ZERO; MAX_DIM]);
+    let mut factors = [0.0f32; MAX_LATENT];
+    for (factor, &u) in factors.iter_mut().zip(part.k_scales.iter()) {
+        *factor = inverse(u);
+    }
+    let (mut x, mut codes) = ([0.0f32; MAX_LATENT], [ZERO; MAX_LATENT]);
     let (x, codes) = (&mut x[..d], &mut codes[..d]);
     for (row, zero) in rows {
         if zero {
@@ -518,8 +532,8 @@ pub(super) fn blank(s: &Shape, part: &mut [u8]) {
 pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, new: u128, written: u128, known: u128) {
     let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
     let mut part = PartMut::new(s, part);
-    let mut x = [0.0f32; MAX_DIM];
-    let mut peak = [0.0f32; MAX_DIM];
+    let mut x = [0.0f32; MAX_LATENT];
+    let mut peak = [0.0f32; MAX_LATENT];
     for row in Bits(new) {
         k.read_finite(row, head, &mut x[..d]);
         raise(&mut peak, &x[..d]);
@@ -670,10 +684,10 @@ fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut
 
 /// Forgets what only a whole tile has.
 pub(super) fn reopen(s: &Shape, part: &mut [u8]) {
-    let (v_mean, meta) = part[Offsets::new(s).v_mean..].split_at_mut(align(s.dim_v));
+    let (v_mean, meta) = part[Offsets::new(s).v_mean..].split_at_mut(align(s.stored_v()));
     v_mean.fill(0);
     let slack = Meta::read(meta).slack;
     Meta::open(s.dim_k, slack).write(meta);
 }
 
-const _: () = assert!(PLANES == 4 && 64 * 256 <= u16::MAX as usize);
+const _: () = assert!(PLANES == 4 && 64 * MAX_LATENT <= u16::MAX as usize);

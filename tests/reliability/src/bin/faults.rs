@@ -34,6 +34,8 @@ struct Scene {
     batch: Handle<akv_batch>,
     /// The first is long, the second its fork, the third short; then many small ones.
     sequences: Vec<akv_sequence>,
+    many_layers: Vec<akv_layer_desc>,
+    many_spans: Vec<akv_span>,
     tokens: Vec<Token>,
     /// What the operation makes.
     made: akv_sequence,
@@ -99,6 +101,8 @@ impl Scene {
             mask: Handle(mask),
             batch,
             sequences: Vec::new(),
+            many_layers: (0..100).map(|i| layers[i % 2]).collect(),
+            many_spans: vec![akv_span { stream: 0, n_q: 1, n_kv: 150 }; 300],
             tokens: new_tokens(&mut Dice::Seeded(7), 1200, None).0,
             made: 0,
             handle: 0,
@@ -307,8 +311,7 @@ fn operations() -> Vec<Operation> {
         s.made = 0;
     }
     fn new_cache(s: &mut Scene, placement: i32) -> akv_status {
-        let layers: Vec<_> = (0..100).map(|i| akv_layer_desc { window: 0, ..s.setup.layers[i % 2] }).collect();
-        let n_slots = if placement == AKV_APPEND { 0 } else { 300 };
+        let (layers, n_slots) = (&s.many_layers, if placement == AKV_APPEND { 0 } else { 300 });
         let desc = akv_cache_desc {
             struct_size: size::<akv_cache_desc>(),
             placement,
@@ -382,7 +385,7 @@ fn operations() -> Vec<Operation> {
             "akv_supports",
             nothing,
             |s| {
-                let layers: Vec<_> = (0..100).map(|i| s.setup.layers[i % 2]).collect();
+                let layers = &s.many_layers;
                 let (struct_size, layers, n_layers) = (size::<akv_cache_desc>(), layers.as_ptr(), layers.len() as i32);
                 let desc = akv_cache_desc { struct_size, n_layers, layers, ..zeroed() };
                 // SAFETY: a valid descriptor.
@@ -528,12 +531,10 @@ fn operations() -> Vec<Operation> {
             |s| {
                 let (mut a, mut b) = ([0.5f32; 4 * 16], [0.25f32; 4 * 16]);
                 let (mut x, mut y) = ([0.0f32; 4], [1.0f32; 4]);
-                let states: Vec<akv_state> = (0..100)
-                    .map(|i| match i % 2 {
-                        0 => akv_state { out: a.as_mut_ptr(), lse: x.as_mut_ptr(), ..zeroed() },
-                        _ => akv_state { out: b.as_mut_ptr(), lse: y.as_mut_ptr(), ..zeroed() },
-                    })
-                    .collect();
+                let states: [akv_state; 100] = std::array::from_fn(|i| match i % 2 {
+                    0 => akv_state { out: a.as_mut_ptr(), lse: x.as_mut_ptr(), ..zeroed() },
+                    _ => akv_state { out: b.as_mut_ptr(), lse: y.as_mut_ptr(), ..zeroed() },
+                });
                 // Into the first of them, which is ours.
                 // SAFETY: a handle, and arrays of that size.
                 unsafe { akv_merge_states(s.context.0, states.as_ptr(), 100, 2, 2, 16, &states[0], null_mut()) }
@@ -566,8 +567,8 @@ fn operations() -> Vec<Operation> {
             "akv_slots_attention of many spans",
             |s| s.outputs(1, 300),
             |s| {
-                let spans = vec![akv_span { stream: 0, n_q: 1, n_kv: 150 }; 300];
                 let desc = s.attention();
+                let spans = &s.many_spans;
                 // SAFETY: handles, a descriptor with its arrays.
                 unsafe { akv_slots_attention(s.cells.0, 1, spans.as_ptr(), spans.len() as i32, &desc) }
             },
@@ -609,7 +610,7 @@ fn operations() -> Vec<Operation> {
             nothing,
             |s| {
                 // Something is added to scores: for the first time.
-                let values = vec![0x3c00u16; 4 * CELLS as usize];
+                let values = [0x3c00u16; 4 * CELLS as usize];
                 // SAFETY: rows of that size.
                 unsafe { akv_mask_set(s.mask.0, 0, 4, CELLS, values.as_ptr().cast(), 0, null_mut()) }
             },
@@ -761,7 +762,7 @@ fn allocations(hooks: &'static Hooks, counts: &Counts, verbose: bool) -> serde_j
 fn limits(hooks: &'static Hooks, counts: &Counts) {
     for format in 0..6 {
         let mut begun = 0;
-        for max_bytes in (20_000..1_200_000).step_by(40_000) {
+        for max_bytes in (20_000..6_000_000).step_by(200_000) {
             let context = context(0, hooks);
             let setup = Setup { max_bytes, ..Setup::kind(format, 64, 600) };
             let (status, cache) = setup.cache(context);
