@@ -45,6 +45,14 @@
  *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
  *   akv_slots_attention(cache, layer, &span, 1, &attention);
  *
+ * SWAPPING A SEQUENCE OUT, TO HOST MEMORY, A FILE OR ANOTHER MACHINE
+ *
+ *   int to_file(void *f, const void *bytes, size_t n) { return fwrite(bytes, 1, n, f) == n ? 0 : -1; }
+ *   int from_file(void *f, void *bytes, size_t n) { return fread(bytes, 1, n, f) == n ? 0 : -1; }
+ *
+ *   akv_sequence_export(cache, sequence, NULL, to_file, file);     then akv_sequence_destroy: its pages are free
+ *   akv_sequence_import(cache, 0, from_file, file, &sequence);     in any cache of these layers, bit for bit
+ *
  * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND, AKV_FORMAT_ALIGNED)
  *
  *   Rows, outputs, sink_logits, statistics, states and workspaces are device memory; kv_from, kv_to and all else is the
@@ -61,8 +69,8 @@
  *   akv_batch_commit(batch);
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
- *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export
- *   of digit planes apart.
+ *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens;
+ *   importing a part of the digit planes on CUDA.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -370,8 +378,8 @@ typedef struct akv_export_desc {
     int32_t first_layer;
     // Layers; 0 = all from first_layer on.
     int32_t n_layers;
-    // Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
-    // AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    // Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+    // are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
     int32_t planes_k;
     // The same of V.
     int32_t planes_v;
@@ -673,6 +681,11 @@ akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence seque
 // max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
 // work of the CUDA context.
 //
+// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+// sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+// cut (others are left alone; forks that share tiles do not get them).
+//
 // Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
 // AKV_E_BUSY (a layer is being written).
 akv_status akv_sequence_export(struct akv_cache *cache,
@@ -683,13 +696,15 @@ akv_status akv_sequence_export(struct akv_cache *cache,
 
 // Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
 // heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
-// `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
-// sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
-// it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+// `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+// smaller exact_tail of both). Otherwise the stream brings layers that
+// sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+// used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
 //
 // Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
 // AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
-// AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+// AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+// come.
 akv_status akv_sequence_import(struct akv_cache *cache,
                                akv_sequence into,
                                akv_read_fn read,

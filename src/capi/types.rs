@@ -357,8 +357,8 @@ pub struct akv_export_desc {
     pub first_layer: i32,
     /// Layers; 0 = all from first_layer on.
     pub n_layers: i32,
-    /// Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
-    /// AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    /// Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+    /// are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
     pub planes_k: i32,
     /// The same of V.
     pub planes_v: i32,

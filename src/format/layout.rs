@@ -309,11 +309,11 @@ impl Layout {
         match self.format {
             Format::Aligned => {
                 let tile = aligned::Tile::new(shape, part);
-                tile.decode_k(row, shape.planes_k, k);
+                tile.decode_k(row, tile.known_k(), k);
                 if shape.v_is_prefix {
                     v.copy_from_slice(&k[..shape.dim_v]);
                 } else {
-                    tile.decode_v(row, shape.planes_v, v);
+                    tile.decode_v(row, tile.known_v(), v);
                 }
             }
             Format::Published => {
@@ -367,6 +367,24 @@ impl Layout {
             }
         }
         Ok(())
+    }
+
+    /// Planes of K and of V of a page that hold digits, from the first.
+    pub fn known(&self, page: &[u8]) -> Planes {
+        let (k, v) = match self.format {
+            Format::Aligned => aligned::known(&self.shape, self.part(page, 0)),
+            _ => (self.shape.planes_k, self.shape.planes_v),
+        };
+        Planes { k: (0, k), v: (0, v) }
+    }
+
+    /// Says which do.
+    pub fn set_known(&self, page: &mut [u8], planes: Planes) {
+        if self.format == Format::Aligned {
+            for head in 0..self.shape.n_kv_heads {
+                aligned::set_known(&self.shape, self.part_mut(page, head), planes.k.1, planes.v.1);
+            }
+        }
     }
 
     /// Bytes of a block that keeps `n` rows as given (exact head rows; the rows of an open tile).
