@@ -367,6 +367,11 @@ namespace AlignedKV
         ///  max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
         ///  work of the CUDA context.
         ///
+        ///  With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+        ///  others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+        ///  sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+        ///  cut (others are left alone; forks that share tiles do not get them).
+        ///
         ///  Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
         ///  AKV_E_BUSY (a layer is being written).
         ///
@@ -379,13 +384,15 @@ namespace AlignedKV
         /// <summary>
         ///  Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
         ///  heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
-        ///  `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
-        ///  sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
-        ///  it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+        ///  `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+        ///  smaller exact_tail of both). Otherwise the stream brings layers that
+        ///  sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+        ///  used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
         ///
         ///  Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
         ///  AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
-        ///  AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+        ///  AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+        ///  come.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -1019,8 +1026,8 @@ namespace AlignedKV
         /// </summary>
         public int n_layers;
         /// <summary>
-        ///  Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
-        ///  AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+        ///  Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+        ///  are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
         /// </summary>
         public int planes_k;
         /// <summary>
