@@ -2,7 +2,7 @@
 
 use super::device::{Device, Stream};
 use super::params::{AttendParams, Partial, QueryRow, Report, ReportParams, Scanned, Stats, Sums};
-use super::{ATTEND_THREADS, SPLIT, UNIT_HEADS, attend_shared_bytes, units};
+use super::{ATTEND_THREADS, SPLIT, UNIT_HEADS, attend_shared_bytes, scan_shared_bytes, units};
 use crate::Result;
 use crate::format::{Shape, TILE};
 
@@ -99,7 +99,7 @@ pub struct Call<'a> {
 /// device memory of `workspace.bytes` that nothing else uses until then, and its first `zeros` bytes are 0.
 pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start: u64, stream: Stream) -> Result<()> {
     let (scan, attend) = device.kernels()?.attention(call.shape);
-    let (shape, shared) = (call.shape, attend_shared_bytes(call.shape));
+    let shape = call.shape;
     let splits = call.n_tiles.div_ceil(SPLIT).max(1);
     let mut params = AttendParams { fused: i32::from(splits == 1), ..call.params };
     workspace.place(start, &mut params);
@@ -114,9 +114,9 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         // SAFETY: the contract.
         unsafe {
             if splits > 1 {
-                device.launch(scan, grid, shared, &params, stream)?;
+                device.launch(scan, grid, scan_shared_bytes(shape), &params, stream)?;
             }
-            device.launch(attend, grid, shared, &params, stream)?;
+            device.launch(attend, grid, attend_shared_bytes(shape), &params, stream)?;
         }
         params.first_row += n as i32;
         params.q.data += n as u64 * params.q.stride_row as u64;
