@@ -16,7 +16,7 @@ KERNEL(akv_report, 32, 1, ReportParams) {
     Stats &stats = *reinterpret_cast<Stats *>(p.stats);
     const Shape &s = p.shape;
     const u64 row_k = u64(s.dim_k) * size_of_dtype(s.dtype_k), row_v = u64(s.dim_v) * size_of_dtype(s.dtype_v);
-    const u64 scales_k = stats.tiles * u64(s.dim_k + META_BYTES), scales_v = stats.tokens + stats.tiles * u64(s.dim_v);
+    const u64 scales_k = stats.tiles * u64(s.dim_k + META_BYTES), scales_v = stats.tokens + stats.means * u64(s.dim_v);
     Report r = {};
     r.bytes_exact = stats.tokens_exact * (row_k + row_v);
     r.bytes_scales = scales_k + scales_v;
@@ -29,9 +29,9 @@ KERNEL(akv_report, 32, 1, ReportParams) {
         r.bytes_v += stats.planes_v[planes] * planes * (s.dim_v / 2);
     }
     r.tokens = stats.tokens + stats.tokens_exact;
-    r.dense_rows = p.dense_rows;
+    r.dense_rows = stats.rows[PATH_DENSE];
     r.backend = p.backend;
-    r.path = p.path;
+    for (i32 path = 0; path < 3; path++) r.path |= stats.rows[path] ? 1 << path : 0;
     *reinterpret_cast<Report *>(p.to) = r;
     stats = Stats{};
 }

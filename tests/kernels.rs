@@ -276,6 +276,36 @@ fn faults_of_rows() {
     }
 }
 
+/// Rows `[token][head]` of K and V, of a kind each head, as the layer's dtypes hold them; and a row of q.
+fn rows_of_kind(rng: &mut Rng, kind: usize, n: usize, s: &Shape) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let (d, dv) = (s.dim_k, s.dim_v);
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    let cases: Vec<Case> = (0..s.n_kv_heads).map(|_| common::case(rng, kind, n, d, dv, s.group())).collect();
+    for row in 0..n {
+        cases.iter().for_each(|c| k.extend_from_slice(&c.k[row * d..(row + 1) * d]));
+        cases.iter().for_each(|c| v.extend_from_slice(&c.v[row * dv..(row + 1) * dv]));
+    }
+    round(&mut k, s.dtype_k);
+    round(&mut v, s.dtype_v);
+    (k, v, cases.iter().flat_map(|c| c.q.iter().copied()).collect())
+}
+
+/// Cells that are hidden, stretches of them, and what is added to the others.
+fn random_mask(rng: &mut Rng, n_rows: usize, n: usize) -> Mask {
+    let kinds = [0xfc00, 0, 0, 0, f16::from_f32(-1.5).to_bits(), f16::from_f32(2.25).to_bits()];
+    let rows: Vec<Vec<u16>> = (0..n_rows)
+        .map(|_| {
+            let (kinds, gone) = (&kinds[..4 + 2 * rng.below(2)], rng.below(n));
+            (0..n)
+                .map(|i| if i / 200 == gone / 200 && i > 0 { 0xfc00 } else { kinds[rng.below(kinds.len())] })
+                .collect()
+        })
+        .collect();
+    let mut mask = Mask::new(n_rows, n).unwrap();
+    mask.set(0, rows.iter().map(|row| &row[..])).unwrap();
+    mask
+}
+
 /// Decode attention by the kernels: as the CPU backend, and within its bound of float64.
 #[test]
 fn attention() {
@@ -287,19 +317,10 @@ fn attention() {
         let (g, kv_heads) = ([1, 2, 3, 4, 5, 8, 12, 16, 24][rng.below(9)], 1 + rng.below(2));
         let n = [1, 2, 127, 128, 129, 1 + rng.below(600), 1020 + rng.below(10), 2300][case % 8];
         let s = shape(g, kv_heads, d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
-        let (mut k, mut v) = (Vec::new(), Vec::new());
-        let mut q = Vec::new();
         let kind = if case % 3 == 0 { rng.below(KINDS) } else { 0 };
-        let cases: Vec<Case> = (0..kv_heads).map(|_| common::case(&mut rng, kind, n, d, dv, g)).collect();
-        for row in 0..n {
-            cases.iter().for_each(|c| k.extend_from_slice(&c.k[row * d..(row + 1) * d]));
-            cases.iter().for_each(|c| v.extend_from_slice(&c.v[row * dv..(row + 1) * dv]));
-        }
-        cases.iter().for_each(|c| q.extend_from_slice(&c.q));
+        let (k, v, mut q) = rows_of_kind(&mut rng, kind, n, &s);
         let more: Vec<f32> = rng.normals(q.len()).iter().map(|x| 2.0 * x).collect();
         q.extend(more);
-        round(&mut k, s.dtype_k);
-        round(&mut v, s.dtype_v);
         let run = Single::new(Format::Aligned, s, [0, 4, 30][rng.below(3)]);
         // In steps: what an open tile holds is attended too.
         let cut = rng.below(n + 1);
@@ -316,21 +337,7 @@ fn attention() {
             dense: false,
         };
         let sinks: Vec<f32> = rng.normals(s.n_q_heads);
-        // Every third call has a mask: cells that are hidden, stretches of them, and what is added to the others.
-        let masked = (rng.below(3) == 0).then(|| {
-            let kinds = [0xfc00, 0, 0, 0, f16::from_f32(-1.5).to_bits(), f16::from_f32(2.25).to_bits()];
-            let rows: Vec<Vec<u16>> = (0..2)
-                .map(|_| {
-                    let (kinds, gone) = (&kinds[..4 + 2 * rng.below(2)], rng.below(n));
-                    (0..n)
-                        .map(|i| if i / 200 == gone / 200 && i > 0 { 0xfc00 } else { kinds[rng.below(kinds.len())] })
-                        .collect()
-                })
-                .collect();
-            let mut mask = Mask::new(2, n).unwrap();
-            mask.set(0, rows.iter().map(|row| &row[..])).unwrap();
-            mask
-        });
+        let masked = (rng.below(3) == 0).then(|| random_mask(&mut rng, 2, n));
         let bent = Bent {
             softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
             sinks: (rng.below(3) == 0).then_some(&sinks[..]),
@@ -341,11 +348,9 @@ fn attention() {
             Ok(want) => want,
             Err(_) => continue,
         };
-        let (got, stats) = attend(&run, &q, &ranges, how, bent, rng.next());
-        let (again, _) = attend(&run, &q, &ranges, how, bent, rng.next());
-        let bits = |o: &Output| {
-            [&o.out, &o.lse, &o.bound, &o.estimate].map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
-        };
+        let rows = query_rows(&ranges, false);
+        let (got, stats) = attend(&run, &q, &rows, how, bent, rng.next());
+        let (again, _) = attend(&run, &q, &rows, how, bent, rng.next());
         assert_eq!(bits(&got), bits(&again), "{told}: depends on the order");
         calls += 1;
         let same = stats.planes_k == want.stats.planes_k && stats.planes_v == want.stats.planes_v;
@@ -408,10 +413,153 @@ fn attention() {
     assert!(calls > 90 && 20 * alike >= 19 * calls, "{alike} of {calls} read the same digits as the CPU");
 }
 
-/// A call as [`Single::attend_bent`], by the kernels.
-fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
+/// Dense attention by the kernels: as the CPU backend, within its bound of float64, as exact as what is stored; whatever
+/// the other rows.
+#[test]
+fn dense_attention() {
+    let cpu = cpu(Isa::best(), 1);
+    let mut rng = Rng::new(14);
+    for case in 0..45 {
+        let (d, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
+        let (g, kv_heads) = ([1, 2, 3, 4, 5, 8, 12, 16, 24][rng.below(9)], 1 + rng.below(2));
+        let n = [1, 127, 129, 1 + rng.below(400), 1020 + rng.below(10), 1 + rng.below(130)][case % 6];
+        let planes = if case % 2 == 0 { 4 } else { 2 + rng.below(3) };
+        let s = shape(g, kv_heads, d, dv, DTYPES[rng.below(3)], planes);
+        let kind = if case % 3 == 0 { rng.below(KINDS) } else { 0 };
+        let (k, v, first_q) = rows_of_kind(&mut rng, kind, n, &s);
+        let run = Single::new(Format::Aligned, s, [0, 4, 30][rng.below(3)]);
+        let cut = rng.below(n + 1);
+        for (a, b) in [(0, cut), (cut, n)] {
+            if a < b {
+                run.append(&k[a * kv_heads * d..b * kv_heads * d], &v[a * kv_heads * dv..b * kv_heads * dv]);
+            }
+        }
+        // A prompt's end with a window or without, and any ranges.
+        let n_rows = [1 + rng.below(12), 1 + rng.below(150 / g)][rng.below(2)];
+        let window = 1 + rng.below(2 * n);
+        let ranges: Vec<(usize, usize)> = (0..n_rows)
+            .map(|i| match case % 4 {
+                0 => (rng.below(n), rng.below(n + 1)),
+                _ => {
+                    let to = (n + i + 1).saturating_sub(n_rows).max(1);
+                    (to.saturating_sub(window), to)
+                }
+            })
+            .collect();
+        let mut q = first_q;
+        q.extend(rng.normals((n_rows - 1) * s.n_q_heads * d).iter().map(|x| 2.0 * x));
+        let mode = [Mode::Exact, Mode::Expected][rng.below(2)];
+        let how = How { mode, tolerance: 1e-3, scale: 1.0 / (d as f32).sqrt(), dense: true };
+        let sinks: Vec<f32> = rng.normals(s.n_q_heads);
+        let masked = (rng.below(3) == 0).then(|| random_mask(&mut rng, n_rows, n));
+        let bent = Bent {
+            softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
+            sinks: (rng.below(3) == 0).then_some(&sinks[..]),
+            mask: masked.as_ref(),
+        };
+        let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} rows {n_rows} {:?} {how:?}", s.dtype_k);
+        let Ok(want) = run.attend_bent(&cpu, &q, &ranges, how, bent) else { continue };
+        let rows = query_rows(&ranges, true);
+        let (got, stats) = attend(&run, &q, &rows, how, bent, rng.next());
+        let parts = g.div_ceil(cuda::UNIT_HEADS) as u64;
+        assert_eq!(stats.planes_k, want.stats.planes_k.map(|n| parts * n), "{told}");
+        assert_eq!(stats.planes_v, want.stats.planes_v.map(|n| parts * n), "{told}");
+        assert_eq!(stats.tokens + stats.tokens_exact, parts * want.stats.tokens, "{told}");
+        assert_eq!((stats.rows, stats.means), ([0, n_rows as u64, 0], 0), "{told}");
+        if bent.mask.is_none() {
+            // In two launches, and beside rows of another sequence, dense and not.
+            let (cut, [per_q, per_out]) = (rng.below(n_rows), [d, dv].map(|d| s.n_q_heads * d));
+            let mut halves = [&rows[..cut], &rows[cut..]].map(<[_]>::to_vec);
+            let other = QueryRow { sequence: 1, dense: 0, ..rows[0] };
+            halves[0].push(other);
+            halves[1].extend([QueryRow { dense: 1, ..other }, QueryRow { dense: 2, ..other }]);
+            let q_of =
+                [[&q[..cut * per_q], &q[..per_q]].concat(), [&q[cut * per_q..], &q[..per_q], &q[..per_q]].concat()];
+            let of = |i: usize| attend(&run, &q_of[i], &halves[i], how, bent, 7 + i as u64).0;
+            let (a, b) = (of(0), of(1));
+            let whole = |x: &[f32], y: &[f32], per: usize| {
+                [&x[..cut * per], &y[..(n_rows - cut) * per]].concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let of_call = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(whole(&a.out, &b.out, per_out), of_call(&got.out), "{told}: depends on other rows");
+            assert_eq!(whole(&a.bound, &b.bound, s.n_q_heads), of_call(&got.bound), "{told}: depends on other rows");
+            assert_eq!(whole(&a.lse, &b.lse, s.n_q_heads), of_call(&got.lse), "{told}: depends on other rows");
+        } else {
+            let (again, _) = attend(&run, &q, &rows, how, bent, rng.next());
+            assert_eq!(bits(&got), bits(&again), "{told}: depends on the order");
+        }
+        let (mut squares, mut norm) = (0.0, 0.0);
+        for (at, &(from, to)) in ranges.iter().flat_map(|range| std::iter::repeat_n(range, s.n_q_heads)).enumerate() {
+            let near = |a: f32, b: f32, most: f32| a == b || (a - b).abs() <= most;
+            let (amplitude, kv_head) = (want.amplitude[at], at % s.n_q_heads / g);
+            assert!(near(got.lse[at], want.lse[at], 2e-5 * (1.0 + want.lse[at].abs()) + got.lse_bound[at]), "{told}");
+            for (a, b, what) in
+                [(got.estimate[at], want.estimate[at], "estimate"), (got.amplitude[at], amplitude, "amplitude")]
+            {
+                assert!(near(a, b, 2e-3 * b.abs() + 1e-6 * amplitude), "{told}: {what} {a} {b}");
+            }
+            // Tensor cores round more, and the bound says so.
+            assert!(
+                got.bound[at] >= 0.99 * want.bound[at]
+                    && (kind != 0 || got.bound[at] <= 6.0 * want.bound[at] + 1e-4 * amplitude),
+                "{told}: bound {} {}",
+                got.bound[at],
+                want.bound[at]
+            );
+            let out = &got.out[at * dv..(at + 1) * dv];
+            for (a, b) in out.iter().zip(&want.out[at * dv..]) {
+                assert!((a - b).abs() <= 3e-5 * amplitude + 0.1 * got.bound[at], "{told}: {a} {b} of {amplitude:e}");
+            }
+            if from >= to || bent.softcap > 0.0 || bent.sinks.is_some() || bent.mask.is_some() {
+                continue;
+            }
+            let (k, v) = (of_head(&k, kv_heads, d, kv_head), of_head(&v, kv_heads, dv, kv_head));
+            let (truth, lse) = attention64(
+                &q[at * d..(at + 1) * d],
+                &k[from * d..to * d],
+                &v[from * dv..to * dv],
+                dv,
+                f64::from(how.scale),
+            );
+            let errors = out.iter().zip(&truth).map(|(&a, b)| (f64::from(a) - b).abs());
+            let error = errors.clone().fold(0.0, f64::max);
+            assert!(error <= f64::from(got.bound[at]), "{told}: error {error:e}, bound {:e}", got.bound[at]);
+            assert!((f64::from(got.lse[at]) - lse).abs() <= f64::from(got.lse_bound[at]), "{told}");
+            squares += errors.map(|x| x * x).sum::<f64>();
+            norm += truth.iter().map(|x| x * x).sum::<f64>();
+        }
+        if planes == 4 && kind == 0 {
+            assert!(squares.sqrt() <= 1e-4 * norm.sqrt(), "{told}: {:e} off", (squares / norm).sqrt());
+        }
+    }
+}
+
+/// Query rows of a sequence.
+fn query_rows(ranges: &[(usize, usize)], dense: bool) -> Vec<QueryRow> {
+    let row = |(i, &(from, to)): (usize, &(usize, usize))| QueryRow {
+        sequence: 0,
+        from: from.min(to) as i32,
+        to: to as i32,
+        n: to.saturating_sub(from) as i32,
+        dense: if dense { 1 + i as i32 } else { 0 },
+        reserved: 0,
+    };
+    ranges.iter().enumerate().map(row).collect()
+}
+
+/// What must not depend on orders, nor on other rows.
+fn bits(o: &Output) -> Vec<u32> {
+    [&o.out, &o.lse, &o.bound, &o.lse_bound, &o.estimate, &o.amplitude]
+        .into_iter()
+        .flatten()
+        .map(|x| x.to_bits())
+        .collect()
+}
+
+/// A call as [`Single::attend_bent`], by the kernels. (Sequence 1 is another name of 0.)
+fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
     let s = &run.shape;
-    let (n_rows, heads) = (ranges.len(), s.n_q_heads);
+    let (n_rows, heads) = (rows.len(), s.n_q_heads);
     let reader = run.cache.read(run.sequence, 0).unwrap();
     let view = reader.view();
     let tiles = view.len.div_ceil(TILE);
@@ -426,15 +574,7 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         id: 0,
         len: view.len as i32,
         n_exact: view.n_exact as i32,
-    }];
-    let rows: Vec<QueryRow> = ranges
-        .iter()
-        .map(|&(from, to)| {
-            let n = to.saturating_sub(from) as i32;
-            let dense = i32::from(how.mode == Mode::Exact);
-            QueryRow { sequence: 0, from: from.min(to) as i32, to: to as i32, n, dense, reserved: 0 }
-        })
-        .collect();
+    }; 2];
     let nothing = || vec![f32::NAN; n_rows * heads];
     let mut o = Output {
         out: vec![f32::NAN; n_rows * heads * s.dim_v],
@@ -455,7 +595,9 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         Some(_) => (address(&seen), address(&peaks), address(&added)),
         None => (0, 0, 0),
     };
-    let workspace = Workspace::new(s, n_rows, tiles, 0);
+    let (dense, scans) = (rows.iter().any(|row| row.dense != 0), rows.iter().any(|row| row.dense == 0));
+    let workspace = Workspace::new(s, n_rows, tiles, scans, 0);
+    assert_eq!(workspace.chunk, n_rows);
     let mut scratch = Aligned::new(workspace.bytes);
     let splits = tiles.div_ceil(cuda::SPLIT).max(1);
     let (mut stats, mut fault) = ([Stats::default()], [Fault::default()]);
@@ -471,7 +613,7 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
             ..Default::default()
         },
         views: address(&views),
-        rows: address(&rows),
+        rows: address(rows),
         sinks: bent.sinks.map_or(0, address),
         mask_seen,
         mask_peak,
@@ -489,33 +631,44 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         scale: how.scale,
         softcap: bent.softcap,
         tolerance: how.tolerance,
+        n_rows: n_rows as i32,
         ..AttendParams::default()
     };
     let own = call.stats;
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
     call.stats = own;
     let grid = [splits, cuda::units(s), n_rows];
-    // A context of one split would not need it: `akv_attend` scans it, too.
-    let run_kernel = |kernel: &str, shared: usize| {
-        let name = format!("akv_{kernel}_{}", cuda::words(s));
-        launch(&name, grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
-    };
-    run_kernel("scan", cuda::scan_shared_bytes(s));
-    check_scores(&call, s, &view, ranges, bent.mask);
-    run_kernel("attend", cuda::attend_shared_bytes(s));
+    let (scan, attend) = (cuda::scan_shared_bytes(s), cuda::attend_shared_bytes(s));
+    // A context of one split does not need the first: `akv_attend` scans it, too.
+    for (name, runs, words, shared) in [
+        ("scan", scans, cuda::words(s), scan),
+        ("attend", scans, cuda::words(s), attend),
+        ("dense", dense, cuda::dense_words(s), cuda::dense_shared_bytes(s)),
+    ] {
+        if runs {
+            launch(&format!("akv_{name}_{words}"), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
+        }
+        if runs && name == "scan" {
+            check_scores(&call, s, &view, rows, bent.mask);
+        }
+    }
+    assert!(scratch.get()[..workspace.zeros].iter().all(|&byte| byte == 0));
     assert_eq!(fault[0].status, 0);
     (o, stats[0])
 }
 
 /// The scores of all tokens that are seen, as the scan leaves them: bit for bit those of the integers that the format and
 /// rounded q give, and those of the others minus infinity.
-fn check_scores(call: &AttendParams, s: &Shape, view: &SequenceView, ranges: &[(usize, usize)], mask: Option<&Mask>) {
+fn check_scores(call: &AttendParams, s: &Shape, view: &SequenceView, rows: &[QueryRow], mask: Option<&Mask>) {
     const LEVELS: f32 = 127.0 * 257.0;
     const MAGIC: f32 = 12_582_912.0;
     let (d, half, group) = (s.dim_k, s.dim_k / 2, s.group());
     let unit_heads = group.min(cuda::UNIT_HEADS);
     let parts = group.div_ceil(unit_heads);
-    for (row, &(from, to)) in ranges.iter().enumerate() {
+    for (row, &QueryRow { from, to, .. }) in
+        rows.iter().enumerate().filter(|(_, row)| row.sequence >= 0 && row.dense == 0)
+    {
+        let (from, to) = (from as usize, to as usize);
         for tile in from / TILE..to.div_ceil(TILE).max(from / TILE) {
             let seen: Vec<bool> = (TILE * tile..TILE * (tile + 1))
                 .map(|i| (from.max(view.n_exact)..to).contains(&i))
@@ -801,6 +954,18 @@ fn planted_fragments_are_found() {
         let mut out = vec![f32::NAN; 16 * 8];
         let call = Planted { a: address(&a), b: address(&b), out: out.as_mut_ptr() as u64, n, reserved: 0 };
         launch("planted_swapped_fragments", [1, 1, 1], 32, 0, &call, 0).unwrap();
+        out
+    };
+    assert_eq!(run(1), right);
+    assert_ne!(run(0), right);
+    // The same of floats.
+    let (a, b): (Vec<f32>, Vec<f32>) =
+        ((0..128).map(|_| rng.below(64) as f32).collect(), (0..64).map(|_| rng.below(64) as f32).collect());
+    let right: Vec<f32> = (0..128).map(|at| (0..8).map(|k| a[at / 8 * 8 + k] * b[k * 8 + at % 8]).sum()).collect();
+    let run = |n: i32| {
+        let mut out = vec![f32::NAN; 128];
+        let call = Planted { a: address(&a), b: address(&b), out: out.as_mut_ptr() as u64, n, reserved: 0 };
+        launch("planted_swapped_tf32", [1, 1, 1], 32, 0, &call, 0).unwrap();
         out
     };
     assert_eq!(run(1), right);

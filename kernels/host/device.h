@@ -10,6 +10,9 @@
 struct alignas(8) uint2 {
     unsigned x, y;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -50,7 +53,7 @@ struct Place {
 };
 extern Place place;
 
-enum Kind { BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, MMA_U8S8 };
+enum Kind { BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, MMA_U8S8, MMA_TF32 };
 
 // What a lane brings to a meeting of its warp, and takes from it.
 struct Operand {

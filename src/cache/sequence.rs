@@ -24,6 +24,8 @@ pub(super) struct Sequence {
     pub len: AtomicUsize,
     pub positions: Arc<RwLock<Positions>>,
     pub layers: Vec<Arc<RwLock<Layer>>>,
+    /// Layers that are still to be imported; changes under `alive` only. Theirs have no tokens.
+    pub n_missing: AtomicUsize,
     _record: Charge,
 }
 
@@ -42,7 +44,7 @@ impl Sequence {
     }
 
     /// `layer(i)` makes the layers.
-    fn with(
+    pub fn with(
         memory: &Arc<Memory>,
         n_layers: usize,
         len: usize,
@@ -61,6 +63,7 @@ impl Sequence {
             len: AtomicUsize::new(len),
             positions: Arc::new(RwLock::new(positions)),
             layers,
+            n_missing: AtomicUsize::new(0),
             _record: record,
         })
     }
@@ -74,6 +77,7 @@ impl Sequence {
     pub fn fork(&self, memory: &Arc<Memory>, n_tokens: Option<usize>) -> Result<Sequence> {
         let alive = self.alive.try_read().ok_or_else(|| self.taken())?;
         self.check_alive(*alive)?;
+        self.check_whole()?;
         let len = self.len.load(Relaxed);
         let n = n_tokens.unwrap_or(len);
         if n > len {
@@ -90,6 +94,7 @@ impl Sequence {
     /// Forgets all but the first `n` tokens.
     pub fn truncate(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
         let _claim = self.claim()?;
+        self.check_whole()?;
         let len = self.len.load(Relaxed);
         if n > len {
             return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
@@ -129,6 +134,18 @@ impl Sequence {
         let claim = self.alive.try_write_arc().ok_or_else(|| self.taken())?;
         self.check_alive(*claim)?;
         Ok(claim)
+    }
+
+    /// Fails for a sequence of which layers are still to be imported.
+    pub fn check_whole(&self) -> Result<()> {
+        match self.n_missing.load(Relaxed) {
+            0 => Ok(()),
+            n => Err(Error::Argument(format!(
+                "sequence {}: {n} of its {} layers have not been imported yet",
+                self.id,
+                self.layers.len()
+            ))),
+        }
     }
 
     fn check_alive(&self, alive: bool) -> Result<()> {
@@ -172,6 +189,10 @@ impl Sequence {
     pub fn write_layer(&self, layer: usize) -> Result<RwLockWriteGuard<'_, Layer>> {
         let busy = || Error::Busy(format!("sequence {}: layer {layer} is being read or written", self.id));
         self.layers[layer].try_write().ok_or_else(busy)
+    }
+
+    pub fn read_positions(&self) -> Result<RwLockReadGuard<'_, Positions>> {
+        self.positions.try_read().ok_or_else(|| self.taken())
     }
 
     pub fn write_positions(&self) -> Result<RwLockWriteGuard<'_, Positions>> {

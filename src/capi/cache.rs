@@ -1,13 +1,15 @@
 //! Caches.
 
 use super::batch::Workspaces;
-use super::check::{array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
+use super::check::{Field, array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
 use super::handle::{CACHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::Result;
-use crate::cache::{Cache, Config, Placement};
+use crate::cache::{Cache, Config, NanPolicy, Placement};
+use crate::error::collect;
 use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, PLANES, Shape, TILE};
+use std::fmt::Display;
 use std::sync::Arc;
 
 /// What an `akv_cache` stands for.
@@ -31,13 +33,13 @@ impl Object {
 }
 
 /// Head dimensions that kernels exist for.
-fn dim(name: String, value: i32) -> Result<usize> {
+fn dim(name: impl Display, value: i32) -> Result<usize> {
     let dim = usize::try_from(value).ok().filter(|d| (16..=MAX_DIM).contains(d) && d % 8 == 0);
     dim.ok_or_else(|| wrong(name, value, format_args!("a multiple of 8 from 16 to {MAX_DIM}")))
 }
 
-fn shape(l: &akv_layer_desc, name: &str, format: Format, n_layers: usize) -> Result<Shape> {
-    let at = |field: &str| format!("{name}.{field}");
+fn shape(l: &akv_layer_desc, name: &dyn Display, format: Format, n_layers: usize) -> Result<Shape> {
+    let at = |field| Field(name, ".", field);
     // Bounds that no model comes near, and under which no size overflows.
     let n_kv_heads = within(at("n_kv_heads"), l.n_kv_heads, 1..=4096)? as usize;
     let n_q_heads = usize::try_from(l.n_q_heads).unwrap_or(0);
@@ -80,7 +82,7 @@ fn shape(l: &akv_layer_desc, name: &str, format: Format, n_layers: usize) -> Res
 }
 
 /// Tokens kept as given at an end of a sequence.
-fn exact(name: String, value: u32, default: usize) -> Result<usize> {
+fn exact(name: impl Display, value: u32, default: usize) -> Result<usize> {
     match value {
         0 => Ok(default),
         AKV_NONE => Ok(0),
@@ -89,7 +91,8 @@ fn exact(name: String, value: u32, default: usize) -> Result<usize> {
     }
 }
 
-fn placement(desc: &akv_cache_desc, at: &dyn Fn(&str) -> String, format: Format) -> Result<Placement> {
+fn placement(desc: &akv_cache_desc, name: &dyn Display, format: Format) -> Result<Placement> {
+    let at = |field| Field(name, "->", field);
     let code = within(at("placement"), desc.placement, AKV_APPEND..=AKV_ATTACHED)?;
     if code == AKV_APPEND {
         for (field, value) in [("n_streams", u64::from(desc.n_streams)), ("n_slots", desc.n_slots)] {
@@ -119,7 +122,7 @@ fn placement(desc: &akv_cache_desc, at: &dyn Fn(&str) -> String, format: Format)
 /// # Safety
 /// `desc.layers` is NULL, misaligned, or points to `desc.n_layers` layers.
 pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config> {
-    let at = |field: &str| format!("{name}->{field}");
+    let at = |field| Field(&name, "->", field);
     zero(at("flags"), desc.flags)?;
     let format = match desc.format {
         AKV_FORMAT_ALIGNED => Format::Aligned,
@@ -127,16 +130,23 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
         AKV_FORMAT_RAW => Format::Raw,
         other => return Err(wrong(at("format"), other, "an AKV_FORMAT_* code (0 to 2)")),
     };
-    let placement = placement(desc, &at, format)?;
-    if within(at("nan_policy"), desc.nan_policy, AKV_NAN_ERROR..=AKV_NAN_ZERO)? != AKV_NAN_ERROR {
-        return Err(not_built(at("nan_policy"), desc.nan_policy, "AKV_NAN_ERROR (0)"));
-    }
+    let placement = placement(desc, &name, format)?;
+    let nan = match desc.nan_policy {
+        AKV_NAN_ERROR => NanPolicy::Error,
+        AKV_NAN_PROPAGATE | AKV_NAN_ZERO if matches!(placement, Placement::Slots { attached: true, .. }) => {
+            let expected = "AKV_NAN_ERROR (0) with AKV_ATTACHED, whose rows are read where they are";
+            return Err(wrong(at("nan_policy"), desc.nan_policy, expected));
+        }
+        AKV_NAN_PROPAGATE => NanPolicy::Propagate,
+        AKV_NAN_ZERO => NanPolicy::Zero,
+        other => return Err(wrong(at("nan_policy"), other, "an AKV_NAN_* code (0 to 2)")),
+    };
     let n_layers = within(at("n_layers"), desc.n_layers, 1..=4096)? as usize;
     // SAFETY: the caller's contract.
     let layers = unsafe { array(desc.layers, n_layers, at("layers")) }?;
     let layers = layers.iter().enumerate();
-    let layers = layers.map(|(i, l)| shape(l, &format!("{name}->layers[{i}]"), format, n_layers));
-    let layers = layers.collect::<Result<Vec<_>>>()?;
+    let layers = layers.map(|(i, l)| shape(l, &format_args!("{name}->layers[{i}]"), format, n_layers));
+    let layers = collect(layers)?;
     if let (Some(i), true) = (layers.iter().position(|l| l.window != 0), placement != Placement::Append) {
         let expected = "0 with AKV_SLOTS and AKV_ATTACHED, whose masks say it";
         return Err(wrong(format_args!("{name}->layers[{i}].window"), layers[i].window, expected));
@@ -148,6 +158,7 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
     Ok(Config {
         placement,
         format,
+        nan,
         layers,
         max_sequences: if desc.max_sequences == 0 { 65536 } else { desc.max_sequences as usize },
         exact_head: exact_head * lossy,

@@ -1,10 +1,10 @@
 //! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
 //! memory, and launched on the caller's stream.
 
-use super::attention::{Options, apart, query_rows};
+use super::attention::{Limits, Options, apart, check_tokens, query_rows};
 use super::batch::{Object, Step};
 use super::cache;
-use super::check::{Grid, not_built, optional, pointer, within, wrong};
+use super::check::{Grid, not_built, pointer, within, wrong};
 use super::types::*;
 use crate::backend::Mode;
 use crate::backend::cuda::params::{
@@ -13,7 +13,7 @@ use crate::backend::cuda::params::{
 use crate::backend::cuda::{
     Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, Placement};
+use crate::cache::{Batch, Cache, Config, NanPolicy, Placement};
 use crate::format::{Format, Shape, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
@@ -25,9 +25,26 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
         let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
     }
+    if config.nan != NanPolicy::Error {
+        let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
+        return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));
+    }
     if config.placement != Placement::Append {
         let expected = format_args!("AKV_APPEND (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->placement"), "another placement", expected));
+    }
+    Ok(())
+}
+
+/// Fails for attention that only the CPU has.
+pub(super) fn check_attention(desc: &akv_attention_desc, name: &str) -> Result<()> {
+    for (field, null) in [("alibi_slopes", desc.alibi_slopes.is_null()), ("tree", desc.tree.is_null())] {
+        if !null {
+            return Err(not_built(format_args!("{name}->{field}"), "not NULL", "NULL on the CUDA backend"));
+        }
+    }
+    if desc.sink_tokens != 0 {
+        return Err(not_built(format_args!("{name}->sink_tokens"), desc.sink_tokens, "0 on the CUDA backend"));
     }
     Ok(())
 }
@@ -40,13 +57,20 @@ fn rows(grid: &Grid) -> params::Rows {
 
 /// What kernels are told of query rows.
 fn device_rows(rows: Vec<crate::backend::QueryRow>) -> Vec<QueryRow> {
-    let row = |row: crate::backend::QueryRow| QueryRow {
-        sequence: row.sequence as i32,
-        from: row.from.min(row.to) as i32,
-        to: row.to as i32,
-        n: row.n as i32,
-        dense: i32::from(row.dense),
-        reserved: 0,
+    let (mut sequence, mut n_dense) = (None, 0);
+    let row = |row: crate::backend::QueryRow| {
+        if sequence != Some(row.sequence) {
+            (sequence, n_dense) = (Some(row.sequence), 0);
+        }
+        n_dense += i32::from(row.dense);
+        QueryRow {
+            sequence: row.sequence as i32,
+            from: row.from.min(row.to) as i32,
+            to: row.to as i32,
+            n: row.n as i32,
+            dense: if row.dense { n_dense } else { 0 },
+            reserved: 0,
+        }
     };
     rows.into_iter().map(row).collect()
 }
@@ -60,24 +84,27 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
     let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
     let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
     for layout in cache.layouts() {
-        tables.expect(Sight { causal: true, window: layout.shape.window, dense: false });
+        tables.expect(Sight { causal: true, window: layout.shape.window, head: 0, dense: false });
     }
     Ok(tables)
 }
 
 /// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.
 pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, usize) {
-    let shapes = || cache.layouts().iter().map(|layout| &layout.shape);
-    let of = |shape: &Shape, zeros: usize| Workspace::new(shape, max_q, max_kv.div_ceil(TILE), zeros);
-    let zeros = shapes().map(|shape| of(shape, 0).zeros).max().unwrap_or(0);
-    (shapes().map(|shape| of(shape, zeros).bytes).max().unwrap_or(0), zeros)
+    let most = |zeros: usize, what: fn(&Workspace) -> usize| {
+        let of = |shape: &Shape, scans| what(&Workspace::new(shape, max_q, max_kv.div_ceil(TILE), scans, zeros));
+        let layouts = cache.layouts().iter();
+        layouts.map(|layout| of(&layout.shape, false).max(of(&layout.shape, true))).max().unwrap_or(0)
+    };
+    let zeros = most(0, |workspace| workspace.zeros);
+    (most(zeros, |workspace| workspace.bytes), zeros)
 }
 
 /// Tells the device of a step that has begun. Returns how many tiles each layer is appended to.
 pub(super) fn begin(batch: &Batch, tables: &mut Tables, stream: Stream) -> Result<usize> {
     let plan = batch.plan()?;
     batch.lengths(|sequences| {
-        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, None, None)))
+        tables.begin(&plan, stream, |sight| query_rows(sequences, sight, Limits::default()).map(device_rows))
     })??;
     Ok(plan.n_appends)
 }
@@ -122,6 +149,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
     let layout = &batch.owner.cache.layouts()[layer];
     let (shape, n_q) = (&layout.shape, step.n_q);
     let options = Options::new(desc, "desc", layout.format, shape, false)?;
+    check_attention(desc, "desc")?;
     // SAFETY: the caller's contract.
     let stream = unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
     if !desc.threads.is_null() {
@@ -133,10 +161,10 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         pointer(desc.sink_logits, "desc->sink_logits")?;
     }
     apart(desc, &q, &out, n_q, shape)?;
-    // SAFETY: the caller's contract; both are host memory.
-    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
-        unsafe { (optional(desc.kv_from, n_q, "desc->kv_from")?, optional(desc.kv_to, n_q, "desc->kv_to")?) };
-    super::attention::check_ranges(kv_from, kv_to)?;
+    // SAFETY: the caller's contract; it is host memory.
+    let limits = unsafe { Limits::new(desc, n_q) }?;
+    let sight = options.sight();
+    batch.batch.lengths(|sequences| check_tokens(sequences, sight, desc))??;
     batch.batch.check_appended(layer)?;
     let capturing = device.is_capturing(stream)?;
 
@@ -145,8 +173,14 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         _ => step.max_kv,
     };
     let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
+    // Replays of a graph have other rows than this step.
+    let is_dense = |n: usize| options.all_dense || n > super::attention::MAX_PROGRESSIVE;
+    let (dense, scans) = match capturing {
+        true => (is_dense(max_rows), !options.all_dense),
+        false => (step.sequences.iter().any(|s| is_dense(s.n_q)), step.sequences.iter().any(|s| !is_dense(s.n_q))),
+    };
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, tables.zeros);
+    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
     let start = if desc.workspace.is_null() {
         tables.workspace(room.bytes, room.zeros, stream, capturing)?
     } else {
@@ -163,8 +197,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         desc.workspace as u64
     };
 
-    let sight = options.sight();
-    let known = if kv_from.is_none() && kv_to.is_none() { tables.rows(sight, n_q, capturing)? } else { None };
+    let known = if limits.is_empty() { tables.rows(sight, n_q, capturing)? } else { None };
     let (rows_at, n_rows) = match known {
         Some(known) => known,
         None if capturing => {
@@ -175,16 +208,12 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             ));
         }
         None => {
-            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, kv_from, kv_to)))?;
+            let rows = batch.batch.lengths(|s| query_rows(s, sight, limits).map(device_rows))??;
             // SAFETY: the workspace has room for them.
             unsafe { device.upload(room.rows(start), bytes_of(&rows), stream) }?;
             (room.rows(start), rows.len())
         }
     };
-    let dense = |n: usize| if options.all_dense || n > super::attention::MAX_PROGRESSIVE { n } else { 0 };
-    let dense_rows: usize = step.sequences.iter().map(|s| dense(s.n_q)).sum();
-    let mut path = if dense_rows > 0 { AKV_PATH_DENSE } else { 0 };
-    path |= if dense_rows < n_q { AKV_PATH_PROGRESSIVE } else { 0 };
     let call = Call {
         shape,
         params: AttendParams {
@@ -209,10 +238,10 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         },
         n_rows,
         n_tiles: tiles,
+        dense,
+        scans,
         report: desc.stats as u64,
-        dense_rows: dense_rows as u64,
         backend: AKV_CUDA,
-        path,
     };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, stream) }

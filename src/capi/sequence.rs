@@ -1,9 +1,10 @@
 //! Sequences: creation, forks, lengths, reading back.
 
-use super::check::{Bytes, Grid, count, disjoint, pointer, wrong};
+use super::check::{Bytes, Grid, count, descriptor, disjoint, not_built, pointer, wrong, zero};
 use super::handle::CACHES;
 use super::types::*;
 use super::{guard, unbuilt};
+use crate::cache::Excerpt;
 use crate::format::{Dtype, MAX_DIM, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
@@ -129,7 +130,15 @@ pub unsafe extern "C" fn akv_sequence_length(
     })
 }
 
-/// Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+/// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
+/// the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+/// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
+/// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
+/// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
+/// work of the CUDA context.
+///
+/// Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
+/// AKV_E_BUSY (a layer is being written).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -137,27 +146,70 @@ pub unsafe extern "C" fn akv_sequence_length(
 pub unsafe extern "C" fn akv_sequence_export(
     cache: *mut akv_cache,
     sequence: akv_sequence,
-    flags: u32,
+    desc: *const akv_export_desc,
     write: akv_write_fn,
     user: *mut c_void,
 ) -> akv_status {
-    let _ = (cache, sequence, flags, write, user);
-    guard(|| unbuilt("akv_sequence_export"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        let write = write.ok_or_else(|| wrong("write", "NULL", "a function"))?;
+        // SAFETY: the caller's contract.
+        let part = if desc.is_null() { Excerpt::default() } else { part(&unsafe { descriptor(desc, "desc") }?)? };
+        cache.cache.export(sequence, &part, &mut |bytes: &[u8]| {
+            // SAFETY: the caller's function, with the caller's pointer, and bytes that live through the call.
+            unsafe { write(user, bytes.as_ptr().cast(), bytes.len()) }
+        })
+    })
 }
 
-/// Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
+fn part(desc: &akv_export_desc) -> Result<Excerpt> {
+    zero("desc->flags", desc.flags)?;
+    let first_layer = count("desc->first_layer", desc.first_layer.into())?;
+    let n_layers = count("desc->n_layers", desc.n_layers.into())?;
+    for (name, value) in
+        [("planes_k", desc.planes_k), ("planes_v", desc.planes_v), ("known_k", desc.known_k), ("known_v", desc.known_v)]
+    {
+        if value != 0 {
+            return Err(not_built(format_args!("desc->{name}"), value, 0));
+        }
+    }
+    Ok(Excerpt { first_layer, n_layers: (n_layers > 0).then_some(n_layers) })
+}
+
+/// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
+/// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+/// `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
+/// sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
+/// it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+///
+/// Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
+/// AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
+/// AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_sequence_import(
     cache: *mut akv_cache,
+    into: akv_sequence,
     read: akv_read_fn,
     user: *mut c_void,
     out: *mut akv_sequence,
 ) -> akv_status {
-    let _ = (cache, read, user, out);
-    guard(|| unbuilt("akv_sequence_import"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        let read = read.ok_or_else(|| wrong("read", "NULL", "a function"))?;
+        let out = if into != 0 && out.is_null() { None } else { Some(pointer(out, "out")?) };
+        let sequence = cache.cache.import((into != 0).then_some(into), &mut |bytes: &mut [u8]| {
+            // SAFETY: the caller's function, with the caller's pointer, and bytes that live through the call.
+            unsafe { read(user, bytes.as_mut_ptr().cast(), bytes.len()) }
+        })?;
+        if let Some(out) = out {
+            // SAFETY: checked, and the caller's contract.
+            unsafe { out.write(sequence) };
+        }
+        Ok(())
+    })
 }
 
 /// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
@@ -298,16 +350,21 @@ fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], 
         }
         _ => view.layout.decode(view.page(token / TILE), head, token % TILE, k, v),
     }
+    for (side, x) in [k, v].into_iter().enumerate() {
+        if view.layout.marks(view.page(token / TILE), head, side) >> (token % TILE) & 1 == 1 {
+            x.fill(f32::NAN);
+        }
+    }
 }
 
 /// The first value that `dtype` would turn into infinity.
 fn fits(dtype: Dtype, x: &[f32]) -> Result<(), f32> {
-    let finite = |x: f32| match dtype {
-        Dtype::F32 => x.is_finite(),
-        Dtype::F16 => f16::from_f32(x).is_finite(),
-        Dtype::Bf16 => bf16::from_f32(x).is_finite(),
+    let infinite = |x: f32| match dtype {
+        Dtype::F32 => x.is_infinite(),
+        Dtype::F16 => f16::from_f32(x).is_infinite(),
+        Dtype::Bf16 => bf16::from_f32(x).is_infinite(),
     };
-    x.iter().find(|&&x| !finite(x)).map_or(Ok(()), |&x| Err(x))
+    x.iter().find(|&&x| infinite(x)).map_or(Ok(()), |&x| Err(x))
 }
 
 fn too_large(name: &str, row: usize, head: usize, x: f32, dtype: Dtype) -> Error {

@@ -105,11 +105,14 @@ pub const AKV_CAUSAL: i32 = 0;
 pub const AKV_FULL: i32 = 1;
 
 /// # NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-/// The call fails with AKV_E_NONFINITE.
+/// The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and head.
 pub const AKV_NAN_ERROR: i32 = 0;
-/// It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+/// It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of that
+/// KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's head
+/// does. The rest is as if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+/// AKV_ATTACHED.
 pub const AKV_NAN_PROPAGATE: i32 = 1;
-/// It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+/// It counts as 0, and is stored so. Not with AKV_ATTACHED.
 pub const AKV_NAN_ZERO: i32 = 2;
 
 /// # RoPE pairings: akv_rope.pairing
@@ -151,9 +154,10 @@ pub struct akv_mask {
 /// another cache.
 pub type akv_sequence = u64;
 
-/// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+/// Takes `n` bytes (at most 65536) that are being exported. Returns 0 to go on; anything else ends the export.
 pub type akv_write_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *const c_void, n: usize) -> c_int>;
-/// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+/// Fills `n` bytes (at most 65536) that are being imported; no byte beyond the stream's end is asked for. Returns 0 to go
+/// on; anything else ends the import.
 pub type akv_read_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *mut c_void, n: usize) -> c_int>;
 /// Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
 /// `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
@@ -338,6 +342,30 @@ pub struct akv_rope {
     pub inv_freq: *const f32,
 }
 
+/// What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct akv_export_desc {
+    /// sizeof(akv_export_desc).
+    pub struct_size: u32,
+    /// 0.
+    pub flags: u32,
+    /// First layer.
+    pub first_layer: i32,
+    /// Layers; 0 = all from first_layer on.
+    pub n_layers: i32,
+    /// Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
+    /// AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    pub planes_k: i32,
+    /// The same of V.
+    pub planes_v: i32,
+    /// Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+    /// and then known_v is 0, too.
+    pub known_k: i32,
+    /// The same of V.
+    pub known_v: i32,
+}
+
 /// One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -351,7 +379,7 @@ pub struct akv_batch_desc {
     /// `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     pub n_new: *const i32,
     /// `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    /// decode may mix.
+    /// decode may mix. More than there are tokens: see akv_aligned_attention.
     pub n_q: *const i32,
     /// `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     /// older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -458,7 +486,14 @@ pub struct akv_attention_desc {
     pub visibility: i32,
     /// Sliding window of this call; 0 = the layer's.
     pub window: i32,
-    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+    /// First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+    /// AKV_FORMAT_PUBLISHED.
+    pub sink_tokens: i32,
+    /// 0.
+    pub reserved: i32,
+    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
+    /// * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
+    /// AKV_FORMAT_PUBLISHED.
     pub alibi_slopes: *const f32,
     /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
@@ -470,7 +505,12 @@ pub struct akv_attention_desc {
     pub kv_from: *const i64,
     /// `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     pub kv_to: *const i64,
-    /// `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    /// `[sum of n_q]`, for speculative trees: of the last 64 tokens of its sequence, the step's new ones included, row r sees
+    /// only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last token, bit 63 - i the
+    /// token i before it; the row's own token has a bit like any other, bits of tokens that are not there do not count, and
+    /// tokens before the last 64 are seen as ever. With a tree of n tokens whose node j is the step's new token j, a row sees
+    /// what came before and the nodes in the bits `path` if tree[r] is path << (64 - n) | UINT64_MAX >> n. NULL = none. Not
+    /// for AKV_FORMAT_PUBLISHED.
     pub tree: *const u64,
     /// Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
     /// Log of the softmax's normaliser: log sum exp(score).
@@ -526,9 +566,10 @@ const _: () = {
     assert!(size_of::<akv_usage>() == 64);
     assert!(size_of::<akv_rows>() == 32);
     assert!(size_of::<akv_rope>() == 24);
+    assert!(size_of::<akv_export_desc>() == 32 && offset_of!(akv_export_desc, planes_k) == 16);
     assert!(size_of::<akv_batch_desc>() == 64 && offset_of!(akv_batch_desc, max_kv) == 48);
     assert!(size_of::<akv_threads>() == 24);
     assert!(size_of::<akv_stats>() == 144 && offset_of!(akv_stats, backend) == 128);
-    assert!(size_of::<akv_attention_desc>() == 224 && offset_of!(akv_attention_desc, alibi_slopes) == 96);
+    assert!(size_of::<akv_attention_desc>() == 232 && offset_of!(akv_attention_desc, alibi_slopes) == 104);
     assert!(size_of::<akv_state>() == 48);
 };

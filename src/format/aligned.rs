@@ -15,8 +15,10 @@
 
 use super::layout::align;
 use super::{
-    Bits, LEFT, MAX_DIM, OFFSET, PLANES, Rows, Shape, Source, TILE, decode, encode as code_of, inverse, scale,
+    Bits, LEFT, MAX_DIM, OFFSET, PLANES, Planes, Rows, Shape, Source, TILE, decode, encode as code_of, inverse, scale,
 };
+use crate::Result;
+use std::ops::Range;
 
 pub(super) struct Offsets {
     k_rest: usize,
@@ -325,6 +327,53 @@ pub(super) fn encode(
     encode_keys(s, part, base.map(|base| (base, source.base_rows)), &source.k, head, skip, from, to);
     encode_values(s, part, &source.v, head, skip, from, to);
 }
+
+/// See [`super::Layout::stretches`].
+pub(super) fn stretches(
+    s: &Shape,
+    rows: usize,
+    planes: Planes,
+    f: &mut impl FnMut(Range<usize>) -> Result<()>,
+) -> Result<()> {
+    let (o, half, half_v) = (Offsets::new(s), s.dim_k / 2, s.dim_v / 2);
+    if planes.k.0 == 0 && planes.k.1 > 0 {
+        let (whole, more) = (rows / LANES * LANES * half, rows % LANES);
+        f(0..whole)?;
+        for word in (0..if more > 0 { half } else { 0 }).step_by(4) {
+            let at = whole + word * LANES;
+            f(at..at + 4 * more)?;
+        }
+    }
+    // Planes from `from` to `to` of the `n` that lie together for every token.
+    let mut digits = |start: usize, n: usize, bytes: usize, from: usize, to: usize| {
+        if (from, to) == (0, n) {
+            return f(start..start + rows * n * bytes);
+        }
+        for row in 0..if from < to { rows } else { 0 } {
+            f(start + (row * n + from) * bytes..start + (row * n + to) * bytes)?;
+        }
+        Ok(())
+    };
+    digits(o.k_rest, s.planes_k - 1, half, planes.k.0.saturating_sub(1), planes.k.1.saturating_sub(1))?;
+    digits(o.v, s.planes_v, half_v, planes.v.0, planes.v.1)?;
+    if planes.k.0 == 0 {
+        for (at, bytes) in [(o.k_scales, s.dim_k), (o.v_scales, rows), (o.v_mean, s.dim_v), (o.meta, Meta::BYTES)] {
+            f(at..at + bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// True if what attention computes with is within what [`encode`] writes; digits and scales are, whatever they are.
+pub(super) fn sound(s: &Shape, part: &[u8]) -> bool {
+    let at = Offsets::new(s).meta;
+    let meta = Meta::read(&part[at..]);
+    let sums = usize::from(meta.digit_sum) <= 8 * s.dim_k && usize::from(meta.digit_square_sum) <= 64 * s.dim_k;
+    sums && (0.0..=SLACK_LIMIT).contains(&meta.slack) && part[at + 9..at + Meta::BYTES] == [0; 3]
+}
+
+/// No tile has lost more: it would be worth nothing.
+const SLACK_LIMIT: f32 = 65536.0;
 
 /// Functions that are compiled for wide vectors too, and called so where the machine has them: the arithmetic is the same,
 /// and so are the bytes.

@@ -2,6 +2,8 @@
 
 use super::layout::align;
 use super::{Bits, Rows, Shape, Source, TILE};
+use crate::Result;
+use std::ops::Range;
 
 pub(super) struct Offsets {
     v: usize,
@@ -51,4 +53,11 @@ fn write(to: &mut [u8], rows: &Rows, head: usize, some: impl Iterator<Item = usi
     for row in some {
         to[row * bytes..(row + 1) * bytes].copy_from_slice(rows.bytes(row, head));
     }
+}
+
+/// See [`super::Layout::stretches`].
+pub(super) fn stretches(s: &Shape, rows: usize, f: &mut impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
+    let v = Offsets::new(s).v;
+    f(0..rows * s.dim_k * s.dtype_k.size())?;
+    f(v..v + rows * s.dim_v * s.dtype_v.size())
 }

@@ -59,6 +59,7 @@ pub struct Kernels {
     pub report: Kernel,
     scan: [Kernel; WORDS.len()],
     attend: [Kernel; WORDS.len()],
+    dense: [Kernel; WORDS.len()],
 }
 
 /// A device and a context on it.
@@ -209,6 +210,7 @@ impl Device {
                 report: find("akv_report", 32, false)?,
                 scan: instances("scan")?,
                 attend: instances("attend")?,
+                dense: instances("dense")?,
             })
         })();
         drop(entered);
@@ -296,6 +298,19 @@ impl Device {
         // SAFETY: the contract.
         let code = unsafe { (self.driver.copy_to_device)(to, from.as_ptr().cast(), from.len(), stream.0) };
         self.driver.check(code, "cuMemcpyHtoDAsync")
+    }
+
+    /// Copies from device memory, and waits until it has.
+    ///
+    /// # Safety
+    /// `from` is device memory of as many bytes.
+    pub unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<()> {
+        let _entered = self.enter()?;
+        let stream = Stream::DEFAULT.0;
+        // SAFETY: the contract, and `to` is not touched until the copy has been waited for.
+        let code = unsafe { (self.driver.copy_to_host)(to.as_mut_ptr().cast(), from, to.len(), stream) };
+        self.driver.check(code, "cuMemcpyDtoHAsync")?;
+        self.synchronize()
     }
 
     /// Copies within device memory.
@@ -394,11 +409,21 @@ impl Device {
     }
 }
 
+/// Where an instance is among them.
+fn index(words: usize) -> usize {
+    WORDS.iter().position(|&w| w == words).unwrap_or(WORDS.len() - 1)
+}
+
 impl Kernels {
     /// Of both phases, for a shape.
     pub fn attention(&self, shape: &Shape) -> (Kernel, Kernel) {
-        let i = WORDS.iter().position(|&words| words == super::words(shape)).unwrap_or(WORDS.len() - 1);
+        let i = index(super::words(shape));
         (self.scan[i], self.attend[i])
+    }
+
+    /// Of rows that read all digits.
+    pub fn dense(&self, shape: &Shape) -> Kernel {
+        self.dense[index(super::dense_words(shape))]
     }
 }
 
