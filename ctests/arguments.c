@@ -173,8 +173,7 @@ static void caches(void) {
     CACHE(AKV_E_ARGUMENT, "n_slots", d.placement = AKV_ATTACHED);
     CACHE(AKV_E_ARGUMENT, "format", d.placement = AKV_ATTACHED, d.n_slots = 1, d.format = AKV_FORMAT_RAW);
     CACHE(AKV_E_ARGUMENT, "nan_policy", d.nan_policy = 3);
-    CACHE(AKV_E_UNSUPPORTED, "nan_policy", d.nan_policy = AKV_NAN_PROPAGATE);
-    CACHE(AKV_E_UNSUPPORTED, "nan_policy", d.nan_policy = AKV_NAN_ZERO);
+    CACHE(AKV_E_ARGUMENT, "nan_policy", d.nan_policy = AKV_NAN_ZERO; d.placement = AKV_ATTACHED; d.n_slots = 256);
     CACHE(AKV_E_ARGUMENT, "n_layers", d.n_layers = 0);
     CACHE(AKV_E_ARGUMENT, "n_layers", d.n_layers = -1);
     CACHE(AKV_E_ARGUMENT, "n_layers", d.n_layers = 4097);
@@ -201,7 +200,7 @@ static void caches(void) {
     LAYER(AKV_E_ARGUMENT, "window", l.window = -1);
     LAYER(AKV_E_UNSUPPORTED, "group", l.group = 1);
     LAYER(AKV_E_UNSUPPORTED, "share_with", l.share_with = 1);
-    LAYER(AKV_E_UNSUPPORTED, "v_is_prefix_of_k", l.v_is_prefix_of_k = 1);
+    LAYER(AKV_E_ARGUMENT, "v_is_prefix_of_k", l.v_is_prefix_of_k = 2);
     /* Attention that akv_supports and the call refuse alike. */
 #define BOTH(...)                                                                                        \
     do {                                                                                                 \

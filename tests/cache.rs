@@ -307,6 +307,7 @@ const SHAPE: Shape = Shape {
     planes_k: 4,
     planes_v: 3,
     window: 0,
+    v_is_prefix: false,
 };
 
 fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {

@@ -36,6 +36,7 @@ impl Positions {
     }
 
     /// How far the tokens from `first` on are from `position`, backwards below 0: rounded to the nearest.
+    #[inline(never)]
     pub fn distances(&self, first: usize, position: i64, out: &mut [f32]) {
         let mut done = 0;
         while done < out.len() {

@@ -10,7 +10,7 @@ use crate::backend::cuda::Sight;
 use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, TREE, Threads};
 use crate::cache::{NanPolicy, Positions, SequenceView};
 use crate::error::{collect, reserve};
-use crate::format::{Clean, Format, Layout, MAX_DIM, Rows, Shape};
+use crate::format::{Clean, Format, Layout, MAX_DIM, MAX_LATENT, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
 use std::fmt::Display;
@@ -97,7 +97,7 @@ impl Options {
                 }
             }
         }
-        let all_dense = mode == Mode::Exact || format == Format::Raw;
+        let all_dense = mode == Mode::Exact || format == Format::Raw || shape.v_is_prefix;
         let paths = match format {
             _ if all_dense => AKV_PATH_DENSE,
             Format::Published => AKV_PATH_DENSE | AKV_PATH_PUBLISHED,
@@ -245,7 +245,7 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
             let kv_from = limits.kv_from.map_or(0, |bound| bound[r] as usize);
             let kv_to = limits.kv_to.map_or(usize::MAX, |bound| bound[r] as usize);
             let mut row = QueryRow::new(sequence, start.max(kv_from), end.min(kv_to), dense);
-            row.position = position;
+            (row.position, row.many) = (position, n_q > MAX_PROGRESSIVE);
             let head = sight.head.min(start).min(row.to);
             if kv_from < head {
                 row.head = (kv_from, head);
@@ -591,7 +591,7 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
 unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
     let mut parts: Vec<State> = Vec::new();
     reserve(&mut parts, states.len())?;
-    let mut buffer = [0.0; MAX_DIM];
+    let mut buffer = [0.0; MAX_LATENT];
     for i in 0..n {
         parts.clear();
         for s in states {
@@ -630,14 +630,17 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
 }
 
 /// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-/// token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
-/// alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
+/// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
 /// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
-/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-/// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
-/// number of threads.
+/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT,
+/// AKV_FORMAT_RAW and layers with v_is_prefix_of_k take the dense path. On the CPU a row's result, bit for bit, depends
+/// on its sequence and on whether that has more than 8 query rows: not on the other rows, the other sequences of the
+/// batch, or the number of threads.
 ///
-/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+/// Cross-attention: with AKV_FULL, no window and no alibi_slopes nothing depends on where a row is, and n_q may be
+/// larger than len. Otherwise more query rows than tokens are AKV_E_ARGUMENT.
+///
+/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 /// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
 /// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
 /// AKV_E_INTERNAL: they are undefined.
@@ -659,7 +662,8 @@ pub unsafe extern "C" fn akv_aligned_attention(
 
 /// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 /// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-/// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+/// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. On
+/// the CPU what is NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -680,7 +684,8 @@ pub unsafe extern "C" fn akv_merge_states(
         let stream = unsafe { context.stream("stream", stream) }?;
         let n = within("n", n, 1..=i32::MAX)? as usize;
         let (rows, heads) = (count("rows", rows)?, count("heads", heads.into())?);
-        let dim = within("dim", dim, 1..=MAX_DIM as i32)? as usize;
+        let max_dim = if context.device.is_some() { MAX_DIM } else { MAX_LATENT };
+        let dim = within("dim", dim, 1..=max_dim as i32)? as usize;
         let elements =
             rows.checked_mul(heads).ok_or_else(|| wrong("rows", rows, "states that fit the address space"))?;
         // SAFETY: the caller's contract.
@@ -710,6 +715,7 @@ mod tests {
         planes_k: 4,
         planes_v: 4,
         window: 100,
+        v_is_prefix: false,
     };
 
     fn options(format: Format, change: impl Fn(&mut akv_attention_desc)) -> Result<Options> {

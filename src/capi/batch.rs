@@ -213,7 +213,8 @@ pub unsafe extern "C" fn akv_batch_create(
 /// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 /// capture.
 ///
-/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY,
+/// AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -366,9 +367,9 @@ pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status 
 }
 
 /// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
-/// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-/// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
-/// is appended, and the call may be made again.
+/// n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
+/// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+/// All rows are checked first: on error nothing is appended, and the call may be made again.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
 ///
@@ -393,10 +394,20 @@ pub unsafe extern "C" fn akv_quantize_kv(
         }
         let shape = &batch.owner.cache.layouts()[layer].shape;
         // SAFETY: checked, and the caller's contract.
-        let (key, value) = unsafe { (&*pointer(key, "key")?, &*pointer(value, "value")?) };
+        let key = unsafe { &*pointer(key, "key")? };
         let key = Grid::new(key, "key", shape.n_kv_heads, shape.dim_k)?.expect("key", shape.dtype_k)?;
-        let value = Grid::new(value, "value", shape.n_kv_heads, shape.dim_v)?.expect("value", shape.dtype_v)?;
         key.bytes("key", step.n_new)?;
+        if shape.v_is_prefix {
+            if !value.is_null() {
+                return Err(wrong("value", "not NULL", "NULL: the layer's V is a part of K"));
+            }
+            // SAFETY: checked for n_new rows, and the caller's contract.
+            let key = unsafe { key.rows() };
+            return batch.batch.append(layer, key, key.prefix(shape.dim_v));
+        }
+        // SAFETY: checked, and the caller's contract.
+        let value = unsafe { &*pointer(value, "value")? };
+        let value = Grid::new(value, "value", shape.n_kv_heads, shape.dim_v)?.expect("value", shape.dtype_v)?;
         value.bytes("value", step.n_new)?;
         if batch.tables.is_some() {
             // SAFETY: the caller's contract.

@@ -25,6 +25,9 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
         let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
     }
+    if let Some(i) = config.layers.iter().position(|layer| layer.v_is_prefix) {
+        return Err(not_built(format_args!("{name}->layers[{i}].v_is_prefix_of_k"), 1, format_args!("0 {on_cuda}")));
+    }
     if config.nan != NanPolicy::Error {
         let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));

@@ -1,11 +1,11 @@
 //! Sequences: creation, forks, lengths, reading back.
 
-use super::check::{Bytes, Grid, count, descriptor, disjoint, not_built, pointer, wrong, zero};
+use super::check::{Bytes, Grid, count, descriptor, disjoint, pointer, wrong, zero};
 use super::handle::CACHES;
 use super::types::*;
 use super::{guard, unbuilt};
 use crate::cache::Excerpt;
-use crate::format::{Dtype, MAX_DIM, RowsMut, Shape, TILE};
+use crate::format::{Dtype, Format, MAX_LATENT, PLANES, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -137,6 +137,11 @@ pub unsafe extern "C" fn akv_sequence_length(
 /// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
 /// work of the CUDA context.
 ///
+/// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+/// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+/// sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+/// cut (others are left alone; forks that share tiles do not get them).
+///
 /// Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
 /// AKV_E_BUSY (a layer is being written).
 ///
@@ -154,37 +159,57 @@ pub unsafe extern "C" fn akv_sequence_export(
         let cache = CACHES.get(cache, "cache")?;
         let write = write.ok_or_else(|| wrong("write", "NULL", "a function"))?;
         // SAFETY: the caller's contract.
-        let part = if desc.is_null() { Excerpt::default() } else { part(&unsafe { descriptor(desc, "desc") }?)? };
-        cache.cache.export(sequence, &part, &mut |bytes: &[u8]| {
+        let desc = if desc.is_null() { None } else { Some(unsafe { descriptor(desc, "desc") }?) };
+        let excerpt = desc.map_or(Ok(Excerpt::default()), |desc| excerpt(&desc, cache.cache.config().format))?;
+        cache.cache.export(sequence, &excerpt, &mut |bytes: &[u8]| {
             // SAFETY: the caller's function, with the caller's pointer, and bytes that live through the call.
             unsafe { write(user, bytes.as_ptr().cast(), bytes.len()) }
         })
     })
 }
 
-fn part(desc: &akv_export_desc) -> Result<Excerpt> {
+fn excerpt(desc: &akv_export_desc, format: Format) -> Result<Excerpt> {
     zero("desc->flags", desc.flags)?;
     let first_layer = count("desc->first_layer", desc.first_layer.into())?;
     let n_layers = count("desc->n_layers", desc.n_layers.into())?;
-    for (name, value) in
-        [("planes_k", desc.planes_k), ("planes_v", desc.planes_v), ("known_k", desc.known_k), ("known_v", desc.known_v)]
-    {
-        if value != 0 {
-            return Err(not_built(format_args!("desc->{name}"), value, 0));
+    let planes = |names: [&str; 2], values: [i32; 2]| {
+        let mut planes = [PLANES; 2];
+        for ((name, value), planes) in names.into_iter().zip(values).zip(&mut planes) {
+            *planes = match value {
+                0 => PLANES,
+                2..=4 if format == Format::Aligned => value as usize,
+                _ if format == Format::Aligned => {
+                    return Err(wrong(format_args!("desc->{name}"), value, "0, 2, 3 or 4"));
+                }
+                _ => return Err(wrong(format_args!("desc->{name}"), value, "0 with this format, which has no planes")),
+            };
         }
+        Ok((values != [0; 2]).then_some((planes[0], planes[1])))
+    };
+    let known = planes(["known_k", "known_v"], [desc.known_k, desc.known_v])?;
+    if known.is_some() && (desc.known_k == 0 || desc.known_v == 0) {
+        let name = if desc.known_k == 0 { "desc->known_k" } else { "desc->known_v" };
+        return Err(wrong(name, 0, "planes of both K and V, or of neither"));
     }
-    Ok(Excerpt { first_layer, n_layers: (n_layers > 0).then_some(n_layers) })
+    Ok(Excerpt {
+        first_layer,
+        n_layers: (n_layers > 0).then_some(n_layers),
+        planes: planes(["planes_k", "planes_v"], [desc.planes_k, desc.planes_v])?,
+        known,
+    })
 }
 
 /// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
 /// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
-/// `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
-/// sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
-/// it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+/// `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+/// smaller exact_tail of both). Otherwise the stream brings layers that
+/// sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+/// used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
 ///
 /// Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
 /// AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
-/// AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+/// AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+/// come.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -287,7 +312,7 @@ pub(super) unsafe fn write_rows(
     }
     type Use<'a> = &'a mut dyn FnMut(usize, usize, &[f32], &[f32]) -> Result<()>;
     let each = |f: Use| {
-        let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
+        let (mut k, mut v) = ([0.0; MAX_LATENT], [0.0; MAX_LATENT]);
         let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
         for row in 0..n {
             for head in 0..shape.n_kv_heads {

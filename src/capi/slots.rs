@@ -82,7 +82,7 @@ unsafe fn write(
     value: *const akv_rows,
 ) -> Result<()> {
     let index = cache.layer(layer)?;
-    let place = format!("layer {index}");
+    let place = |error: Error| error.at(format_args!("layer {index}"));
     let mut cells = cache.cache.write_slots(index)?;
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
@@ -100,7 +100,7 @@ unsafe fn write(
         }
         let changed = || slots.iter().map(|&slot| slot as usize);
         for (name, rows) in [("attached key", &k), ("attached value", &v)] {
-            layout.check_rows(name, rows, changed()).map_err(|error| error.at(&place))?;
+            layout.check_rows(name, rows, changed()).map_err(place)?;
         }
         cells.write(slots, None, None);
         return Ok(());
@@ -124,7 +124,7 @@ unsafe fn write(
     let [k, v] = pairs.map(|(name, rows, clean)| (name, rows.map(|rows| clean.as_ref().map_or(rows, Clean::rows))));
     for (name, rows) in [k, v] {
         if let Some(rows) = rows {
-            layout.check_rows(name, &rows, 0..n).map_err(|error| error.at(&place))?;
+            layout.check_rows(name, &rows, 0..n).map_err(place)?;
         }
     }
     cells.write(slots, k.1, v.1);
@@ -216,7 +216,8 @@ unsafe fn attend(
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
             for _ in 0..span.n_q {
-                rows.push(query_row(&view, i, mask.as_deref(), rows.len(), dense));
+                let row = query_row(&view, i, mask.as_deref(), rows.len(), dense);
+                rows.push(QueryRow { many: span.n_q as usize > MAX_PROGRESSIVE, ..row });
             }
             views.push(view);
         }

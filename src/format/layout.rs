@@ -36,12 +36,26 @@ pub struct Shape {
     pub planes_v: usize,
     /// Sliding window in positions; 0 = none.
     pub window: usize,
+    /// V is the first `dim_v` channels of K, and not stored by itself.
+    pub v_is_prefix: bool,
 }
 
 impl Shape {
     /// Query heads that share a KV head.
     pub fn group(&self) -> usize {
         self.n_q_heads / self.n_kv_heads
+    }
+
+    /// Channels of V that are stored beside K.
+    #[inline(always)]
+    pub fn stored_v(&self) -> usize {
+        if self.v_is_prefix { 0 } else { self.dim_v }
+    }
+
+    /// Tokens of a tile with V of their own.
+    #[inline(always)]
+    pub(super) fn v_tokens(&self) -> usize {
+        if self.v_is_prefix { 0 } else { TILE }
     }
 }
 
@@ -295,8 +309,12 @@ impl Layout {
         match self.format {
             Format::Aligned => {
                 let tile = aligned::Tile::new(shape, part);
-                tile.decode_k(row, shape.planes_k, k);
-                tile.decode_v(row, shape.planes_v, v);
+                tile.decode_k(row, tile.known_k(), k);
+                if shape.v_is_prefix {
+                    v.copy_from_slice(&k[..shape.dim_v]);
+                } else {
+                    tile.decode_v(row, tile.known_v(), v);
+                }
             }
             Format::Published => {
                 let tile = published::Tile::new(shape, part);
@@ -351,10 +369,28 @@ impl Layout {
         Ok(())
     }
 
+    /// Planes of K and of V of a page that hold digits, from the first.
+    pub fn known(&self, page: &[u8]) -> Planes {
+        let (k, v) = match self.format {
+            Format::Aligned => aligned::known(&self.shape, self.part(page, 0)),
+            _ => (self.shape.planes_k, self.shape.planes_v),
+        };
+        Planes { k: (0, k), v: (0, v) }
+    }
+
+    /// Says which do.
+    pub fn set_known(&self, page: &mut [u8], planes: Planes) {
+        if self.format == Format::Aligned {
+            for head in 0..self.shape.n_kv_heads {
+                aligned::set_known(&self.shape, self.part_mut(page, head), planes.k.1, planes.v.1);
+            }
+        }
+    }
+
     /// Bytes of a block that keeps `n` rows as given (exact head rows; the rows of an open tile).
     pub fn kept_bytes(&self, n: usize) -> usize {
         let s = &self.shape;
-        align(n * s.n_kv_heads * s.dim_k * s.dtype_k.size()) + align(n * s.n_kv_heads * s.dim_v * s.dtype_v.size())
+        self.kept_offset(n) + align(n * s.n_kv_heads * s.stored_v() * s.dtype_v.size())
     }
 
     /// Where V begins in it.
@@ -368,13 +404,16 @@ impl Layout {
         assert!(block.len() >= self.kept_bytes(n));
         let s = &self.shape;
         let (k, v) = block.split_at(self.kept_offset(n));
-        (Rows::contiguous(k, s.n_kv_heads, s.dtype_k, s.dim_k), Rows::contiguous(v, s.n_kv_heads, s.dtype_v, s.dim_v))
+        let k = Rows::contiguous(k, s.n_kv_heads, s.dtype_k, s.dim_k);
+        (k, if s.v_is_prefix { k.prefix(s.dim_v) } else { Rows::contiguous(v, s.n_kv_heads, s.dtype_v, s.dim_v) })
     }
 
     /// Copies row 0 of `k` and `v` into row `row` of such a block.
     pub fn keep(&self, block: &mut [u8], n: usize, row: usize, k: Rows, v: Rows) {
         self.keep_key(block, n, row, k);
-        self.keep_value(block, n, row, v);
+        if !self.shape.v_is_prefix {
+            self.keep_value(block, n, row, v);
+        }
     }
 
     /// The same of K alone.

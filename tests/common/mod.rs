@@ -135,6 +135,7 @@ pub fn shape(group: usize, n_kv_heads: usize, dim_k: usize, dim_v: usize, dtype:
         planes_k: planes,
         planes_v: planes,
         window: 0,
+        v_is_prefix: false,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Heaps that count, and run dry when they are told to.
 
-use std::alloc::{GlobalAlloc, Layout, System, alloc, dealloc};
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU64, Ordering::Relaxed};
@@ -129,7 +129,7 @@ pub unsafe extern "C" fn hook_alloc(
     hooks.bytes.fetch_add(bytes as i64, Relaxed);
     // SAFETY: the size is not 0, and the block is as long as it says.
     unsafe {
-        let p = alloc(Layout::from_size_align_unchecked(bytes, align));
+        let p = System.alloc(Layout::from_size_align_unchecked(bytes, align));
         p.write_bytes(0xa5, bytes);
         p.cast()
     }
@@ -146,7 +146,7 @@ pub unsafe extern "C" fn hook_dealloc(user: *mut c_void, p: *mut c_void, bytes: 
         let hooks = &*user.cast::<Hooks>();
         hooks.blocks.fetch_sub(1, Relaxed);
         hooks.bytes.fetch_sub(bytes as i64, Relaxed);
-        dealloc(p.cast(), Layout::from_size_align_unchecked(bytes, 64));
+        System.dealloc(p.cast(), Layout::from_size_align_unchecked(bytes, 64));
     }
 }
 

@@ -34,6 +34,8 @@ struct Scene {
     batch: Handle<akv_batch>,
     /// The first is long, the second its fork, the third short; then many small ones.
     sequences: Vec<akv_sequence>,
+    many_layers: Vec<akv_layer_desc>,
+    many_spans: Vec<akv_span>,
     tokens: Vec<Token>,
     /// What the operation makes.
     made: akv_sequence,
@@ -56,6 +58,8 @@ struct Operation {
     undo: fn(&mut Scene),
     /// It must come through whatever fails.
     always: bool,
+    /// A batch or a cache may keep the scratch memory that it took for the call.
+    scratch: bool,
 }
 
 #[track_caller]
@@ -99,6 +103,8 @@ impl Scene {
             mask: Handle(mask),
             batch,
             sequences: Vec::new(),
+            many_layers: (0..100).map(|i| layers[i % 2]).collect(),
+            many_spans: vec![akv_span { stream: 0, n_q: 1, n_kv: 150 }; 300],
             tokens: new_tokens(&mut Dice::Seeded(7), 1200, None).0,
             made: 0,
             handle: 0,
@@ -239,12 +245,13 @@ impl Scene {
     }
 
     /// All that a call which fails must leave as it is.
-    fn look(&mut self) -> Vec<u64> {
+    fn look(&mut self, scratch: bool) -> Vec<u64> {
         let mut seen = Vec::new();
         for cache in [self.cache, self.cells] {
             let u = usage(cache);
             let n = u64::from(u.n_sequences);
-            seen.extend([n, u.bytes_used, u.bytes_kept, u.pages_used, u.pages_shared, u.tokens]);
+            let used = if scratch { 0 } else { u.bytes_used };
+            seen.extend([n, used, u.bytes_kept, u.pages_used, u.pages_shared, u.tokens]);
         }
         let hash = |words: &[u64]| words.iter().fold(1, |h, &w| mix(h ^ w));
         let (mut key, mut value) = (Packed::default(), Packed::default());
@@ -291,12 +298,13 @@ impl Scene {
 fn nothing(_: &mut Scene) {}
 
 fn operations() -> Vec<Operation> {
-    let op = |name, prepare: fn(&mut Scene), call, undo: fn(&mut Scene)| Operation {
+    let op = |name: &'static str, prepare: fn(&mut Scene), call, undo: fn(&mut Scene)| Operation {
         name,
         prepare,
         call,
         undo,
         always: false,
+        scratch: name.contains("attention"),
     };
     let all_of = |name, prepare: fn(&mut Scene), call: fn(&mut Scene) -> akv_status, undo: fn(&mut Scene)| Operation {
         always: true,
@@ -307,8 +315,7 @@ fn operations() -> Vec<Operation> {
         s.made = 0;
     }
     fn new_cache(s: &mut Scene, placement: i32) -> akv_status {
-        let layers: Vec<_> = (0..100).map(|i| akv_layer_desc { window: 0, ..s.setup.layers[i % 2] }).collect();
-        let n_slots = if placement == AKV_APPEND { 0 } else { 300 };
+        let (layers, n_slots) = (&s.many_layers, if placement == AKV_APPEND { 0 } else { 300 });
         let desc = akv_cache_desc {
             struct_size: size::<akv_cache_desc>(),
             placement,
@@ -382,7 +389,7 @@ fn operations() -> Vec<Operation> {
             "akv_supports",
             nothing,
             |s| {
-                let layers: Vec<_> = (0..100).map(|i| s.setup.layers[i % 2]).collect();
+                let layers = &s.many_layers;
                 let (struct_size, layers, n_layers) = (size::<akv_cache_desc>(), layers.as_ptr(), layers.len() as i32);
                 let desc = akv_cache_desc { struct_size, n_layers, layers, ..zeroed() };
                 // SAFETY: a valid descriptor.
@@ -528,12 +535,10 @@ fn operations() -> Vec<Operation> {
             |s| {
                 let (mut a, mut b) = ([0.5f32; 4 * 16], [0.25f32; 4 * 16]);
                 let (mut x, mut y) = ([0.0f32; 4], [1.0f32; 4]);
-                let states: Vec<akv_state> = (0..100)
-                    .map(|i| match i % 2 {
-                        0 => akv_state { out: a.as_mut_ptr(), lse: x.as_mut_ptr(), ..zeroed() },
-                        _ => akv_state { out: b.as_mut_ptr(), lse: y.as_mut_ptr(), ..zeroed() },
-                    })
-                    .collect();
+                let states: [akv_state; 100] = std::array::from_fn(|i| match i % 2 {
+                    0 => akv_state { out: a.as_mut_ptr(), lse: x.as_mut_ptr(), ..zeroed() },
+                    _ => akv_state { out: b.as_mut_ptr(), lse: y.as_mut_ptr(), ..zeroed() },
+                });
                 // Into the first of them, which is ours.
                 // SAFETY: a handle, and arrays of that size.
                 unsafe { akv_merge_states(s.context.0, states.as_ptr(), 100, 2, 2, 16, &states[0], null_mut()) }
@@ -566,8 +571,8 @@ fn operations() -> Vec<Operation> {
             "akv_slots_attention of many spans",
             |s| s.outputs(1, 300),
             |s| {
-                let spans = vec![akv_span { stream: 0, n_q: 1, n_kv: 150 }; 300];
                 let desc = s.attention();
+                let spans = &s.many_spans;
                 // SAFETY: handles, a descriptor with its arrays.
                 unsafe { akv_slots_attention(s.cells.0, 1, spans.as_ptr(), spans.len() as i32, &desc) }
             },
@@ -609,7 +614,7 @@ fn operations() -> Vec<Operation> {
             nothing,
             |s| {
                 // Something is added to scores: for the first time.
-                let values = vec![0x3c00u16; 4 * CELLS as usize];
+                let values = [0x3c00u16; 4 * CELLS as usize];
                 // SAFETY: rows of that size.
                 unsafe { akv_mask_set(s.mask.0, 0, 4, CELLS, values.as_ptr().cast(), 0, null_mut()) }
             },
@@ -633,7 +638,7 @@ const WRONG: u8 = 3;
 fn try_one(op: &Operation, n: u64, heap: bool, mut s: Scene) -> u8 {
     let counts = Counts::default();
     (op.prepare)(&mut s);
-    let before = s.look();
+    let before = s.look(op.scratch);
     let (status, failed) = if heap {
         Heap::failing(n as i64, || (op.call)(&mut s))
     } else {
@@ -653,7 +658,7 @@ fn try_one(op: &Operation, n: u64, heap: bool, mut s: Scene) -> u8 {
         return WRONG;
     }
     if memory {
-        if s.look() != before {
+        if s.look(op.scratch) != before {
             wrong("something has changed");
         }
         let status = (op.call)(&mut s);
@@ -754,6 +759,7 @@ fn allocations(hooks: &'static Hooks, counts: &Counts, verbose: bool) -> serde_j
             json!({ "refused": hook, "refused_heap": heap, "recovered": recovered, "ended": ended, "ended_largest": largest }),
         );
     }
+    scene.map(Scene::end);
     table.into()
 }
 
@@ -761,7 +767,7 @@ fn allocations(hooks: &'static Hooks, counts: &Counts, verbose: bool) -> serde_j
 fn limits(hooks: &'static Hooks, counts: &Counts) {
     for format in 0..6 {
         let mut begun = 0;
-        for max_bytes in (20_000..1_200_000).step_by(40_000) {
+        for max_bytes in (20_000..6_000_000).step_by(200_000) {
             let context = context(0, hooks);
             let setup = Setup { max_bytes, ..Setup::kind(format, 64, 600) };
             let (status, cache) = setup.cache(context);
@@ -840,13 +846,13 @@ fn callbacks(hooks: &'static Hooks, counts: &Counts) {
         let code = in_child(false, || {
             let mut s = Scene::new(hooks);
             let (cache, batch, id) = (s.cache, s.batch, s.sequences[0]);
-            let before = s.look();
+            let before = s.look(false);
             *hooks.misbehave.lock() = Some(Box::new(move || act(cache, batch, id)));
             let status = s.begin(&[300, 1], &[1, 1]);
             if status == AKV_OK {
                 s.abort();
             }
-            u8::from(status != AKV_OK) + 2 * u8::from(s.look() != before) + 4 * u8::from(s.end() != 0)
+            u8::from(status != AKV_OK) + 2 * u8::from(s.look(false) != before) + 4 * u8::from(s.end() != 0)
         });
         add(&counts.operations, 1);
         add(&counts.faults_injected, 1);
