@@ -185,7 +185,13 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
             if let Some(bound) = kv_to {
                 to = to.min(bound[rows.len()] as usize);
             }
-            rows.push(QueryRow { sequence, from, to, n: to.saturating_sub(from), dense });
+            rows.push(QueryRow {
+                sequence,
+                from,
+                to,
+                n: to.saturating_sub(from) - positions.removed_within(from, to),
+                dense,
+            });
         }
     }
     rows

@@ -216,7 +216,10 @@ impl Single {
         let views = [reader.view()];
         let rows: Vec<QueryRow> = ranges
             .iter()
-            .map(|&(from, to)| QueryRow { sequence: 0, from, to, n: to.saturating_sub(from), dense: how.dense })
+            .map(|&(from, to)| {
+                let n = to.saturating_sub(from) - reader.positions().removed_within(from, to);
+                QueryRow { sequence: 0, from, to, n, dense: how.dense }
+            })
             .collect();
         let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
         let mut o = Output {
