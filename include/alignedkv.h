@@ -69,8 +69,8 @@
  *   akv_batch_commit(batch);
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
- *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens;
- *   importing a part of the digit planes on CUDA.
+ *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; shifting tokens; on CUDA removing
+ *   tokens, and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -656,7 +656,11 @@ akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int
 // while it is in a begun batch.
 akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
-// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+// Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
+// nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+// n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+// cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 akv_status akv_sequence_remove(struct akv_cache *cache,
                                akv_sequence sequence,
                                int64_t from_position,
@@ -715,7 +719,7 @@ akv_status akv_sequence_import(struct akv_cache *cache,
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 // `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-// nothing written, if a value is too large for the dtype.
+// nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
 akv_status akv_dequantize_kv(struct akv_cache *cache,
                              akv_sequence sequence,
                              int32_t layer,

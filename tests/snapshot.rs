@@ -481,3 +481,61 @@ fn the_first_digits_alone_and_the_others_later() {
         same_attention(&mut rng, (&a, id), (&b, copy));
     }
 }
+
+/// Rows `[row][head][dim]` of those that live.
+fn of_live(x: &[f32], row: usize, live: &[bool]) -> Vec<f32> {
+    x.chunks_exact(row).zip(live).filter(|(_, live)| **live).flat_map(|(x, _)| x.iter().copied()).collect()
+}
+
+#[test]
+fn removed_tokens_are_as_if_never_there() {
+    let mut rng = Rng::new(6);
+    for (format, shape) in [
+        (Format::Aligned, shape(2, 2, 64, 64, Dtype::F32, 4)),
+        (Format::Aligned, shape(5, 1, 24, 40, Dtype::F32, 3)),
+        (Format::Raw, shape(2, 1, 32, 16, Dtype::F32, 4)),
+    ] {
+        let s = Single::new(format, shape, 4);
+        let (row_k, row_v) = (shape.n_kv_heads * shape.dim_k, shape.n_kv_heads * shape.dim_v);
+        let (mut k, mut v) = (rng.normals(700 * row_k), rng.normals(700 * row_v));
+        // The removed ones shout: a trace of them would be seen.
+        let removals = [(0, 2), (3, 5), (60, 90), (89, 300), (400, 401), (600, 699), (500, 512)];
+        for &(from, to) in &removals {
+            k[from * row_k..to * row_k].iter_mut().for_each(|x| *x *= 20.0);
+            v[from * row_v..to * row_v].iter_mut().for_each(|x| *x *= 20.0);
+        }
+        s.append_to(s.sequence, &k, &v);
+        let pages = s.cache.usage().pages_used;
+        let mut live = vec![true; 700];
+        for (i, &(from, to)) in removals.iter().enumerate() {
+            s.cache.remove(s.sequence, from as i64, to as i64).unwrap();
+            live[from..to].fill(false);
+            assert_eq!(s.cache.usage().tokens as usize, live.iter().filter(|x| **x).count());
+            certified(&mut rng, &s, s.sequence, &of_live(&k, row_k, &live), &of_live(&v, row_v, &live));
+            if i % 2 == 0 {
+                let (more_k, more_v) = (rng.normals(9 * row_k), rng.normals(9 * row_v));
+                s.append_to(s.sequence, &more_k, &more_v);
+                k.extend(more_k);
+                v.extend(more_v);
+                live.resize(live.len() + 9, true);
+            }
+        }
+        assert_eq!(s.cache.usage().pages_used, pages - 1, "tile 1 is gone");
+        // Bytes, and what comes of them.
+        let bytes = export(&s.cache, s.sequence, Excerpt::default()).unwrap();
+        let copy = import(&s.cache, None, &bytes).unwrap();
+        assert!(export(&s.cache, copy, Excerpt::default()).unwrap() == bytes);
+        same_attention(&mut rng, (&s, s.sequence), (&s, copy));
+        // The end goes as a truncation, with what had been removed before it.
+        let len = live.len();
+        s.cache.remove(copy, 699, i64::MAX).unwrap();
+        assert_eq!(s.cache.length(copy, None).unwrap(), 600, "600 to 698 had been removed");
+        let fork = s.cache.fork(s.sequence, Some(250)).unwrap();
+        assert_eq!(s.cache.length(fork, None).unwrap(), 60);
+        for (id, n) in [(copy, 600), (fork, 60), (s.sequence, len)] {
+            certified(&mut rng, &s, id, &of_live(&k, row_k, &live[..n]), &of_live(&v, row_v, &live[..n]));
+        }
+        s.cache.remove(copy, i64::MIN, i64::MAX).unwrap();
+        assert_eq!(s.cache.length(copy, None).unwrap(), 0);
+    }
+}

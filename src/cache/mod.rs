@@ -180,7 +180,10 @@ impl Cache {
             pages_used,
             pages_free,
             pages_shared,
-            tokens: directory.sequences().map(|s| s.len.load(Relaxed) as u64).sum::<u64>()
+            tokens: directory
+                .sequences()
+                .map(|s| (s.len.load(Relaxed) - s.n_removed.load(Relaxed)) as u64)
+                .sum::<u64>()
                 + self.slots.iter().find_map(|layer| Some(layer.try_read()?.n_written())).unwrap_or(0),
         }
     }
@@ -245,6 +248,16 @@ impl Cache {
     /// Keeps the first `n_tokens` tokens.
     pub fn truncate(&self, sequence: u64, n_tokens: usize) -> Result<()> {
         self.find(sequence)?.truncate(&self.memory, n_tokens)
+    }
+
+    /// Removes the tokens whose positions are `from..to`.
+    pub fn remove(&self, sequence: u64, from: i64, to: i64) -> Result<()> {
+        let sequence = self.find(sequence)?;
+        if self.config.format == Format::Published || self.memory.device().is_some() {
+            let what = "removing tokens is not built yet with AKV_FORMAT_PUBLISHED, and on the CUDA backend";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        sequence.remove(&self.memory, from, to)
     }
 
     /// Tokens in `layer`, those of a begun step included; None: committed tokens.

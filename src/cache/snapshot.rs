@@ -11,7 +11,7 @@
 //! | then by tile: | 32 | kind, base rows, planes of K and V (in the two low bytes), 0, which tokens live |
 //! | its page, or its base and its rows as given | summed with the 32 | see [`Layout::stretches`], [`Layout::kept_stretches`] |
 //!
-//! A stream of further digits (flag 1) has neither runs nor exact heads. Its tiles are the stored ones alone, others are
+//! Tiles of which no token lives are empty. A stream of further digits (flag 1) has neither runs nor exact heads. Its tiles are the stored ones alone, others are
 //! empty; before its digits a tile has the sum of what the receiver must have of it.
 //!
 //! A tile whose rows are kept travels as these rows: its page is encoded anew, to the same bits. Nothing that a header
@@ -42,7 +42,7 @@ const RUNS: usize = 4096;
 /// Kinds of tiles.
 const STORED: u32 = 0;
 const GIVEN: u32 = 1;
-/// In a stream of further digits: nothing.
+/// Nothing: its tokens have been removed, or a stream of further digits has none of it.
 const EMPTY: u32 = 2;
 
 /// Flag of a stream of further digits.
@@ -379,7 +379,7 @@ pub(super) fn export(
         }
     }
     for reader in &readers {
-        export_layer(&reader.layer, excerpt, &mut access, &mut sink)?;
+        export_layer(reader, excerpt, &mut access, &mut sink)?;
     }
     if sink.buffer.is_empty() { Ok(()) } else { sink.flush() }
 }
@@ -392,7 +392,8 @@ fn wanted(layout: &Layout, page: &[u8], excerpt: &Excerpt) -> Planes {
     Planes { k: planes(known.0, k.1, most_k), v: planes(known.1, v.1, most_v) }
 }
 
-fn export_layer(layer: &Layer, excerpt: &Excerpt, access: &mut Access, sink: &mut Sink) -> Result<()> {
+fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &mut Sink) -> Result<()> {
+    let layer = &*reader.layer;
     let (layout, is_further) = (&layer.layout, excerpt.known.is_some());
     let [heads, dim_k, dim_v, dtype_k, dtype_v, planes_k, planes_v] = shape_words(&layout.shape).map(|(_, word)| word);
     let known = excerpt.known.unwrap_or((0, 0));
@@ -410,7 +411,7 @@ fn export_layer(layer: &Layer, excerpt: &Excerpt, access: &mut Access, sink: &mu
     for (tile, page) in layer.pages[..layer.len.div_ceil(TILE)].iter().enumerate() {
         let rows = TILE.min(layer.len - tile * TILE);
         let start = |kind: u32, base_rows: usize, planes: Planes, sink: &mut Sink| {
-            let live = range_bits(0, rows);
+            let live = range_bits(0, rows) & reader.positions.live(tile);
             let live = [0, 32, 64, 96].map(|at| (live >> at) as u32);
             let planes = low(planes.k.1 | planes.v.1 << 8);
             sink.put(little([kind, low(base_rows), planes, 0, live[0], live[1], live[2], live[3]]).as_ref())
@@ -418,6 +419,7 @@ fn export_layer(layer: &Layer, excerpt: &Excerpt, access: &mut Access, sink: &mu
         let nothing = Planes { k: (0, 0), v: (0, 0) };
         match (&page.kept, &page.base) {
             (Some(_), _) if is_further => start(EMPTY, 0, nothing, sink)?,
+            _ if reader.positions.live(tile) == 0 => start(EMPTY, 0, nothing, sink)?,
             (None, _) => {
                 let bytes = access.get(&page.block)?;
                 let planes = wanted(layout, bytes, excerpt);
@@ -469,6 +471,8 @@ struct Import<'a, 'b> {
     access: Access,
     header: Header,
     positions: Positions,
+    /// `positions` know which tokens have been removed.
+    is_noted: bool,
 }
 
 /// See [`Cache::import`].
@@ -529,6 +533,10 @@ pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnM
     reserve(&mut layers, n)?;
     for layer in first..first + n {
         layers.push(import.layer(layer)?);
+    }
+    if import.positions.removed() != sequence.read_positions()?.removed() {
+        let id = sequence.id;
+        return Err(Error::Argument(format!("sequence {id}: other tokens have been removed than of the stream")));
     }
     for (place, layer) in places.iter_mut().zip(layers) {
         **place = layer;
@@ -624,7 +632,7 @@ impl<'a, 'b> Import<'a, 'b> {
             }
             left -= n;
         }
-        Ok(Import { cache, source, access: Access::new(&cache.memory)?, header, positions })
+        Ok(Import { cache, source, access: Access::new(&cache.memory)?, header, positions, is_noted: false })
     }
 
     /// What the next layer begins with: the planes that the receiver has.
@@ -671,10 +679,11 @@ impl<'a, 'b> Import<'a, 'b> {
         let mut edits = Edits::new(&cache.memory);
         for tile in 0..header.len.div_ceil(TILE) {
             let rows = TILE.min(header.len - tile * TILE);
-            let page = self.tile(&layer, index, tile, rows)?;
+            let page = self.tile(&mut layer, index, tile, rows)?;
             layer.add_page(page)?;
             layer.encode_kept(tile, rows, &mut edits);
         }
+        self.is_noted = true;
         layer.len = header.len;
         edits.run()?;
         layer.release();
@@ -682,7 +691,12 @@ impl<'a, 'b> Import<'a, 'b> {
     }
 
     /// What a tile begins with: its kind, base rows and planes.
-    fn start_tile(&mut self, layout: &Layout, rows: usize, what: &dyn Fn() -> String) -> Result<(u32, usize, Planes)> {
+    fn start_tile(
+        &mut self,
+        layout: &Layout,
+        rows: usize,
+        what: &dyn Fn() -> String,
+    ) -> Result<(u32, usize, Planes, u128)> {
         let [kind, base_rows, planes, zero, a, b, c, d] = self.source.words::<8>()?;
         let live = [d, c, b, a].into_iter().fold(0u128, |live, word| live << 32 | u128::from(word));
         let (k, v) = ((planes & 255) as usize, (planes >> 8) as usize);
@@ -693,24 +707,55 @@ impl<'a, 'b> Import<'a, 'b> {
             EMPTY => planes == 0,
             _ => (MIN_PLANES..=planes_k).contains(&k) && (MIN_PLANES..=planes_v).contains(&v),
         };
-        if !sound || zero != 0 || live != range_bits(0, rows) {
+        let dead = range_bits(0, rows) & !live;
+        if !sound || zero != 0 || live & !range_bits(0, rows) != 0 {
             return Err(Error::Corrupt(format!("{}: a kind of tile that there is not", what())));
         }
-        Ok((kind, base_rows as usize, Planes { k: (0, k), v: (0, v) }))
+        if dead != 0 && self.access.device.is_some() {
+            let text = format!("{}: tokens have been removed, which is not built yet on the CUDA backend", what());
+            return Err(Error::Unsupported(text));
+        }
+        Ok((kind, base_rows as usize, Planes { k: (0, k), v: (0, v) }, live))
+    }
+
+    /// Tokens that a tile lacks: the first layer says which, the others must agree.
+    fn note_removed(&mut self, tile: usize, rows: usize, live: u128) -> Result<()> {
+        let mut dead = range_bits(0, rows) & !live;
+        if self.is_noted {
+            if dead != range_bits(0, rows) & !self.positions.live(tile) {
+                return Err(Error::Corrupt(format!("tile {tile}: other tokens in one layer than in another")));
+            }
+            return Ok(());
+        }
+        while dead != 0 {
+            let from = dead.trailing_zeros() as usize;
+            let to = from + (dead >> from).trailing_ones() as usize;
+            self.positions.room_to_remove()?;
+            self.positions.remove(tile * TILE + from, tile * TILE + to);
+            dead &= !range_bits(from, to);
+        }
+        Ok(())
     }
 
     /// The next tile; the page of one whose rows are kept is still to be encoded.
-    fn tile(&mut self, layer: &Layer, index: usize, tile: usize, rows: usize) -> Result<Page> {
-        let layout = &layer.layout;
+    fn tile(&mut self, layer: &mut Layer, index: usize, tile: usize, rows: usize) -> Result<Page> {
+        let layout = &{ layer.layout };
         let what = || format!("layer {index}, tile {tile}");
-        let (kind, base_rows, planes) = self.start_tile(layout, rows, &what)?;
+        let (kind, base_rows, planes, live) = self.start_tile(layout, rows, &what)?;
         let sound = match kind {
             STORED => base_rows == 0 && (rows == TILE || layout.lossless()),
             GIVEN => !layout.lossless() && (base_rows == 0 || (layer.skip(tile) + 1..=rows).contains(&base_rows)),
-            _ => false,
+            // Only where tokens have been removed.
+            _ => live == 0 && base_rows == 0 && rows == TILE && (tile + 1) * TILE < self.header.len,
         };
-        if !sound {
+        let is_last = tile * TILE + rows == self.header.len;
+        if !sound || (live == 0) != (kind == EMPTY) || is_last && live >> (rows - 1) == 0 {
             return Err(Error::Corrupt(format!("{}: a kind of tile that does not lie there", what())));
+        }
+        self.note_removed(tile, rows, live)?;
+        if kind == EMPTY {
+            self.source.seal(&what)?;
+            return layer.empty_page();
         }
         if self.access.device.is_some() && base_rows + TILE * (kind == STORED) as usize > 0 && planes != layout.planes()
         {
@@ -764,7 +809,7 @@ impl<'a, 'b> Import<'a, 'b> {
             for tile in 0..self.header.len.div_ceil(TILE) {
                 let what = || format!("layer {index}, tile {tile}");
                 let rows = TILE.min(self.header.len - tile * TILE);
-                let (kind, _, Planes { k, v }) = self.start_tile(&layout, rows, &what)?;
+                let (kind, _, Planes { k, v }, _) = self.start_tile(&layout, rows, &what)?;
                 let further = Planes { k: (known.0, k.1), v: (known.1, v.1) };
                 if kind == EMPTY {
                     self.source.seal(&what)?;

@@ -75,7 +75,11 @@ pub unsafe extern "C" fn akv_sequence_truncate(
     guard(|| CACHES.get(cache, "cache")?.cache.truncate(sequence, count("n_tokens", n_tokens)?))
 }
 
-/// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+/// Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
+/// nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+/// n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+/// cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+/// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -86,8 +90,14 @@ pub unsafe extern "C" fn akv_sequence_remove(
     from_position: i64,
     to_position: i64,
 ) -> akv_status {
-    let _ = (cache, sequence, from_position, to_position);
-    guard(|| unbuilt("akv_sequence_remove"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        cache.cache.check_placement(false)?;
+        if from_position > to_position {
+            return Err(wrong("to_position", to_position, format_args!("from_position ({from_position}) or more")));
+        }
+        cache.cache.remove(sequence, from_position, to_position)
+    })
 }
 
 /// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
@@ -240,7 +250,7 @@ pub unsafe extern "C" fn akv_sequence_import(
 /// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 /// as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 /// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-/// nothing written, if a value is too large for the dtype.
+/// nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -368,6 +378,11 @@ unsafe fn output(
 
 /// A token as attention sees it with all planes.
 fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+    if view.written(token / TILE) >> (token % TILE) & 1 == 0 {
+        k.fill(0.0);
+        v.fill(0.0);
+        return;
+    }
     match &view.exact {
         Some((exact_k, exact_v)) if token < view.n_exact => {
             exact_k.read(token, head, k);

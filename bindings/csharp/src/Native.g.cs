@@ -331,7 +331,11 @@ namespace AlignedKV
         internal static extern int akv_sequence_truncate(akv_cache* cache, ulong sequence, long n_tokens);
 
         /// <summary>
-        ///  Removes the tokens at positions `from_position &lt;= p &lt; to_position`. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Removes the tokens at positions `from_position &lt;= p &lt; to_position`: no query row sees them any more, and pages of which
+        ///  nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+        ///  n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+        ///  cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+        ///  AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -404,7 +408,7 @@ namespace AlignedKV
         ///  Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
         ///  as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
         ///  `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-        ///  nothing written, if a value is too large for the dtype.
+        ///  nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
