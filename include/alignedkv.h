@@ -69,8 +69,8 @@
  *   akv_batch_commit(batch);
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
- *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; shifting tokens; on CUDA removing
- *   tokens, and importing what was removed from or a part of the digit planes.
+ *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; on CUDA removing and
+ *   shifting tokens, and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -667,7 +667,14 @@ akv_status akv_sequence_remove(struct akv_cache *cache,
                                int64_t to_position);
 
 // Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-// an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+// an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
+// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
+// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
+// that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+//
+// Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
+// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 akv_status akv_sequence_shift(struct akv_cache *cache,
                               akv_sequence sequence,
                               int64_t from_position,

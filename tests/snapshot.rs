@@ -5,7 +5,7 @@ mod common;
 use alignedkv::Error;
 use alignedkv::backend::Mode;
 use alignedkv::backend::cpu::Isa;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, Rope, StepSequence};
 use alignedkv::format::{Dtype, Format, Shape};
 use common::{How, Rng, Single, cpu, shape};
 use std::ffi::c_void;
@@ -249,13 +249,9 @@ fn damage_is_found_and_leaves_no_trace() {
     refused(&huge, "huge");
     assert!((counts.most.load(Relaxed) - counts.now.load(Relaxed)) < 3 * before.bytes_reserved as i64);
     let runs = HEADER..HEADER + RUNS - 4;
-    for (run, field, x, what) in [
-        (0, 0, 1u64, "first"),
-        (1, 0, 0, "order"),
-        (2, 0, 140, "beyond"),
-        (2, 8, 3, "descends"),
-        (2, 8, i64::MAX as u64, "overflows"),
-    ] {
+    for (run, field, x, what) in
+        [(1, 0, 0u64, "order"), (2, 0, 140, "beyond"), (2, 8, 3, "descends"), (2, 8, i64::MAX as u64, "overflows")]
+    {
         let at = 16 * run + field;
         refused(&forged(&bytes, runs.clone(), |b| b[at..at + 8].copy_from_slice(&x.to_le_bytes())), what);
     }
@@ -538,4 +534,125 @@ fn removed_tokens_are_as_if_never_there() {
         s.cache.remove(copy, i64::MIN, i64::MAX).unwrap();
         assert_eq!(s.cache.length(copy, None).unwrap(), 0);
     }
+}
+
+/// K rows of tokens `some`, turned in float64.
+fn turned(k: &mut [f32], shape: &Shape, some: std::ops::Range<usize>, rope: &Rope, delta: i64) {
+    let (d, n) = (shape.dim_k, rope.inv_freq.len());
+    for x in
+        k.chunks_exact_mut(shape.n_kv_heads * d).take(some.end).skip(some.start).flat_map(|r| r.chunks_exact_mut(d))
+    {
+        for (i, &frequency) in rope.inv_freq.iter().enumerate() {
+            let [a, b] = if rope.interleaved { [2 * i, 2 * i + 1] } else { [i, i + n] }.map(|c| rope.first_dim + c);
+            let (sin, cos) = (delta as f64 * f64::from(frequency)).sin_cos();
+            let (p, q) = (f64::from(x[a]), f64::from(x[b]));
+            (x[a], x[b]) = ((p * cos - q * sin) as f32, (p * sin + q * cos) as f32);
+        }
+    }
+}
+
+#[test]
+fn shifted_tokens_turn() {
+    let mut rng = Rng::new(8);
+    let frequencies = |n: usize| (0..n).map(|i| 1e4f32.powf(-(i as f32) / n as f32)).collect::<Vec<_>>();
+    for (format, shape, interleaved, first_dim, n) in [
+        (Format::Aligned, shape(2, 2, 64, 32, Dtype::F32, 4), true, 0, 32),
+        (Format::Aligned, shape(3, 1, 40, 16, Dtype::F32, 3), false, 8, 10),
+        (Format::Aligned, Shape { planes_k: 2, ..shape(1, 1, 128, 64, Dtype::F32, 4) }, false, 0, 64),
+        (Format::Raw, shape(2, 2, 24, 16, Dtype::F32, 4), true, 4, 6),
+    ] {
+        let inv_freq = frequencies(n);
+        let rope = Rope { interleaved, first_dim, inv_freq: &inv_freq };
+        let s = Single::new(format, shape, 4);
+        let (row_k, row_v) = (shape.n_kv_heads * shape.dim_k, shape.n_kv_heads * shape.dim_v);
+        let (mut k, mut v) = (rng.normals(700 * row_k), rng.normals(700 * row_v));
+        s.append_to(s.sequence, &k, &v);
+        // A tile that was cut: most of its rows are known as stored only.
+        s.cache.truncate(s.sequence, 440).unwrap();
+        k.truncate(440 * row_k);
+        v.truncate(440 * row_v);
+        let append = |rng: &mut Rng, k: &mut Vec<f32>, v: &mut Vec<f32>, n: usize| {
+            let (more_k, more_v) = (rng.normals(n * row_k), rng.normals(n * row_v));
+            s.append_to(s.sequence, &more_k, &more_v);
+            k.extend(more_k);
+            v.extend(more_v);
+        };
+        append(&mut rng, &mut k, &mut v, 20);
+        let bytes = || export(&s.cache, s.sequence, Excerpt::default()).unwrap();
+        let before = bytes();
+        s.cache.shift(s.sequence, 0, 1000, 0, &[rope]).unwrap();
+        s.cache.shift(s.sequence, 1000, 2000, 7, &[rope]).unwrap();
+        assert!(bytes() == before);
+        for (from, to, delta) in [(0, 100, 401), (100, 200, -2), (300, 460, i64::MAX)] {
+            assert!(matches!(s.cache.shift(s.sequence, from, to, delta, &[rope]), Err(Error::Argument(_))), "{delta}");
+            assert!(bytes() == before);
+        }
+        // What others hold stays theirs.
+        let fork = s.cache.fork(s.sequence, None).unwrap();
+        s.cache.shift(s.sequence, 300, 460, 50, &[rope]).unwrap();
+        assert!(export(&s.cache, fork, Excerpt::default()).unwrap() == before);
+        turned(&mut k, &shape, 300..460, &rope, 50);
+        certified(&mut rng, &s, s.sequence, &k, &v);
+        // Tiles 0 and 1 have no token that turned: bit for bit.
+        let rows = |id: u64, tile: usize| {
+            let reader = s.cache.read(id, 0).unwrap();
+            reader.view().page(tile).to_vec()
+        };
+        assert!((0..2).all(|tile| rows(s.sequence, tile) == rows(fork, tile)));
+        assert_eq!(s.cache.read(s.sequence, 0).unwrap().positions().at(300), 350);
+        s.cache.destroy(fork).unwrap();
+
+        // A context shift: some tokens go, those behind move up; the exact head's last one, too.
+        let mut live = vec![true; 460];
+        s.cache.remove(s.sequence, 10, 200).unwrap();
+        live[10..200].fill(false);
+        for (from, to, by) in [(200, 299, -190), (350, 509, -240)] {
+            s.cache.shift(s.sequence, from, to + 1, by, &[rope]).unwrap();
+        }
+        turned(&mut k, &shape, 200..300, &rope, -190);
+        turned(&mut k, &shape, 300..460, &rope, -240);
+        let positions: Vec<i64> = {
+            let reader = s.cache.read(s.sequence, 0).unwrap();
+            (0..460).filter(|&i| live[i]).map(|i| reader.positions().at(i)).collect()
+        };
+        assert!(positions == (0..270).collect::<Vec<i64>>());
+        let check = |rng: &mut Rng, k: &[f32], v: &[f32], live: &[bool]| {
+            certified(rng, &s, s.sequence, &of_live(k, row_k, live), &of_live(v, row_v, live));
+        };
+        check(&mut rng, &k, &v, &live);
+        let copy = import(&s.cache, None, &bytes()).unwrap();
+        assert!(export(&s.cache, copy, Excerpt::default()).unwrap() == bytes());
+        for (from, delta) in [(3, 5), (8, 100), (2, 1)] {
+            let from_index =
+                (0..live.len()).find(|&i| live[i] && s.cache.read(s.sequence, 0).unwrap().positions().at(i) >= from);
+            s.cache.shift(s.sequence, from, i64::MAX, delta, &[rope]).unwrap();
+            turned(&mut k, &shape, from_index.unwrap()..live.len(), &rope, delta);
+            append(&mut rng, &mut k, &mut v, 30);
+            live.resize(k.len() / row_k, true);
+            check(&mut rng, &k, &v, &live);
+        }
+        assert_eq!(s.cache.read(s.sequence, 0).unwrap().positions().at(live.len() - 1), 269 + 106 + 90);
+    }
+}
+
+/// Without memory for copies nothing turns.
+#[test]
+fn a_shift_is_all_or_nothing() {
+    let (cache, id, _) = small(|c| c.max_bytes = 260_000);
+    let inv_freq = [1.0; 8];
+    let ropes = [Rope { interleaved: true, first_dim: 0, inv_freq: &inv_freq }; 2];
+    let mut forks = Vec::new();
+    while let Ok(fork) = cache.fork(id, None) {
+        forks.push(fork);
+    }
+    let before = export(&cache, id, Excerpt::default()).unwrap();
+    let used = cache.usage();
+    assert!(matches!(cache.shift(id, 0, 1000, 3, &ropes), Err(Error::Capacity(_))));
+    assert!(export(&cache, id, Excerpt::default()).unwrap() == before);
+    assert_eq!((used.bytes_used, used.pages_shared), (cache.usage().bytes_used, cache.usage().pages_shared));
+    for fork in forks {
+        cache.destroy(fork).unwrap();
+    }
+    cache.shift(id, 0, 1000, 3, &ropes).unwrap();
+    assert!(export(&cache, id, Excerpt::default()).unwrap() != before);
 }

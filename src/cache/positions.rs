@@ -1,8 +1,8 @@
 //! Positions of the tokens of a sequence, never descending.
 
 use super::memory::{Memory, Table};
-use crate::Result;
 use crate::format::{TILE, range_bits};
+use crate::{Error, Result};
 use std::sync::Arc;
 
 /// Runs of consecutive positions. The last one goes on for as long as there are tokens, so that appending in order
@@ -114,6 +114,44 @@ impl Positions {
         whole
     }
 
+    /// The first `len` tokens' positions, of which those of tokens `from..to` are `delta` more. An error if they descend.
+    /// Runs begin with tokens that have not been removed: what removed ones would have is nobody's concern.
+    pub(super) fn moved(&self, from: usize, to: usize, delta: i64, len: usize) -> Result<Positions> {
+        let mut moved = self.fork(len)?;
+        moved.runs.truncate(0);
+        let (mut at, mut last) = (0, i64::MIN);
+        while at < len {
+            let next = self.removed.get(self.removed.partition_point(|r| r.1 <= at));
+            if let Some(removed) = next.filter(|r| r.0 <= at) {
+                at = removed.1;
+                continue;
+            }
+            let run = self.runs.get(self.runs.partition_point(|r| r.first <= at)).map(|r| r.first);
+            let ends = [next.map(|r| r.0), run, Some(from), Some(to), Some(len)];
+            let end = ends.into_iter().flatten().filter(|&end| end > at).fold(len, usize::min);
+            let by = if (from..to).contains(&at) { delta } else { 0 };
+            let position = self.at(at).checked_add(by);
+            let end_position = position.and_then(|p| p.checked_add_unsigned((end - at - 1) as u64));
+            let (Some(position), Some(end_position)) = (position, end_position) else {
+                let p = self.at(at);
+                return Err(Error::Argument(format!("delta {delta}: position {p} of token {at} overflows")));
+            };
+            if position < last {
+                return Err(Error::Argument(format!(
+                    "delta {delta}: puts position {position} after {last}, token {at}"
+                )));
+            }
+            let follows = |r: &Run| r.position.checked_add_unsigned((at - r.first) as u64) == Some(position);
+            if !moved.runs.last().is_some_and(follows) {
+                let room = moved.runs.room(1)?;
+                moved.runs.adopt(room);
+                moved.runs.push(Run { first: at, position });
+            }
+            (at, last) = (end, end_position);
+        }
+        Ok(moved)
+    }
+
     /// Stretches of removed tokens.
     pub(super) fn removed(&self) -> &[(usize, usize)] {
         &self.removed
@@ -129,8 +167,9 @@ impl Positions {
         let last = |r: &Run, end: usize| r.position.checked_add_unsigned((end - r.first - 1) as u64);
         let next = Run { first, position };
         let fits = match self.runs.last() {
-            None => first == 0,
-            Some(before) => first > before.first && last(before, first).is_some_and(|p| p <= position),
+            None => true,
+            // Tokens between that have been removed may stand for any position.
+            Some(before) => first > before.first && before.position <= position,
         };
         if !fits || first >= len || last(&next, len).is_none() {
             return Ok(false);

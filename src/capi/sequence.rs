@@ -1,10 +1,10 @@
 //! Sequences: creation, forks, lengths, reading back.
 
-use super::check::{Bytes, Grid, count, descriptor, disjoint, pointer, wrong, zero};
+use super::check::{Bytes, Grid, array, count, descriptor, disjoint, pointer, within, wrong, zero};
+use super::guard;
 use super::handle::CACHES;
 use super::types::*;
-use super::{guard, unbuilt};
-use crate::cache::Excerpt;
+use crate::cache::{Excerpt, Rope};
 use crate::format::{Dtype, Format, MAX_LATENT, PLANES, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
@@ -101,7 +101,14 @@ pub unsafe extern "C" fn akv_sequence_remove(
 }
 
 /// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-/// an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+/// an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+/// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
+/// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
+/// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
+/// that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+///
+/// Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
+/// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -114,8 +121,44 @@ pub unsafe extern "C" fn akv_sequence_shift(
     delta: i64,
     rope_per_layer: *const akv_rope,
 ) -> akv_status {
-    let _ = (cache, sequence, from_position, to_position, delta, rope_per_layer);
-    guard(|| unbuilt("akv_sequence_shift"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        cache.cache.check_placement(false)?;
+        if from_position > to_position {
+            return Err(wrong("to_position", to_position, format_args!("from_position ({from_position}) or more")));
+        }
+        let layouts = cache.cache.layouts();
+        // SAFETY: the caller's contract.
+        let given = unsafe { array(rope_per_layer, layouts.len(), "rope_per_layer") }?;
+        let ropes = given.iter().zip(layouts).enumerate();
+        // SAFETY: the caller's contract.
+        let ropes = ropes.map(|(i, (r, layout))| unsafe { rope(r, &format!("rope_per_layer[{i}]"), &layout.shape) });
+        let ropes = ropes.collect::<Result<Vec<_>>>()?;
+        cache.cache.shift(sequence, from_position, to_position, delta, &ropes)
+    })
+}
+
+/// # Safety
+/// What `rope` points to is as documented during `'a`.
+unsafe fn rope<'a>(rope: &akv_rope, name: &str, shape: &Shape) -> Result<Rope<'a>> {
+    let dim = shape.dim_k;
+    zero(format_args!("{name}.reserved"), rope.reserved)?;
+    within(format_args!("{name}.pairing"), rope.pairing, AKV_ROPE_INTERLEAVED..=AKV_ROPE_HALVES)?;
+    let n_dims = within(format_args!("{name}.n_dims"), rope.n_dims, 0..=dim as i32)?;
+    if n_dims % 2 != 0 {
+        return Err(wrong(format_args!("{name}.n_dims"), n_dims, "an even number"));
+    }
+    let first_dim = within(format_args!("{name}.first_dim"), rope.first_dim, 0..=dim as i32 - n_dims)? as usize;
+    if shape.v_is_prefix && n_dims > 0 && first_dim < shape.dim_v {
+        let expected = format_args!("{} or more: V is the first channels of K, and does not turn", shape.dim_v);
+        return Err(wrong(format_args!("{name}.first_dim"), first_dim, expected));
+    }
+    // SAFETY: the caller's contract.
+    let inv_freq = unsafe { array(rope.inv_freq, n_dims as usize / 2, format_args!("{name}.inv_freq")) }?;
+    if let Some((i, x)) = inv_freq.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+        return Err(wrong(format_args!("{name}.inv_freq[{i}]"), x, "a finite number"));
+    }
+    Ok(Rope { interleaved: rope.pairing == AKV_ROPE_INTERLEAVED, first_dim, inv_freq })
 }
 
 /// Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:

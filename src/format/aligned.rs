@@ -17,10 +17,11 @@
 
 use super::layout::align;
 use super::{
-    Bits, LEFT, MAX_DIM, MAX_LATENT, OFFSET, PLANES, Planes, Rows, Shape, Source, TILE, decode, encode as code_of,
-    inverse, scale,
+    Bits, Dtype, LEFT, MAX_DIM, MAX_LATENT, OFFSET, PEAK, PLANES, Planes, Rows, Shape, Source, TILE, decode,
+    encode as code_of, inverse, scale,
 };
 use crate::Result;
+use crate::cache::Turn;
 use std::ops::Range;
 
 pub(super) struct Offsets {
@@ -580,7 +581,8 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
     }
     let others = written & !new;
     let meta = Meta::read(part.meta);
-    let (mut slack, lost) = (meta.slack, LEFT[planes] + meta.slack);
+    let digits = planes - usize::from(meta.missing_k).min(planes);
+    let (mut slack, lost) = (meta.slack, LEFT[digits] + meta.slack);
     for c in 0..d {
         let (old, byte) = (part.k_scales[c], super::scale::smallest(peak[c]));
         if byte <= old {
@@ -592,7 +594,7 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
                 k.element(row, head, c)
             } else {
                 let rest = &part.k_rest[row * (planes - 1) * half..];
-                decode(stored(part.k0, rest, half, row, c, planes), planes) * scale(old)
+                decode(stored(part.k0, rest, half, row, c, digits), digits) * scale(old)
             };
             part.put_k_channel(row, c, half, planes, code_of(value, inverse(byte)));
         }
@@ -602,6 +604,53 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
     }
     put_rows(s, &mut part, k, head, Bits(new).map(|row| (row, false)));
     Meta { v_mean: meta.v_mean, ..Meta::open(d, slack) }.write(part.meta);
+}
+
+/// See [`super::Layout::turn_page`].
+pub(super) fn turn_keys(
+    s: &Shape,
+    part: &mut [u8],
+    some: u128,
+    written: u128,
+    skip: usize,
+    turn: &Turn,
+    scratch: &mut [f32],
+) {
+    if some == 0 {
+        return;
+    }
+    let (d, tile) = (s.dim_k, Tile::new(s, part));
+    let (before, known) = (tile.meta, tile.known_k());
+    let mut error = [0.0f32; MAX_LATENT];
+    for (error, &u) in error.iter_mut().zip(tile.k_scales) {
+        *error = (LEFT[known] + before.slack) * scale(u);
+    }
+    turn.errors(&mut error[..d]);
+    let scratch = &mut scratch[..TILE * d];
+    scratch.fill(0.0);
+    for row in Bits(some) {
+        let x = &mut scratch[row * d..(row + 1) * d];
+        tile.decode_k(row, known, x);
+        turn.row(x);
+    }
+    // SAFETY: floats are plain bytes.
+    let bytes = unsafe { std::slice::from_raw_parts(scratch.as_ptr().cast(), 4 * scratch.len()) };
+    let rows = Rows::contiguous(bytes, 1, Dtype::F32, d);
+    // Tokens that have been removed stand for nothing.
+    let is_whole = written & !some == 0;
+    if is_whole {
+        encode_keys(s, part, None, &rows, 0, skip, 0, TILE);
+    } else {
+        rewrite_keys(s, part, &rows, 0, some, written, some);
+    }
+    let tile = Tile::new(s, part);
+    let lost = error[..d].iter().zip(tile.k_scales).fold(0.0f32, |lost, (error, &u)| lost.max(error / scale(u)));
+    // With what binary32 rounds in a row that turns, at most as large as the scale can hold.
+    let lost = lost * (1.0 + 4.0 * f32::EPSILON) + 4.0 * f32::EPSILON * PEAK;
+    let Meta { v_mean, missing_v, .. } = before;
+    let missing_k = if is_whole { 0 } else { before.missing_k };
+    let meta = Meta { slack: tile.meta.slack.max(lost), v_mean, missing_k, missing_v, ..tile.meta };
+    meta.write(PartMut::new(s, part).meta);
 }
 
 /// Writes V of the tokens `new` over a tile in any state. Its mean stays: any will do.
