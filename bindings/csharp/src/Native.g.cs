@@ -345,7 +345,14 @@ namespace AlignedKV
 
         /// <summary>
         ///  Adds `delta` to the positions `from_position &lt;= p &lt; to_position` and turns their K accordingly; `rope_per_layer` has
-        ///  an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+        ///  an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+        ///  that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
+        ///  again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
+        ///  stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
+        ///  that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+        ///
+        ///  Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
+        ///  AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
