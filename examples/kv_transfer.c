@@ -6,7 +6,7 @@
  * The prefill process runs the prompts of 16 texts through the demo model. Once a layer has its tokens in the cache, a
  * second thread exports it with akv_sequence_export into the socket, and the first goes on with the next layer. The
  * decode process makes a sequence of the first layer's stream and adds the others to it, then generates and predicts.
- * Here both are children of one program, connected by TCP on this machine; an engine would have them on two.
+ * Here one is a child of the other, connected by TCP on this machine; an engine would have them on two.
  *
  * The prefill process goes on by itself, too, with the same sequences, for comparison: the decode process must get the
  * same logits, bit for bit. What moves is compared with K and V in f16, and what two planes instead of four do to the
@@ -572,18 +572,13 @@ static void write_results(const char *stem, const result *rows) {
     fclose(f);
     f = create(stem, "md");
     fprintf(f,
-            "Written by `make results` (examples/kv_transfer.c): the demo model's KV cache from a prefill process to a "
-            "decode\n"
-            "process, over TCP, layer by layer while the next layers are computed. %d texts, prompts of %d bytes; then "
-            "%d tokens\n"
-            "are generated greedily, and the texts' own next %d bytes are predicted. \"Same logits\": texts whose "
-            "generated\n"
-            "tokens' logits are, bit for bit, those of the prefill process going on by itself. \"Same text\" and the "
-            "loss are\n"
-            "against attention over rows as given, in f32, in one process. \"2 planes, then 4\": generation starts "
-            "when two planes\n"
-            "are there, and goes on with four when these have come; without an export of single planes the first two "
-            "go twice:\n\n"
+            "Written by `make results` (examples/kv_transfer.c): the demo model's KV cache from a prefill process to "
+            "a decode process, over TCP, layer by layer while the next layers are computed. %d texts, prompts of %d "
+            "bytes; then %d tokens are generated greedily, and the texts' own next %d bytes are predicted. \"Same "
+            "logits\": texts whose generated tokens' logits are, bit for bit, those of the prefill process going on "
+            "by itself. \"Same text\" and the loss are against attention over rows as given, in f32, in one process. "
+            "\"2 planes, then 4\": generation starts with two planes and goes on with four when these have come; "
+            "without an export of single planes the first two go twice.\n\n"
             "| what is sent | bytes per text | of f16 | when generation starts | same logits | same text | loss "
             "difference, nats per byte |\n"
             "|---|---|---|---|---|---|---|\n",
