@@ -355,6 +355,10 @@ public:
     void quantize_kv(int32_t layer, const akv_rows &key, const akv_rows &value) {
         check(akv_quantize_kv(get(), layer, &key, &value, nullptr));
     }
+    // Where V is a part of K.
+    void quantize_kv(int32_t layer, const akv_rows &key) {
+        check(akv_quantize_kv(get(), layer, &key, nullptr, nullptr));
+    }
     void attention(int32_t layer, const akv_attention_desc &d) { check(akv_aligned_attention(get(), layer, &d)); }
 
     // Bytes of workspace of a call; they must be aligned to 64.

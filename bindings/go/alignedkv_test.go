@@ -242,26 +242,31 @@ func TestRemoveShiftExportImport(t *testing.T) {
 		t.Error("a panic was lost")
 	}
 	var some bytes.Buffer
-	if err := sequence.ExportPart(&some, Part{PlanesK: 1, PlanesV: 1}); !errors.Is(err, ErrUnsupported) {
-		check(t, err)
-	}
+	check(t, sequence.ExportPart(&some, Part{PlanesK: 2, PlanesV: 2}))
 	if some.Len() >= stream.Len() {
-		t.Errorf("one plane takes %d bytes, all take %d", some.Len(), stream.Len())
+		t.Errorf("two planes take %d bytes, all take %d", some.Len(), stream.Len())
 	}
 	fails(t, sequence.ExportPart(&some, Part{FirstLayer: 7}), ErrArgument, "first_layer")
 	check(t, copied.Close())
 	fails(t, copied.Import(bytes.NewReader(stream.Bytes())), ErrHandle, "sequence")
-	if err := sequence.Shift(0, n, 10, []Rope{{Dims: dim, InvFreq: inverse}}); !errors.Is(err, ErrUnsupported) {
+	if err := sequence.Shift(0, n, 0, []Rope{{Dims: dim, InvFreq: inverse}}); !errors.Is(err, ErrUnsupported) {
 		check(t, err)
 		same("shifted by no angle", before[n*kvHeads*dim:], read(sequence, n)[n*kvHeads*dim:])
 	}
 	fails(t, sequence.Shift(0, n, 10, nil), ErrArgument, "perLayer")
 	fails(t, sequence.Shift(0, n, 10, []Rope{{Dims: dim}}), ErrArgument, "InvFreq")
-	if err := sequence.Remove(0, 1000); !errors.Is(err, ErrUnsupported) {
-		check(t, err)
-		if length := must(sequence.Len())(t); length != 0 {
-			t.Errorf("%d tokens are left", length)
-		}
+	check(t, sequence.Remove(20, 30))
+	var stats Stats
+	q, out := RowsOf(make([]float32, qHeads*dim)), RowsOf(make([]float32, qHeads*dim))
+	check(t, batch.Begin(Step{Sequences: []*Sequence{sequence}, Queries: []int32{1}}))
+	check(t, batch.Attention(0, &Attention{Q: q, Out: out, Stats: &stats}))
+	check(t, batch.Commit())
+	if stats.Tokens != (n-10)*kvHeads {
+		t.Errorf("%d tokens are seen", stats.Tokens)
+	}
+	check(t, sequence.Remove(150, 1000)) // At the end they are cut off.
+	if length := must(sequence.Len())(t); length != 150 {
+		t.Errorf("%d tokens are left", length)
 	}
 }
 
@@ -304,6 +309,20 @@ func TestLayersComeOneByOne(t *testing.T) {
 			if rows[0][c] != rows[1][c] {
 				t.Fatalf("layer %d, element %d came as %g, and was %g", i, c, rows[1][c], rows[0][c])
 			}
+		}
+	}
+}
+
+func TestNaNPolicies(t *testing.T) {
+	nan := float32(math.NaN())
+	for policy, seen := range map[NaNPolicy]bool{NaNZero: false, NaNPropagate: true} {
+		_, cache := open(t, CacheOptions{Layers: []Layer{{QHeads: qHeads, KVHeads: kvHeads, DimK: dim}}, NaNPolicy: policy})
+		sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
+		k, v, q, out := make([]float32, kvHeads*dim), make([]float32, kvHeads*dim), make([]float32, qHeads*dim), make([]float32, qHeads*dim)
+		v[0] = nan
+		check(t, step(batch, sequence, 1, 1, RowsOf(k), RowsOf(v), &Attention{Q: RowsOf(q), Out: RowsOf(out)}))
+		if (out[0] != out[0]) != seen {
+			t.Errorf("policy %d: the output is %g", policy, out[0])
 		}
 	}
 }

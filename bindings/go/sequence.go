@@ -64,7 +64,7 @@ func (s *Sequence) Truncate(n int64) error {
 	return err
 }
 
-// Len is the number of committed tokens.
+// Len is the number of committed tokens, removed ones included.
 func (s *Sequence) Len() (int64, error) { return s.LayerLen(-1) }
 
 // LayerLen is the number of tokens in a layer; those that the step in progress has appended count.
@@ -102,7 +102,8 @@ func (c *Cache) transfer(name string, layer int, n int64, key, value Rows, call 
 	return err
 }
 
-// Remove takes out the tokens at positions from <= p < to.
+// Remove takes out the tokens at positions from <= p < to: no query row sees them any more. Indices and positions of the
+// others stay; Len counts those that were removed, but at the end, where they are cut off.
 func (s *Sequence) Remove(from, to int64) error {
 	err := callSequenceRemove(s.cache.handle.Load(), s.id.Load(), from, to)
 	runtime.KeepAlive(s)

@@ -44,7 +44,7 @@ namespace AlignedKV
         public int QHeads { get; set; }
         /// <summary>KV heads.</summary>
         public int KVHeads { get; set; }
-        /// <summary>Channels of q and K: a multiple of 8 from 16 to 256.</summary>
+        /// <summary>Channels of q and K: a multiple of 8 from 16 to 256 (576 if VIsPrefixOfK).</summary>
         public int DimK { get; set; }
         /// <summary>Channels of V and of the output; 0 = DimK.</summary>
         public int DimV { get; set; }
@@ -62,7 +62,7 @@ namespace AlignedKV
         public int Group { get; set; }
         /// <summary>1 + index of the layer whose rows this one reads; 0 = its own.</summary>
         public int ShareWith { get; set; }
-        /// <summary>V is the first DimV channels of K (MLA).</summary>
+        /// <summary>V is the first DimV channels of K (MLA), and Append gets no V.</summary>
         public bool VIsPrefixOfK { get; set; }
     }
 

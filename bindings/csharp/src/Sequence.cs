@@ -128,7 +128,10 @@ namespace AlignedKV
                 }
         }
 
-        /// <summary>Takes out the tokens at positions from &lt;= p &lt; to.</summary>
+        /// <summary>
+        /// Takes out the tokens at positions from &lt;= p &lt; to: no query row sees them any more. Indices and positions of the
+        /// others stay; Length counts those that were removed, but at the end, where they are cut off.
+        /// </summary>
         public unsafe void Remove(long from, long to)
         {
             using (var use = Handle.Hold())

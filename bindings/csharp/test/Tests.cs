@@ -223,15 +223,23 @@ namespace AlignedKV
                 Fails<IOException>("read", delegate { cache.Import(new MemoryStream(damaged, 0, 100)); });
                 Fails<IOException>("written", delegate { sequence.Export(new MemoryStream(new byte[10])); });
                 var some = new MemoryStream();
-                Built(delegate { sequence.Export(some, new Part { PlanesK = 1, PlanesV = 1 }); });
-                Check(some.Length < stream.Length, "one plane takes less than all");
+                sequence.Export(some, new Part { PlanesK = 2, PlanesV = 2 });
+                Check(some.Length < stream.Length, "two planes take less than all");
                 Fails(Status.Argument, "first_layer", delegate { sequence.Export(some, new Part { FirstLayer = 7 }); });
                 Fails(Status.Argument, "", delegate { sequence.Import(new MemoryStream(stream.ToArray())); }); // it lacks no layer
                 var still = new Rope { Dims = Dim, InvFreq = new float[Dim / 2] };
-                if (Built(delegate { sequence.Shift(0, n, 10, still); })) Check(sequence.Length == n, "shifted");
+                if (Built(delegate { sequence.Shift(0, n, 0, still); })) Check(sequence.Length == n, "shifted");
                 Fails<ArgumentException>("perLayer", delegate { sequence.Shift(0, n, 10); });
                 Fails<ArgumentException>("InvFreq", delegate { sequence.Shift(0, n, 10, new Rope { Dims = Dim }); });
-                if (Built(delegate { sequence.Remove(0, 1000); })) Check(sequence.Length == 0, "removed");
+                sequence.Remove(20, 30);
+                Stats stats;
+                var call = new AttentionCall { Q = new float[QHeads * Dim], Out = new float[QHeads * Dim] };
+                batch.Begin(new[] { sequence }, new[] { 0 }, new[] { 1 });
+                batch.Attention(0, in call, out stats);
+                batch.Commit();
+                Check(stats.Tokens == (n - 10) * KVHeads, stats.Tokens + " tokens are seen");
+                sequence.Remove(150, 1000); // at the end they are cut off
+                Check(sequence.Length == 150, "cut off");
             }
         }
 
@@ -345,6 +353,29 @@ namespace AlignedKV
                 Check(near, "merged parts");
                 Fails<ArgumentException>("Out", delegate { context.MergeStates(parts, 2, QHeads, Dim, states[3]); });
                 Fails(Status.Argument, "n is 0", delegate { context.MergeStates(new State[0], 1, QHeads, Dim, states[3]); });
+            }
+        }
+
+        static void NanPolicies()
+        {
+            foreach (var policy in new[] { NanPolicy.Zero, NanPolicy.Propagate })
+            {
+                var options = Options();
+                options.NanPolicy = policy;
+                using (var context = new Context())
+                using (var cache = new Cache(context, options))
+                using (var sequence = new Sequence(cache))
+                using (var batch = new Batch(cache))
+                {
+                    float[] k = new float[KVHeads * Dim], v = new float[KVHeads * Dim], output = new float[QHeads * Dim];
+                    v[0] = float.NaN;
+                    batch.Begin(new[] { sequence }, new[] { 1 });
+                    batch.Append(0, k, v);
+                    var call = new AttentionCall { Q = new float[QHeads * Dim], Out = output };
+                    batch.Attention(0, in call);
+                    batch.Commit();
+                    Check(float.IsNaN(output[0]) == (policy == NanPolicy.Propagate), policy + ": " + output[0]);
+                }
             }
         }
 
@@ -523,6 +554,7 @@ namespace AlignedKV
             ForksStepsStreams();
             CellsAndMasks();
             Merge();
+            NanPolicies();
             Errors();
             Log();
             CollectorFrees();
