@@ -313,6 +313,35 @@ func TestLayersComeOneByOne(t *testing.T) {
 	}
 }
 
+func TestValuesInsideKeys(t *testing.T) {
+	r := rand.New(rand.NewSource(11))
+	const heads, dimK, dimV, n = 8, 48, 32, 60
+	_, cache := open(t, CacheOptions{Layers: []Layer{{QHeads: heads, KVHeads: 1, DimK: dimK, DimV: dimV, VIsPrefixOfK: true}}})
+	sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
+	k, q, out, bound := normal(r, n*dimK), normal(r, heads*dimK), make([]float32, heads*dimV), make([]float32, heads)
+	a := Attention{Q: RowsOf(q), Out: RowsOf(out), Bound: bound}
+	check(t, step(batch, sequence, n, 1, RowsOf(k), Rows{}, &a))
+	for head := range heads {
+		want, total := make([]float64, dimV), 0.0
+		for i := range n {
+			score := 0.0
+			for c := range dimK {
+				score += float64(q[head*dimK+c]) * float64(k[i*dimK+c])
+			}
+			p := math.Exp(score / math.Sqrt(dimK))
+			total += p
+			for c := range want {
+				want[c] += p * float64(k[i*dimK+c])
+			}
+		}
+		for c := range want {
+			if off := math.Abs(want[c]/total - float64(out[head*dimV+c])); off > float64(bound[head]) {
+				t.Fatalf("head %d is off by %g, and its bound is %g", head, off, bound[head])
+			}
+		}
+	}
+}
+
 func TestNaNPolicies(t *testing.T) {
 	nan := float32(math.NaN())
 	for policy, seen := range map[NaNPolicy]bool{NaNZero: false, NaNPropagate: true} {

@@ -356,8 +356,38 @@ namespace AlignedKV
             }
         }
 
-        static void NanPolicies()
+        static void ValuesInsideKeysAndNaN()
         {
+            const int heads = 8, dimK = 48, dimV = 32, n = 60;
+            var layer = new Layer { QHeads = heads, KVHeads = 1, DimK = dimK, DimV = dimV, VIsPrefixOfK = true };
+            using (var context = new Context())
+            using (var cache = new Cache(context, new CacheOptions(layer)))
+            using (var sequence = new Sequence(cache))
+            using (var batch = new Batch(cache))
+            {
+                float[] k = Normal(n * dimK), q = Normal(heads * dimK), output = new float[heads * dimV], bound = new float[heads];
+                batch.Begin(new[] { sequence }, new[] { n }, new[] { 1 });
+                batch.Append(0, k, default(ReadOnlyRows));
+                var call = new AttentionCall { Q = q, Out = output, Bound = bound };
+                batch.Attention(0, in call);
+                batch.Commit();
+                bool within = true;
+                for (int head = 0; head < heads; head++)
+                {
+                    var sum = new double[dimV];
+                    double total = 0;
+                    for (int i = 0; i < n; i++)
+                    {
+                        double score = 0;
+                        for (int c = 0; c < dimK; c++) score += (double)q[head * dimK + c] * k[i * dimK + c];
+                        double p = Math.Exp(score / Math.Sqrt(dimK));
+                        total += p;
+                        for (int c = 0; c < dimV; c++) sum[c] += p * k[i * dimK + c];
+                    }
+                    for (int c = 0; c < dimV; c++) within &= Math.Abs(sum[c] / total - output[head * dimV + c]) <= bound[head];
+                }
+                Check(within, "values inside keys");
+            }
             foreach (var policy in new[] { NanPolicy.Zero, NanPolicy.Propagate })
             {
                 var options = Options();
@@ -554,7 +584,7 @@ namespace AlignedKV
             ForksStepsStreams();
             CellsAndMasks();
             Merge();
-            NanPolicies();
+            ValuesInsideKeysAndNaN();
             Errors();
             Log();
             CollectorFrees();
