@@ -16,7 +16,7 @@ RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-transfer test-bindings test-reliability test-race fuzz soak test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-transfer test-bindings test-coreclr test-reliability test-race fuzz soak test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -152,6 +152,10 @@ test-bindings: | setup-test ## Go and C# against an installed library, the same 
 	rm -rf $(STAGE)
 	$(MAKE) --no-print-directory -s install DESTDIR=$(STAGE) PREFIX=/usr
 	bindings/test.sh $(CURDIR) $(STAGE)
+
+test-coreclr: | setup-test ## the C# tests under CoreCLR too, from the Python package that carries it (30 MB)
+	cargo build --release --lib
+	bindings/csharp/coreclr.sh $(abspath $(RELEASE)) $(CARGO_TARGET_DIR)/coreclr
 
 bench-bindings: | setup-test ## what a call costs from C, Go and C#, written to benches/results
 	rm -rf $(STAGE)

@@ -248,8 +248,9 @@ static void sequences(void) {
     REFUSED(akv_sequence_fork(cache, other, COMMITTED + 1, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, -2, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, 1, NULL), AKV_E_ARGUMENT, "out");
-    REFUSED(akv_sequence_remove(cache, other, 0, 1), AKV_E_UNSUPPORTED, "akv_sequence_remove");
-    REFUSED(akv_sequence_shift(cache, other, 0, 1, 1, NULL), AKV_E_UNSUPPORTED, "akv_sequence_shift");
+    REFUSED(akv_sequence_remove(cache, other, 5, 1), AKV_E_ARGUMENT, "to_position");
+    REFUSED(akv_sequence_remove(cache, dead, 0, 1), AKV_E_HANDLE, "sequence");
+    REFUSED(akv_sequence_shift(cache, other, 0, 1, 1, NULL), AKV_E_ARGUMENT, "rope_per_layer");
     REFUSED(akv_sequence_export(cache, other, NULL, NULL, NULL), AKV_E_ARGUMENT, "write");
     REFUSED(akv_sequence_import(cache, 0, NULL, NULL, &written.sequence), AKV_E_ARGUMENT, "read");
     /* Reading back. */

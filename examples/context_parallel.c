@@ -669,15 +669,13 @@ static const char *text(double x, const char *format) {
 static void write_md(FILE *f, const result *rows, int n) {
     fprintf(f,
             "Written by `make results` (examples/context_parallel.c): the cache of one sequence split over MPI ranks, "
-            "and partial\n"
-            "attention merged. Rows: \"demo model\", 4 layers of 4 query and 2 KV heads of 64, 2048 tokens, of which "
-            "the last 32 are\n"
-            "decoded; \"drawn\", one layer of 8 and 2 heads of 128, 8192 tokens, the last 8 decoded.\n\n"
+            "and partial attention merged. Rows: \"demo model\", 4 layers of 4 query and 2 KV heads of 64, 2048 "
+            "tokens, of which the last 32 are decoded; \"drawn\", one layer of 8 and 2 heads of 128, 8192 tokens, the "
+            "last 8 decoded.\n\n"
             "Bytes over the wire per token, all layers and ranks together: what MPI writes to its sockets. K and V of "
-            "the other\n"
-            "ranks in f16 are what would have to move if the new token's rank attended alone:\n\n"
-            "| rows | ranks | merged by MPI_Allreduce | gathered, then merged | K and V in f16 | KV / merged "
-            "|\n|---|---|---|---|---|---|\n");
+            "the other ranks in f16 are what would have to move if the new token's rank attended alone:\n\n"
+            "| rows | ranks | merged by MPI_Allreduce | gathered, then merged | K and V in f16 | KV / merged |\n"
+            "|---|---|---|---|---|---|\n");
     for (int i = 0; i < n; i++) {
         const result *r = &rows[i];
         if (strcmp(r->split, SPLIT[TILES].name) != 0 || strcmp(r->scheme, "expected 1e-3") != 0 ||
@@ -687,13 +685,12 @@ static void write_md(FILE *f, const result *rows, int n) {
                 text(r->gather_bytes, "%.0f"), r->f16_bytes, text(r->f16_bytes / r->reduce_bytes, "%.0fx"));
     }
     fprintf(f,
-            "\nThe worst row of all splits and ranks. Distance from what one process computes, relative L2 of a head's "
-            "output, where the\n"
-            "sequence is cut between tiles and where it is cut inside of them; errors against float64, over their "
-            "certificates (1 would be\n"
-            "the limit); root mean square error over tolerance * A:\n\n"
-            "| rows | scheme | thresholds | from one process | cut inside tiles | error / certificate | of lse | rms / "
-            "(tolerance * A) |\n"
+            "\n"
+            "The worst row of all splits and ranks. Distance from what one process computes, relative L2 of a head's "
+            "output, where the sequence is cut between tiles and where it is cut inside of them; errors against "
+            "float64, over their certificates (1 would be the limit); root mean square error over tolerance * A:\n\n"
+            "| rows | scheme | thresholds | from one process | cut inside tiles | error / certificate | of lse | rms "
+            "/ (tolerance * A) |\n"
             "|---|---|---|---|---|---|---|---|\n");
     for (int i = 0; i < n; i++) {
         bool first = true;
@@ -716,16 +713,14 @@ static void write_md(FILE *f, const result *rows, int n) {
                 text(worst.rms_over_tolerance > 0 ? worst.rms_over_tolerance : NAN, "%.2f"));
     }
     fprintf(f,
-            "\nBits read per element of K and V by all ranks, at tolerance 1e-3 (expected). \"Exchanged\": thresholds "
-            "from all ranks' LSE and\n"
-            "amplitude, which one small message more brings after the scan; the ABI has no call between scan and "
-            "reads, so that plane 0\n"
-            "of K is read twice to get them, and the column in brackets leaves that out. \"Last step\": from what the "
-            "last step's merge\n"
-            "left, without a message; where the merged estimate missed the tolerance, the layer was read again, which "
-            "is included:\n\n"
-            "| rows | ranks | split | one process | alone | exchanged | (one scan) | last step | read again "
-            "|\n|---|---|---|---|---|---|---|---|---|\n");
+            "\n"
+            "Bits read per element of K and V by all ranks, at tolerance 1e-3 (expected). \"Exchanged\": thresholds "
+            "from all ranks' LSE and amplitude, which one small message more brings after the scan; the ABI has no "
+            "call between scan and reads, so that plane 0 of K is read twice to get them, and the column in brackets "
+            "leaves that out. \"Last step\": from what the last step's merge left, without a message; where the "
+            "merged estimate missed the tolerance, the layer was read again, which is included:\n\n"
+            "| rows | ranks | split | one process | alone | exchanged | (one scan) | last step | read again |\n"
+            "|---|---|---|---|---|---|---|---|---|\n");
     for (int i = 0; i + 2 < n; i++) {
         const result *alone = &rows[i], *exchanged = &rows[i + 1], *step = &rows[i + 2];
         if (strcmp(step->prior, "last step") != 0) continue;

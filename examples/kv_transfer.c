@@ -6,7 +6,7 @@
  * The prefill process runs the prompts of 16 texts through the demo model. Once a layer has its tokens in the cache, a
  * second thread exports it with akv_sequence_export into the socket, and the first goes on with the next layer. The
  * decode process makes a sequence of the first layer's stream and adds the others to it, then generates and predicts.
- * Here both are children of one program, connected by TCP on this machine; an engine would have them on two.
+ * Here one is a child of the other, connected by TCP on this machine; an engine would have them on two.
  *
  * The prefill process goes on by itself, too, with the same sequences, for comparison: the decode process must get the
  * same logits, bit for bit. What moves is compared with K and V in f16, and what two planes instead of four do to the
@@ -20,7 +20,7 @@
  *
  * MIT OR Apache-2.0.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #include <alignedkv.h>
 
 #include <arpa/inet.h>
@@ -289,7 +289,9 @@ static int generate(kv_cache *coarse, kv_cache *fine, model *m, const uint8_t *f
     coarse->kept = made;
     memcpy(tokens, first, sizeof tokens);
     for (int t = 0; t < GREEDY; t++) {
-        if (kv == coarse && (arrived ? atomic_load(arrived) : t == after)) catch_up(kv = fine, made);
+        /* One token at least with the coarse cache, and half of them with the fine one. */
+        while (arrived && t == GREEDY / 2 && !atomic_load(arrived)) usleep(1000);
+        if (kv == coarse && (arrived ? t > 0 && atomic_load(arrived) : t == after)) catch_up(kv = fine, made);
         memcpy(c->text[t], tokens, sizeof tokens);
         begin(kv, kv->sequences, LANES, 1, 1);
         model_step(m, tokens, LANES, PROMPT + t, attend, kv, c->logits[t]);
@@ -570,18 +572,13 @@ static void write_results(const char *stem, const result *rows) {
     fclose(f);
     f = create(stem, "md");
     fprintf(f,
-            "Written by `make results` (examples/kv_transfer.c): the demo model's KV cache from a prefill process to a "
-            "decode\n"
-            "process, over TCP, layer by layer while the next layers are computed. %d texts, prompts of %d bytes; then "
-            "%d tokens\n"
-            "are generated greedily, and the texts' own next %d bytes are predicted. \"Same logits\": texts whose "
-            "generated\n"
-            "tokens' logits are, bit for bit, those of the prefill process going on by itself. \"Same text\" and the "
-            "loss are\n"
-            "against attention over rows as given, in f32, in one process. \"2 planes, then 4\": generation starts "
-            "when two planes\n"
-            "are there, and goes on with four when these have come; without an export of single planes the first two "
-            "go twice:\n\n"
+            "Written by `make results` (examples/kv_transfer.c): the demo model's KV cache from a prefill process to "
+            "a decode process, over TCP, layer by layer while the next layers are computed. %d texts, prompts of %d "
+            "bytes; then %d tokens are generated greedily, and the texts' own next %d bytes are predicted. \"Same "
+            "logits\": texts whose generated tokens' logits are, bit for bit, those of the prefill process going on "
+            "by itself. \"Same text\" and the loss are against attention over rows as given, in f32, in one process. "
+            "\"2 planes, then 4\": generation starts with two planes and goes on with four when these have come; "
+            "without an export of single planes the first two go twice.\n\n"
             "| what is sent | bytes per text | of f16 | when generation starts | same logits | same text | loss "
             "difference, nats per byte |\n"
             "|---|---|---|---|---|---|---|\n",
@@ -643,15 +640,16 @@ int main(int argc, char **argv) {
         const result *r = &rows[i];
         printf("%s: loss difference %s", r->scheme, number(r->loss_difference, "%+.6f", "-"));
         if (i > 0) {
-            printf(", %.0f bytes per text (%.1f%% of f16), of %d texts %d with the same logits, %d with the same text; "
-                   "%d of %d layers sent before the prompt was done",
-                   r->bytes, 100 * r->bytes / r->f16_bytes, LANES, r->same_bits, r->same_text, r->early,
-                   LANES * LAYERS);
+            printf(
+                ", %.0f bytes per text (%.1f%% of f16), of %d texts %d with the same logits, %d with the same text; "
+                "%d of %d layers sent before the prompt was done",
+                r->bytes, 100 * r->bytes / r->f16_bytes, LANES, r->same_bits, r->same_text, r->early, LANES * LAYERS);
         }
         printf("\n");
         fflush(stdout);
         if (i == 0) continue;
         EXPECT(r->same_bits == LANES, "%s: %d of %d texts go on with the same bits", r->scheme, r->same_bits, LANES);
+        if (early) EXPECT(r->switched > 0 && r->switched <= GREEDY / 2, "finer planes after %d tokens", r->switched);
         if (early) continue;
         EXPECT(fabs(r->loss_difference) < 1e-3, "%s: loss differs by %g", r->scheme, r->loss_difference);
         EXPECT(r->bytes <= (SCHEMES[i].planes == 2 ? 0.55 : 1.1) * r->f16_bytes, "%s: %g bytes", r->scheme, r->bytes);

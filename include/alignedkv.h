@@ -45,6 +45,14 @@
  *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
  *   akv_slots_attention(cache, layer, &span, 1, &attention);
  *
+ * SWAPPING A SEQUENCE OUT, TO HOST MEMORY, A FILE OR ANOTHER MACHINE
+ *
+ *   int to_file(void *f, const void *bytes, size_t n) { return fwrite(bytes, 1, n, f) == n ? 0 : -1; }
+ *   int from_file(void *f, void *bytes, size_t n) { return fread(bytes, 1, n, f) == n ? 0 : -1; }
+ *
+ *   akv_sequence_export(cache, sequence, NULL, to_file, file);     then akv_sequence_destroy: its pages are free
+ *   akv_sequence_import(cache, 0, from_file, file, &sequence);     in any cache of these layers, bit for bit
+ *
  * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND, AKV_FORMAT_ALIGNED)
  *
  *   Rows, outputs, sink_logits, statistics, states and workspaces are device memory; kv_from, kv_to and all else is the
@@ -61,8 +69,8 @@
  *   akv_batch_commit(batch);
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
- *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export
- *   of digit planes apart.
+ *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; on CUDA removing and
+ *   shifting tokens, and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -260,7 +268,8 @@ typedef struct akv_layer_desc {
     // The same of V.
     int32_t planes_v;
     // Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
-    // whose masks say it.
+    // whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
+    // their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
     int32_t window;
     // Layers whose page tables are shared; 0 (the only one built).
     int32_t group;
@@ -370,8 +379,8 @@ typedef struct akv_export_desc {
     int32_t first_layer;
     // Layers; 0 = all from first_layer on.
     int32_t n_layers;
-    // Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
-    // AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    // Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+    // are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
     int32_t planes_k;
     // The same of V.
     int32_t planes_v;
@@ -647,14 +656,25 @@ akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int
 // while it is in a begun batch.
 akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
-// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+// Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
+// nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+// n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+// cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 akv_status akv_sequence_remove(struct akv_cache *cache,
                                akv_sequence sequence,
                                int64_t from_position,
                                int64_t to_position);
 
 // Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-// an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+// an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
+// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
+// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
+// that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+//
+// Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
+// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 akv_status akv_sequence_shift(struct akv_cache *cache,
                               akv_sequence sequence,
                               int64_t from_position,
@@ -673,6 +693,11 @@ akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence seque
 // max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
 // work of the CUDA context.
 //
+// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+// sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+// cut (others are left alone; forks that share tiles do not get them).
+//
 // Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
 // AKV_E_BUSY (a layer is being written).
 akv_status akv_sequence_export(struct akv_cache *cache,
@@ -683,13 +708,15 @@ akv_status akv_sequence_export(struct akv_cache *cache,
 
 // Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
 // heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
-// `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
-// sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
-// it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+// `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+// smaller exact_tail of both). Otherwise the stream brings layers that
+// sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+// used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
 //
 // Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
 // AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
-// AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+// AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+// come.
 akv_status akv_sequence_import(struct akv_cache *cache,
                                akv_sequence into,
                                akv_read_fn read,
@@ -699,7 +726,7 @@ akv_status akv_sequence_import(struct akv_cache *cache,
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 // `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-// nothing written, if a value is too large for the dtype.
+// nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
 akv_status akv_dequantize_kv(struct akv_cache *cache,
                              akv_sequence sequence,
                              int32_t layer,

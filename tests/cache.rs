@@ -6,7 +6,7 @@ use alignedkv::Error;
 use alignedkv::cache::{
     Allocator, Batch, Bounds, Cache, Config, Excerpt, NanPolicy, Placement, Reader, StepSequence, Usage,
 };
-use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, scale};
+use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, range_bits, scale};
 use half::{bf16, f16};
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -36,6 +36,8 @@ impl Random {
 struct Token {
     seed: u64,
     position: i64,
+    /// Not removed.
+    live: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -192,7 +194,20 @@ impl Model {
         self.known_from = self.known_from.max(self.tokens.len().saturating_sub(exact_tail) / TILE * TILE);
     }
 
+    /// Tokens with positions `from..to` go; at the end they are cut off.
+    fn remove(&mut self, from: i64, to: i64, exact_head: usize) {
+        let (first, last) = [from, to].map(|p| self.tokens.partition_point(|t| t.position < p)).into();
+        if first < last && last == self.tokens.len() {
+            return self.truncate(first, exact_head);
+        }
+        self.tokens[first..last.max(first)].iter_mut().for_each(|t| t.live = false);
+    }
+
     fn truncate(&mut self, n: usize, exact_head: usize) {
+        let n = self.tokens[..n].iter().rposition(|t| t.live).map_or(0, |i| i + 1);
+        if n == self.tokens.len() {
+            return;
+        }
         let (tile, rows) = (n / TILE, n % TILE);
         let all_exact = tile == 0 && n <= exact_head;
         self.inexact.retain(|&t| t * TILE < n && !(t == tile && all_exact));
@@ -254,6 +269,11 @@ fn check(reader: &Reader, layer: usize, model: &Model, exact_head: usize) {
     }
 
     for (tile, tokens) in model.tokens.chunks(TILE).enumerate() {
+        let there = tokens.iter().enumerate().fold(0u128, |there, (i, t)| there | u128::from(t.live) << i);
+        assert_eq!(view.written(tile) & range_bits(0, tokens.len()), there);
+        if there == 0 {
+            continue;
+        }
         let (page, skip) = (view.page(tile), if tile == 0 { n_exact } else { 0 });
         let exact = !model.inexact.contains(&tile);
         if layout.format == Format::Aligned && exact {
@@ -323,7 +343,7 @@ fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {
 }
 
 fn tokens(random: &mut Random, n: usize, first: i64) -> Vec<Token> {
-    (0..n).map(|i| Token { seed: random.below(1 << 40) as u64, position: first + i as i64 }).collect()
+    (0..n).map(|i| Token { seed: random.below(1 << 40) as u64, position: first + i as i64, live: true }).collect()
 }
 
 fn one(sequence: u64, n_new: usize) -> [StepSequence; 1] {
@@ -439,7 +459,21 @@ impl Simulation {
                     self.model(id).truncate(n, head);
                 }
             }
-            27..30 => self.swap(before),
+            27..30 if self.random.one_in(2) => self.swap(before),
+            27..30 => {
+                let Some(id) = self.pick() else { return };
+                if cache.config().format == Format::Published {
+                    assert!(matches!(cache.remove(id, 0, 1), Err(Error::Unsupported(_))));
+                    return;
+                }
+                let owned = self.owned(id);
+                let last = self.model(id).tokens.last().map_or(0, |t| t.position);
+                let from = self.random.below(last.max(0) as usize + 2) as i64 - 1;
+                let to = from + [1, 30, 400][self.random.below(3)];
+                if self.settle(before, cache.remove(id, from, to), owned).is_some() {
+                    self.model(id).remove(from, to, head);
+                }
+            }
             30..50 => self.begin(before),
             50..80 => self.append(before),
             80..92 => self.commit(),
@@ -675,7 +709,7 @@ fn simulate(config: Config, seed: u64, n_ops: usize, fail_every: u64) {
     for (id, model) in &live {
         check_all_layers(&cache, *id, model);
     }
-    assert_eq!(cache.usage().tokens, live.iter().map(|s| s.1.tokens.len() as u64).sum::<u64>());
+    assert_eq!(cache.usage().tokens, live.iter().flat_map(|s| &s.1.tokens).filter(|t| t.live).count() as u64);
     for (id, _) in live.drain(..) {
         cache.destroy(id).unwrap();
     }

@@ -5,7 +5,7 @@ mod common;
 use alignedkv::Error;
 use alignedkv::backend::Mode;
 use alignedkv::backend::cpu::Isa;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, Rope, StepSequence};
 use alignedkv::format::{Dtype, Format, Shape};
 use common::{How, Rng, Single, cpu, shape};
 use std::ffi::c_void;
@@ -233,7 +233,8 @@ fn damage_is_found_and_leaves_no_trace() {
         (40, 0, "runs"),
         (40, 1 << 39, "runs"),
         (40, u64::MAX, "runs"),
-        (48, 1, "flags"),
+        (48, 2, "flags"),
+        (48, 1, "runs in a stream of further digits"),
         (56, 1, "zeros"),
     ];
     counts.most.store(counts.now.load(Relaxed), Relaxed);
@@ -248,13 +249,9 @@ fn damage_is_found_and_leaves_no_trace() {
     refused(&huge, "huge");
     assert!((counts.most.load(Relaxed) - counts.now.load(Relaxed)) < 3 * before.bytes_reserved as i64);
     let runs = HEADER..HEADER + RUNS - 4;
-    for (run, field, x, what) in [
-        (0, 0, 1u64, "first"),
-        (1, 0, 0, "order"),
-        (2, 0, 140, "beyond"),
-        (2, 8, 3, "descends"),
-        (2, 8, i64::MAX as u64, "overflows"),
-    ] {
+    for (run, field, x, what) in
+        [(1, 0, 0u64, "order"), (2, 0, 140, "beyond"), (2, 8, 3, "descends"), (2, 8, i64::MAX as u64, "overflows")]
+    {
         let at = 16 * run + field;
         refused(&forged(&bytes, runs.clone(), |b| b[at..at + 8].copy_from_slice(&x.to_le_bytes())), what);
     }
@@ -264,18 +261,18 @@ fn damage_is_found_and_leaves_no_trace() {
     refused(&forged(&bytes, head.clone(), |b| b[..2].fill(0xff)), "NaN in K");
     refused(&forged(&bytes, head.clone(), |b| b[4 * 32..4 * 32 + 4].copy_from_slice(&1e30f32.to_le_bytes())), "range");
     // The first tile, which is stored: its slack, at the end.
-    let page = 32 + 128 * 4 * 8 * 2 + 16 + 128 + 16 + 12;
+    let page = 32 + 128 * 4 * 8 * 2 + 16 + 128 + 16 + 9;
     let tile = head.end + 4..head.end + 4 + page;
-    let slack = |x: f32| forged(&bytes, tile.clone(), |b| b[page - 8..page - 4].copy_from_slice(&x.to_le_bytes()));
+    let slack = |x: f32| forged(&bytes, tile.clone(), |b| b[page - 5..page - 1].copy_from_slice(&x.to_le_bytes()));
     cache.destroy(import(&cache, None, &slack(1.5)).unwrap()).unwrap();
     for x in [f32::NAN, -1.0, f32::INFINITY] {
         refused(&slack(x), "slack");
     }
-    for (at, x) in [(0, 1u8), (0, 2), (4, 1), (8, 1), (16, 0xfe)] {
+    for (at, x) in [(0, 1u8), (0, 2), (4, 1), (8, 1), (8, 5), (9, 0), (10, 1), (12, 1), (16, 0xfe)] {
         refused(&forged(&bytes, tile.clone(), |b| b[at] = x), "kind");
     }
     // The digit sums of a tile.
-    refused(&forged(&bytes, tile.clone(), |b| b[page - 12..page - 10].fill(0xff)), "digit sum");
+    refused(&forged(&bytes, tile.clone(), |b| b[page - 9..page - 7].fill(0xff)), "digit sum");
 }
 
 #[test]
@@ -315,10 +312,14 @@ fn what_differs_is_named() {
     let error = import(&cache, None, &bytes[..100]).unwrap_err().to_string();
     assert!(error.contains("read returned 7"), "{error}");
     // Parts.
-    for part in [Excerpt { first_layer: 2, ..Excerpt::default() }, Excerpt { first_layer: 1, n_layers: Some(2) }] {
+    for part in [
+        Excerpt { first_layer: 2, ..Excerpt::default() },
+        Excerpt { first_layer: 1, n_layers: Some(2), ..Excerpt::default() },
+    ] {
         assert!(matches!(export(&cache, id, part), Err(Error::Argument(_))));
     }
-    let half = |layer| export(&cache, id, Excerpt { first_layer: layer, n_layers: Some(1) }).unwrap();
+    let half =
+        |layer| export(&cache, id, Excerpt { first_layer: layer, n_layers: Some(1), ..Excerpt::default() }).unwrap();
     let copy = import(&cache, None, &half(1)).unwrap();
     assert_eq!([0, 1].map(|layer| cache.length(copy, Some(layer)).unwrap()), [0, 140]);
     assert!(
@@ -328,7 +329,7 @@ fn what_differs_is_named() {
     let step = [StepSequence { sequence: copy, n_new: 1, n_q: 1 }];
     assert!(matches!(batch.begin(&step, None), Err(Error::Argument(text)) if text.contains("1 of its 2 layers")));
     let shorter = cache.fork(id, Some(139)).unwrap();
-    let other = export(&cache, shorter, Excerpt { first_layer: 0, n_layers: Some(1) }).unwrap();
+    let other = export(&cache, shorter, Excerpt { n_layers: Some(1), ..Excerpt::default() }).unwrap();
     assert!(
         matches!(import(&cache, Some(copy), &other), Err(Error::Argument(text)) if text.contains("the stream 139"))
     );
@@ -355,7 +356,7 @@ fn layers_of_a_step_that_has_begun() {
     let mut copy = None;
     for (layer, layout) in cache.layouts().iter().enumerate() {
         let s = &layout.shape;
-        let part = Excerpt { first_layer: layer, n_layers: Some(1) };
+        let part = Excerpt { first_layer: layer, n_layers: Some(1), ..Excerpt::default() };
         let k = common::Packed::new(&rng.normals(200 * s.dim_k), 1, s.dim_k, s.dtype_k);
         let v = common::Packed::new(&rng.normals(200 * s.dim_v), 1, s.dim_v, s.dtype_v);
         batch.append(layer, k.rows(), v.rows()).unwrap();
@@ -369,4 +370,289 @@ fn layers_of_a_step_that_has_begun() {
     batch.commit().unwrap();
     let whole = export(&cache, id, Excerpt::default()).unwrap();
     assert!(export(&target, copy.unwrap(), Excerpt::default()).unwrap() == whole);
+}
+
+/// Attention over the last token within its certificate of the truth, in every mode.
+fn certified(rng: &mut Rng, s: &Single, id: u64, k: &[f32], v: &[f32]) {
+    let (shape, len) = (s.shape, s.cache.length(id, None).unwrap());
+    let (heads, g) = (shape.n_q_heads, shape.group());
+    let q = rng.normals(heads * shape.dim_k);
+    for how in HOWS {
+        let got = s.attend_sequence(id, &cpu(Isa::best(), 1), &q, &[(0, len)], how).unwrap();
+        for h in 0..heads {
+            let of = |x: &[f32], dim: usize| common::of_head(x, shape.n_kv_heads, dim, h / g);
+            let q = &q[h * shape.dim_k..(h + 1) * shape.dim_k];
+            let scale = f64::from(how.scale);
+            let (want, lse) = common::attention64(q, &of(k, shape.dim_k), &of(v, shape.dim_v), shape.dim_v, scale);
+            assert!((f64::from(got.lse[h]) - lse).abs() <= f64::from(got.lse_bound[h]), "lse, {how:?}");
+            for (c, want) in want.iter().enumerate() {
+                let error = (f64::from(got.out[h * shape.dim_v + c]) - want).abs();
+                assert!(error <= f64::from(got.bound[h]), "{error} beyond {}, {how:?}", got.bound[h]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_digits_alone_and_the_others_later() {
+    let mut rng = Rng::new(5);
+    for (shape, first) in [
+        (shape(2, 2, 64, 64, Dtype::F32, 4), (2, 2)),
+        (shape(3, 1, 40, 24, Dtype::F32, 4), (3, 2)),
+        (shape(1, 1, 128, 128, Dtype::F32, 3), (2, 3)),
+    ] {
+        let row = |n: usize, dim: usize| n * shape.n_kv_heads * dim;
+        let (mut k, mut v) = (rng.normals(row(600, shape.dim_k)), rng.normals(row(600, shape.dim_v)));
+        let (a, b) = (Single::new(Format::Aligned, shape, 4), Single::new(Format::Aligned, shape, 4));
+        let id = a.cache.create().unwrap();
+        a.append_to(id, &k, &v);
+        let whole = export(&a.cache, id, Excerpt::default()).unwrap();
+        let coarse = Excerpt { planes: Some(first), ..Excerpt::default() };
+        let bytes = export(&a.cache, id, coarse).unwrap();
+        assert!(bytes.len() < whole.len() * 4 / 5 || shape.planes_k < 4);
+        let copy = import(&b.cache, None, &bytes).unwrap();
+        // What has only some digits goes on with these.
+        assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
+        certified(&mut rng, &b, copy, &k, &v);
+        let further = export(&a.cache, id, Excerpt { known: Some(first), ..Excerpt::default() }).unwrap();
+        // Damage, and the end: it attends as before.
+        let before = b.attend_sequence(
+            copy,
+            &cpu(Isa::best(), 1),
+            &rng.normals(shape.n_q_heads * shape.dim_k),
+            &[(0, 600)],
+            HOWS[0],
+        );
+        let mut bad = further.clone();
+        let at = bad.len() - 200;
+        bad[at] ^= 1;
+        for bytes in [&bad[..], &further[..further.len() - 1], &further[..at]] {
+            assert!(matches!(import(&b.cache, Some(copy), bytes), Err(Error::Corrupt(_))));
+        }
+        assert!(before.is_ok() && export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
+        assert!(
+            matches!(import(&b.cache, None, &further), Err(Error::Argument(text)) if text.contains("further digits"))
+        );
+
+        // Cut into a tile of some digits, and gone on with larger rows: the certificate holds.
+        let cut = b.cache.fork(copy, Some(300)).unwrap();
+        k.truncate(row(300, shape.dim_k));
+        v.truncate(row(300, shape.dim_v));
+        for n in [1, 40, 150] {
+            let (more_k, more_v) = (rng.normals(row(n, shape.dim_k)), rng.normals(row(n, shape.dim_v)));
+            let grow = |x: Vec<f32>| x.into_iter().map(|x| 3.0 * x).collect::<Vec<_>>();
+            let (more_k, more_v) = (grow(more_k), grow(more_v));
+            b.append_to(cut, &more_k, &more_v);
+            k.extend(more_k);
+            v.extend(more_v);
+            certified(&mut rng, &b, cut, &k, &v);
+        }
+        // A fork is not touched by what comes; the rest comes into a sequence that has gone on.
+        let fork = b.cache.fork(copy, None).unwrap();
+        let (more_k, more_v) = (rng.normals(row(200, shape.dim_k)), rng.normals(row(200, shape.dim_v)));
+        for (s, id) in [(&a, id), (&b, copy)] {
+            s.append_to(id, &more_k, &more_v);
+        }
+        let other = Excerpt { known: Some((2, 2)), ..Excerpt::default() };
+        if first != (2, 2) {
+            // Of other first digits: none of them fits.
+            import(&b.cache, Some(copy), &export(&a.cache, id, other).unwrap()).unwrap();
+            assert!(
+                export(&b.cache, copy, Excerpt::default()).unwrap()
+                    != export(&a.cache, id, Excerpt::default()).unwrap()
+            );
+        }
+        let stranger = a.cache.create().unwrap();
+        a.append_to(stranger, &more_k, &more_v);
+        let strange = export(&a.cache, stranger, Excerpt { known: Some(first), ..Excerpt::default() }).unwrap();
+        if strange.len() > 500 {
+            assert!(
+                matches!(import(&b.cache, Some(copy), &strange), Err(Error::Argument(text)) if text.contains("tile 0"))
+            );
+        }
+        import(&b.cache, Some(copy), &further).unwrap();
+        assert!(export(&b.cache, fork, Excerpt::default()).unwrap() == bytes);
+        let grown = export(&a.cache, id, Excerpt::default()).unwrap();
+        assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == grown, "as if all had come at once");
+        same_attention(&mut rng, (&a, id), (&b, copy));
+    }
+}
+
+/// Rows `[row][head][dim]` of those that live.
+fn of_live(x: &[f32], row: usize, live: &[bool]) -> Vec<f32> {
+    x.chunks_exact(row).zip(live).filter(|(_, live)| **live).flat_map(|(x, _)| x.iter().copied()).collect()
+}
+
+#[test]
+fn removed_tokens_are_as_if_never_there() {
+    let mut rng = Rng::new(6);
+    for (format, shape) in [
+        (Format::Aligned, shape(2, 2, 64, 64, Dtype::F32, 4)),
+        (Format::Aligned, shape(5, 1, 24, 40, Dtype::F32, 3)),
+        (Format::Raw, shape(2, 1, 32, 16, Dtype::F32, 4)),
+    ] {
+        let s = Single::new(format, shape, 4);
+        let (row_k, row_v) = (shape.n_kv_heads * shape.dim_k, shape.n_kv_heads * shape.dim_v);
+        let (mut k, mut v) = (rng.normals(700 * row_k), rng.normals(700 * row_v));
+        // The removed ones shout: a trace of them would be seen.
+        let removals = [(0, 2), (3, 5), (60, 90), (89, 300), (400, 401), (600, 699), (500, 512)];
+        for &(from, to) in &removals {
+            k[from * row_k..to * row_k].iter_mut().for_each(|x| *x *= 20.0);
+            v[from * row_v..to * row_v].iter_mut().for_each(|x| *x *= 20.0);
+        }
+        s.append_to(s.sequence, &k, &v);
+        let pages = s.cache.usage().pages_used;
+        let mut live = vec![true; 700];
+        for (i, &(from, to)) in removals.iter().enumerate() {
+            s.cache.remove(s.sequence, from as i64, to as i64).unwrap();
+            live[from..to].fill(false);
+            assert_eq!(s.cache.usage().tokens as usize, live.iter().filter(|x| **x).count());
+            certified(&mut rng, &s, s.sequence, &of_live(&k, row_k, &live), &of_live(&v, row_v, &live));
+            if i % 2 == 0 {
+                let (more_k, more_v) = (rng.normals(9 * row_k), rng.normals(9 * row_v));
+                s.append_to(s.sequence, &more_k, &more_v);
+                k.extend(more_k);
+                v.extend(more_v);
+                live.resize(live.len() + 9, true);
+            }
+        }
+        assert_eq!(s.cache.usage().pages_used, pages - 1, "tile 1 is gone");
+        // Bytes, and what comes of them.
+        let bytes = export(&s.cache, s.sequence, Excerpt::default()).unwrap();
+        let copy = import(&s.cache, None, &bytes).unwrap();
+        assert!(export(&s.cache, copy, Excerpt::default()).unwrap() == bytes);
+        same_attention(&mut rng, (&s, s.sequence), (&s, copy));
+        // The end goes as a truncation, with what had been removed before it.
+        let len = live.len();
+        s.cache.remove(copy, 699, i64::MAX).unwrap();
+        assert_eq!(s.cache.length(copy, None).unwrap(), 600, "600 to 698 had been removed");
+        let fork = s.cache.fork(s.sequence, Some(250)).unwrap();
+        assert_eq!(s.cache.length(fork, None).unwrap(), 60);
+        for (id, n) in [(copy, 600), (fork, 60), (s.sequence, len)] {
+            certified(&mut rng, &s, id, &of_live(&k, row_k, &live[..n]), &of_live(&v, row_v, &live[..n]));
+        }
+        s.cache.remove(copy, i64::MIN, i64::MAX).unwrap();
+        assert_eq!(s.cache.length(copy, None).unwrap(), 0);
+    }
+}
+
+/// K rows of tokens `some`, turned in float64.
+fn turned(k: &mut [f32], shape: &Shape, some: std::ops::Range<usize>, rope: &Rope, delta: i64) {
+    let (d, n) = (shape.dim_k, rope.inv_freq.len());
+    for x in
+        k.chunks_exact_mut(shape.n_kv_heads * d).take(some.end).skip(some.start).flat_map(|r| r.chunks_exact_mut(d))
+    {
+        for (i, &frequency) in rope.inv_freq.iter().enumerate() {
+            let [a, b] = if rope.interleaved { [2 * i, 2 * i + 1] } else { [i, i + n] }.map(|c| rope.first_dim + c);
+            let (sin, cos) = (delta as f64 * f64::from(frequency)).sin_cos();
+            let (p, q) = (f64::from(x[a]), f64::from(x[b]));
+            (x[a], x[b]) = ((p * cos - q * sin) as f32, (p * sin + q * cos) as f32);
+        }
+    }
+}
+
+#[test]
+fn shifted_tokens_turn() {
+    let mut rng = Rng::new(8);
+    let frequencies = |n: usize| (0..n).map(|i| 1e4f32.powf(-(i as f32) / n as f32)).collect::<Vec<_>>();
+    for (format, shape, interleaved, first_dim, n) in [
+        (Format::Aligned, shape(2, 2, 64, 32, Dtype::F32, 4), true, 0, 32),
+        (Format::Aligned, shape(3, 1, 40, 16, Dtype::F32, 3), false, 8, 10),
+        (Format::Aligned, Shape { planes_k: 2, ..shape(1, 1, 128, 64, Dtype::F32, 4) }, false, 0, 64),
+        (Format::Raw, shape(2, 2, 24, 16, Dtype::F32, 4), true, 4, 6),
+    ] {
+        let inv_freq = frequencies(n);
+        let rope = Rope { interleaved, first_dim, inv_freq: &inv_freq };
+        let s = Single::new(format, shape, 4);
+        let (row_k, row_v) = (shape.n_kv_heads * shape.dim_k, shape.n_kv_heads * shape.dim_v);
+        let (mut k, mut v) = (rng.normals(700 * row_k), rng.normals(700 * row_v));
+        s.append_to(s.sequence, &k, &v);
+        // A tile that was cut: most of its rows are known as stored only.
+        s.cache.truncate(s.sequence, 440).unwrap();
+        k.truncate(440 * row_k);
+        v.truncate(440 * row_v);
+        let append = |rng: &mut Rng, k: &mut Vec<f32>, v: &mut Vec<f32>, n: usize| {
+            let (more_k, more_v) = (rng.normals(n * row_k), rng.normals(n * row_v));
+            s.append_to(s.sequence, &more_k, &more_v);
+            k.extend(more_k);
+            v.extend(more_v);
+        };
+        append(&mut rng, &mut k, &mut v, 20);
+        let bytes = || export(&s.cache, s.sequence, Excerpt::default()).unwrap();
+        let before = bytes();
+        s.cache.shift(s.sequence, 0, 1000, 0, &[rope]).unwrap();
+        s.cache.shift(s.sequence, 1000, 2000, 7, &[rope]).unwrap();
+        assert!(bytes() == before);
+        for (from, to, delta) in [(0, 100, 401), (100, 200, -2), (300, 460, i64::MAX)] {
+            assert!(matches!(s.cache.shift(s.sequence, from, to, delta, &[rope]), Err(Error::Argument(_))), "{delta}");
+            assert!(bytes() == before);
+        }
+        // What others hold stays theirs.
+        let fork = s.cache.fork(s.sequence, None).unwrap();
+        s.cache.shift(s.sequence, 300, 460, 50, &[rope]).unwrap();
+        assert!(export(&s.cache, fork, Excerpt::default()).unwrap() == before);
+        turned(&mut k, &shape, 300..460, &rope, 50);
+        certified(&mut rng, &s, s.sequence, &k, &v);
+        // Tiles 0 and 1 have no token that turned: bit for bit.
+        let rows = |id: u64, tile: usize| {
+            let reader = s.cache.read(id, 0).unwrap();
+            reader.view().page(tile).to_vec()
+        };
+        assert!((0..2).all(|tile| rows(s.sequence, tile) == rows(fork, tile)));
+        assert_eq!(s.cache.read(s.sequence, 0).unwrap().positions().at(300), 350);
+        s.cache.destroy(fork).unwrap();
+
+        // A context shift: some tokens go, those behind move up; the exact head's last one, too.
+        let mut live = vec![true; 460];
+        s.cache.remove(s.sequence, 10, 200).unwrap();
+        live[10..200].fill(false);
+        for (from, to, by) in [(200, 299, -190), (350, 509, -240)] {
+            s.cache.shift(s.sequence, from, to + 1, by, &[rope]).unwrap();
+        }
+        turned(&mut k, &shape, 200..300, &rope, -190);
+        turned(&mut k, &shape, 300..460, &rope, -240);
+        let positions: Vec<i64> = {
+            let reader = s.cache.read(s.sequence, 0).unwrap();
+            (0..460).filter(|&i| live[i]).map(|i| reader.positions().at(i)).collect()
+        };
+        assert!(positions == (0..270).collect::<Vec<i64>>());
+        let check = |rng: &mut Rng, k: &[f32], v: &[f32], live: &[bool]| {
+            certified(rng, &s, s.sequence, &of_live(k, row_k, live), &of_live(v, row_v, live));
+        };
+        check(&mut rng, &k, &v, &live);
+        let copy = import(&s.cache, None, &bytes()).unwrap();
+        assert!(export(&s.cache, copy, Excerpt::default()).unwrap() == bytes());
+        for (from, delta) in [(3, 5), (8, 100), (2, 1)] {
+            let from_index =
+                (0..live.len()).find(|&i| live[i] && s.cache.read(s.sequence, 0).unwrap().positions().at(i) >= from);
+            s.cache.shift(s.sequence, from, i64::MAX, delta, &[rope]).unwrap();
+            turned(&mut k, &shape, from_index.unwrap()..live.len(), &rope, delta);
+            append(&mut rng, &mut k, &mut v, 30);
+            live.resize(k.len() / row_k, true);
+            check(&mut rng, &k, &v, &live);
+        }
+        assert_eq!(s.cache.read(s.sequence, 0).unwrap().positions().at(live.len() - 1), 269 + 106 + 90);
+    }
+}
+
+/// Without memory for copies nothing turns.
+#[test]
+fn a_shift_is_all_or_nothing() {
+    let (cache, id, _) = small(|c| c.max_bytes = 260_000);
+    let inv_freq = [1.0; 8];
+    let ropes = [Rope { interleaved: true, first_dim: 0, inv_freq: &inv_freq }; 2];
+    let mut forks = Vec::new();
+    while let Ok(fork) = cache.fork(id, None) {
+        forks.push(fork);
+    }
+    let before = export(&cache, id, Excerpt::default()).unwrap();
+    let used = cache.usage();
+    assert!(matches!(cache.shift(id, 0, 1000, 3, &ropes), Err(Error::Capacity(_))));
+    assert!(export(&cache, id, Excerpt::default()).unwrap() == before);
+    assert_eq!((used.bytes_used, used.pages_shared), (cache.usage().bytes_used, cache.usage().pages_shared));
+    for fork in forks {
+        cache.destroy(fork).unwrap();
+    }
+    cache.shift(id, 0, 1000, 3, &ropes).unwrap();
+    assert!(export(&cache, id, Excerpt::default()).unwrap() != before);
 }

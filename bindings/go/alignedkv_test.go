@@ -3,6 +3,7 @@ package alignedkv
 import (
 	"bytes"
 	"errors"
+	"io"
 	"math"
 	"math/rand"
 	"runtime"
@@ -220,36 +221,52 @@ func TestRemoveShiftExportImport(t *testing.T) {
 	before := read(sequence, n)
 	inverse := make([]float32, dim/2) // No channel turns.
 	var stream bytes.Buffer
-	if err := sequence.Export(&stream); !errors.Is(err, ErrUnsupported) {
-		check(t, err)
-		copied := must(cache.Import(bytes.NewReader(stream.Bytes())))(t)
-		same("imported", before, read(copied, n))
-		damaged := bytes.Clone(stream.Bytes())
-		damaged[len(damaged)/2] ^= 1
-		_, err = cache.Import(bytes.NewReader(damaged))
-		fails(t, err, ErrCorrupt, "")
-		broken := errors.New("no more")
-		if err := sequence.Export(failing{broken}); !errors.Is(err, broken) {
-			t.Errorf("a writer's error became %v", err)
-		}
-		if _, err := cache.Import(failing{broken}); !errors.Is(err, broken) {
-			t.Errorf("a reader's error became %v", err)
-		}
-		if _, err := cache.Import(failing{}); err == nil {
-			t.Error("a panic was lost")
-		}
+	check(t, sequence.Export(&stream))
+	copied := must(cache.Import(bytes.NewReader(stream.Bytes())))(t)
+	same("imported", before, read(copied, n))
+	damaged := bytes.Clone(stream.Bytes())
+	damaged[len(damaged)/2] ^= 1
+	_, err := cache.Import(bytes.NewReader(damaged))
+	fails(t, err, ErrCorrupt, "")
+	if _, err = cache.Import(bytes.NewReader(damaged[:100])); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		t.Errorf("a stream that was cut short: %v", err)
 	}
-	if err := sequence.Shift(0, n, 10, []Rope{{Dims: dim, InvFreq: inverse}}); !errors.Is(err, ErrUnsupported) {
+	broken := errors.New("no more")
+	if err := sequence.Export(failing{broken}); !errors.Is(err, broken) {
+		t.Errorf("a writer's error became %v", err)
+	}
+	if _, err := cache.Import(failing{broken}); !errors.Is(err, broken) {
+		t.Errorf("a reader's error became %v", err)
+	}
+	if _, err := cache.Import(failing{}); err == nil {
+		t.Error("a panic was lost")
+	}
+	var some bytes.Buffer
+	check(t, sequence.ExportPart(&some, Part{PlanesK: 2, PlanesV: 2}))
+	if some.Len() >= stream.Len() {
+		t.Errorf("two planes take %d bytes, all take %d", some.Len(), stream.Len())
+	}
+	fails(t, sequence.ExportPart(&some, Part{FirstLayer: 7}), ErrArgument, "first_layer")
+	check(t, copied.Close())
+	fails(t, copied.Import(bytes.NewReader(stream.Bytes())), ErrHandle, "sequence")
+	if err := sequence.Shift(0, n, 0, []Rope{{Dims: dim, InvFreq: inverse}}); !errors.Is(err, ErrUnsupported) {
 		check(t, err)
 		same("shifted by no angle", before[n*kvHeads*dim:], read(sequence, n)[n*kvHeads*dim:])
 	}
 	fails(t, sequence.Shift(0, n, 10, nil), ErrArgument, "perLayer")
 	fails(t, sequence.Shift(0, n, 10, []Rope{{Dims: dim}}), ErrArgument, "InvFreq")
-	if err := sequence.Remove(0, 1000); !errors.Is(err, ErrUnsupported) {
-		check(t, err)
-		if length := must(sequence.Len())(t); length != 0 {
-			t.Errorf("%d tokens are left", length)
-		}
+	check(t, sequence.Remove(20, 30))
+	var stats Stats
+	q, out := RowsOf(make([]float32, qHeads*dim)), RowsOf(make([]float32, qHeads*dim))
+	check(t, batch.Begin(Step{Sequences: []*Sequence{sequence}, Queries: []int32{1}}))
+	check(t, batch.Attention(0, &Attention{Q: q, Out: out, Stats: &stats}))
+	check(t, batch.Commit())
+	if stats.Tokens != (n-10)*kvHeads {
+		t.Errorf("%d tokens are seen", stats.Tokens)
+	}
+	check(t, sequence.Remove(150, 1000)) // At the end they are cut off.
+	if length := must(sequence.Len())(t); length != 150 {
+		t.Errorf("%d tokens are left", length)
 	}
 }
 
@@ -263,6 +280,81 @@ func (f failing) Write([]byte) (int, error) {
 	return 0, f.err
 }
 func (f failing) Read([]byte) (int, error) { return f.Write(nil) }
+
+func TestLayersComeOneByOne(t *testing.T) {
+	r := rand.New(rand.NewSource(10))
+	layer := Layer{QHeads: qHeads, KVHeads: kvHeads, DimK: dim}
+	_, cache := open(t, CacheOptions{Layers: []Layer{layer, layer}})
+	sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
+	const n = 150
+	check(t, batch.Begin(Step{Sequences: []*Sequence{sequence}, New: []int32{n}}))
+	var parts [2]bytes.Buffer
+	for i := range parts { // While the step goes on.
+		check(t, batch.Append(i, RowsOf(normal(r, n*kvHeads*dim)), RowsOf(normal(r, n*kvHeads*dim))))
+		check(t, sequence.ExportPart(&parts[i], Part{FirstLayer: i, Layers: 1}))
+	}
+	check(t, batch.Commit())
+	other := must(cache.Import(&parts[0]))(t)
+	check(t, other.Import(&parts[1]))
+	if length := must(other.Len())(t); length != n {
+		t.Errorf("%d tokens came, expected %d", length, n)
+	}
+	for i := range parts {
+		var rows [2][]float32
+		for j, s := range []*Sequence{sequence, other} {
+			rows[j] = make([]float32, n*kvHeads*dim)
+			check(t, s.Read(i, 0, n, Rows{}, RowsOf(rows[j])))
+		}
+		for c := range rows[0] {
+			if rows[0][c] != rows[1][c] {
+				t.Fatalf("layer %d, element %d came as %g, and was %g", i, c, rows[1][c], rows[0][c])
+			}
+		}
+	}
+}
+
+func TestValuesInsideKeys(t *testing.T) {
+	r := rand.New(rand.NewSource(11))
+	const heads, dimK, dimV, n = 8, 48, 32, 60
+	_, cache := open(t, CacheOptions{Layers: []Layer{{QHeads: heads, KVHeads: 1, DimK: dimK, DimV: dimV, VIsPrefixOfK: true}}})
+	sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
+	k, q, out, bound := normal(r, n*dimK), normal(r, heads*dimK), make([]float32, heads*dimV), make([]float32, heads)
+	a := Attention{Q: RowsOf(q), Out: RowsOf(out), Bound: bound}
+	check(t, step(batch, sequence, n, 1, RowsOf(k), Rows{}, &a))
+	for head := range heads {
+		want, total := make([]float64, dimV), 0.0
+		for i := range n {
+			score := 0.0
+			for c := range dimK {
+				score += float64(q[head*dimK+c]) * float64(k[i*dimK+c])
+			}
+			p := math.Exp(score / math.Sqrt(dimK))
+			total += p
+			for c := range want {
+				want[c] += p * float64(k[i*dimK+c])
+			}
+		}
+		for c := range want {
+			if off := math.Abs(want[c]/total - float64(out[head*dimV+c])); off > float64(bound[head]) {
+				t.Fatalf("head %d is off by %g, and its bound is %g", head, off, bound[head])
+			}
+		}
+	}
+}
+
+func TestNaNPolicies(t *testing.T) {
+	nan := float32(math.NaN())
+	for policy, seen := range map[NaNPolicy]bool{NaNZero: false, NaNPropagate: true} {
+		_, cache := open(t, CacheOptions{Layers: []Layer{{QHeads: qHeads, KVHeads: kvHeads, DimK: dim}}, NaNPolicy: policy})
+		sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
+		k, v, q, out := make([]float32, kvHeads*dim), make([]float32, kvHeads*dim), make([]float32, qHeads*dim), make([]float32, qHeads*dim)
+		v[0] = nan
+		check(t, step(batch, sequence, 1, 1, RowsOf(k), RowsOf(v), &Attention{Q: RowsOf(q), Out: RowsOf(out)}))
+		if (out[0] != out[0]) != seen {
+			t.Errorf("policy %d: the output is %g", policy, out[0])
+		}
+	}
+}
 
 func TestSlotsAndMasks(t *testing.T) {
 	r := rand.New(rand.NewSource(5))

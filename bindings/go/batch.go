@@ -132,15 +132,24 @@ func (b *Batch) progress() counts {
 }
 
 // Append appends the new tokens' rows in one layer, sequence by sequence: K after RoPE, both in the layer's element
-// types. Once per layer and step.
+// types. Once per layer and step. V is the zero Rows where it is a part of K.
 func (b *Batch) Append(layer int, key, value Rows) error {
-	if err := b.cache.checkKV("akv_quantize_kv", layer, b.progress().new, &key, &value); err != nil {
+	v := &value
+	if value.data == nil && b.cache.shape(layer).vIsPrefixOfK {
+		v = nil
+	}
+	if err := b.cache.checkKV("akv_quantize_kv", layer, b.progress().new, &key, v); err != nil {
 		return err
 	}
 	s := scratches.Get().(*scratch)
 	defer scratches.Put(s)
-	s.key, s.value = key.raw(), value.raw()
-	err := callQuantizeKv(b.handle.Load(), clamp(layer), &s.key, &s.value, 0)
+	s.key = key.raw()
+	var rawV *rows
+	if v != nil {
+		s.value = v.raw()
+		rawV = &s.value
+	}
+	err := callQuantizeKv(b.handle.Load(), clamp(layer), &s.key, rawV, 0)
 	runtime.KeepAlive(b)
 	return err
 }

@@ -44,7 +44,7 @@ const None = akvNone
 type Layer struct {
 	QHeads  int // A multiple of KVHeads: query head h reads KV head h / (QHeads / KVHeads).
 	KVHeads int
-	DimK    int // Channels of q and K: a multiple of 8 from 16 to 256.
+	DimK    int // Channels of q and K: a multiple of 8 from 16 to 256 (576 if VIsPrefixOfK).
 	DimV    int // Channels of V and of the output; 0 = DimK.
 	DTypeK  DType
 	DTypeV  DType
@@ -54,7 +54,7 @@ type Layer struct {
 	// Layers whose page tables are shared, and 1 + index of the layer whose rows this one reads; 0 = its own.
 	Group     int
 	ShareWith int
-	// V is the first DimV channels of K (MLA).
+	// V is the first DimV channels of K (MLA), and Append gets no V.
 	VIsPrefixOfK bool
 }
 
@@ -103,8 +103,11 @@ type Cache struct {
 	attached []*runtime.Pinner // By layer: rows of the caller's that the library reads.
 }
 
-// shape of a layer's rows.
-type shape struct{ qHeads, kvHeads, dimK, dimV int64 }
+// shape of a layer's rows; V may be a part of K.
+type shape struct {
+	qHeads, kvHeads, dimK, dimV int64
+	vIsPrefixOfK                bool
+}
 
 // NewCache makes a cache. Memory for rows is taken as sequences grow.
 func (c *Context) NewCache(o CacheOptions) (*Cache, error) {
@@ -120,7 +123,7 @@ func (c *Context) NewCache(o CacheOptions) (*Cache, error) {
 	cache := &Cache{context: c, cells: int64(max(o.Streams, 1)) * int64(o.Slots), attached: make([]*runtime.Pinner, len(o.Layers))}
 	cache.handle.Store(p)
 	for _, l := range o.Layers {
-		s := shape{int64(l.QHeads), int64(l.KVHeads), int64(l.DimK), int64(l.DimV)}
+		s := shape{int64(l.QHeads), int64(l.KVHeads), int64(l.DimK), int64(l.DimV), l.VIsPrefixOfK}
 		if s.dimV == 0 {
 			s.dimV = s.dimK
 		}

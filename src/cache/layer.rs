@@ -7,6 +7,7 @@ use super::device::{Edits, Listing};
 use super::memory::{Block, Kind, Memory, Shared, Table};
 use crate::Result;
 use crate::format::{Layout, Rows, Source, TILE, range_bits};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A tile.
@@ -32,6 +33,8 @@ pub(super) struct Layer {
     pub head: Option<Shared>,
     /// Where the device finds the pages, if they are on one.
     pub listing: Listing,
+    /// What stands for pages whose tokens have all been removed: nobody reads it.
+    nothing: Option<Shared>,
 }
 
 /// What a step needs.
@@ -59,7 +62,7 @@ pub(super) fn released(len: usize, exact_tail: usize) -> usize {
 impl Layer {
     pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
         let (pages, listing) = (Table::with_capacity(memory, 0)?, Listing::default());
-        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages, head: None, listing })
+        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages, head: None, listing, nothing: None })
     }
 
     /// Memory for a page.
@@ -99,6 +102,23 @@ impl Layer {
             self.head = room.head;
         }
         self.listing.adopt(room.listing);
+    }
+
+    /// A page that holds nothing.
+    pub fn empty_page(&mut self) -> Result<Page> {
+        let nothing = match &self.nothing {
+            Some(nothing) => nothing.clone(),
+            None => Shared::new(self.pages.memory(), Kind::Other, self.layout.page_bytes())?,
+        };
+        self.nothing = Some(nothing.clone());
+        Ok(Page { block: nothing, kept: None, base: None })
+    }
+
+    /// Puts such a page in the place of tiles.
+    pub fn empty(&mut self, tiles: Range<usize>, empty: &Page) {
+        for page in &mut self.pages[tiles] {
+            *page = empty.clone();
+        }
     }
 
     /// Adds a tile.
@@ -268,7 +288,8 @@ impl Layer {
     pub fn fork(&self, len: usize, edits: &mut Edits) -> Result<Layer> {
         let mut pages = Table::with_capacity(self.pages.memory(), len.div_ceil(TILE))?;
         self.pages[..len.div_ceil(TILE)].iter().for_each(|page| pages.push(page.clone()));
-        let mut fork = Layer { pages, head: self.head.clone(), listing: Listing::default(), ..*self };
+        let (head, nothing) = (self.head.clone(), self.nothing.clone());
+        let mut fork = Layer { pages, head, listing: Listing::default(), nothing, ..*self };
         let spare = fork.spare(len)?;
         fork.truncate(len, spare, edits);
         Ok(fork)

@@ -14,6 +14,7 @@ mod reader;
 mod region;
 mod sequence;
 mod shared;
+mod shift;
 mod slots;
 mod snapshot;
 
@@ -28,6 +29,8 @@ pub use device::Plan;
 pub use memory::{AllocFn, Allocator, Block, DeallocFn, Hooks, Memory};
 pub use positions::Positions;
 pub use reader::{Reader, SequenceView};
+pub use shift::Rope;
+pub(crate) use shift::Turn;
 pub use slots::SlotLayer;
 pub use snapshot::Excerpt;
 
@@ -180,7 +183,10 @@ impl Cache {
             pages_used,
             pages_free,
             pages_shared,
-            tokens: directory.sequences().map(|s| s.len.load(Relaxed) as u64).sum::<u64>()
+            tokens: directory
+                .sequences()
+                .map(|s| (s.len.load(Relaxed) - s.n_removed.load(Relaxed)) as u64)
+                .sum::<u64>()
                 + self.slots.iter().find_map(|layer| Some(layer.try_read()?.n_written())).unwrap_or(0),
         }
     }
@@ -245,6 +251,26 @@ impl Cache {
     /// Keeps the first `n_tokens` tokens.
     pub fn truncate(&self, sequence: u64, n_tokens: usize) -> Result<()> {
         self.find(sequence)?.truncate(&self.memory, n_tokens)
+    }
+
+    /// Removes the tokens whose positions are `from..to`.
+    pub fn remove(&self, sequence: u64, from: i64, to: i64) -> Result<()> {
+        let sequence = self.find(sequence)?;
+        if self.config.format == Format::Published || self.memory.device().is_some() {
+            let what = "removing tokens is not built yet with AKV_FORMAT_PUBLISHED, and on the CUDA backend";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        sequence.remove(&self.memory, from, to)
+    }
+
+    /// Moves the tokens whose positions are `from..to` by `delta`; `ropes` are the layers'.
+    pub fn shift(&self, sequence: u64, from: i64, to: i64, delta: i64, ropes: &[Rope]) -> Result<()> {
+        let sequence = self.find(sequence)?;
+        if self.config.format == Format::Published || self.memory.device().is_some() {
+            let what = "shifting tokens is not built yet with AKV_FORMAT_PUBLISHED, and on the CUDA backend";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        sequence.shift(&self.memory, from, to, delta, ropes)
     }
 
     /// Tokens in `layer`, those of a begun step included; None: committed tokens.

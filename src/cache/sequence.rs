@@ -26,6 +26,8 @@ pub(super) struct Sequence {
     pub layers: Vec<Arc<RwLock<Layer>>>,
     /// Layers that are still to be imported; changes under `alive` only. Theirs have no tokens.
     pub n_missing: AtomicUsize,
+    /// Tokens that have been removed; changes under `alive` only.
+    pub n_removed: AtomicUsize,
     _record: Charge,
 }
 
@@ -61,6 +63,7 @@ impl Sequence {
             id: 0,
             alive: Arc::new(RwLock::new(true)),
             len: AtomicUsize::new(len),
+            n_removed: AtomicUsize::new(positions.removed_within(0, len)),
             positions: Arc::new(RwLock::new(positions)),
             layers,
             n_missing: AtomicUsize::new(0),
@@ -83,7 +86,9 @@ impl Sequence {
         if n > len {
             return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
         }
-        let positions = self.positions.try_read().ok_or_else(|| self.taken())?.fork(n)?;
+        let positions = self.read_positions()?;
+        let n = positions.trimmed(n);
+        let positions = positions.fork(n)?;
         let mut edits = Edits::new(memory);
         let fork =
             Sequence::with(memory, self.layers.len(), n, positions, |i| self.read_layer(i)?.fork(n, &mut edits))?;
@@ -99,7 +104,50 @@ impl Sequence {
         if n > len {
             return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
         }
-        if n == len {
+        self.cut(memory, n)
+    }
+
+    /// Removes the tokens whose positions are `from..to`. Pages of which no token is left are given back; tokens removed
+    /// at the end are cut off.
+    pub fn remove(&self, memory: &Arc<Memory>, from: i64, to: i64) -> Result<()> {
+        let _claim = self.claim()?;
+        self.check_whole()?;
+        let len = self.len.load(Relaxed);
+        let positions = self.read_positions()?;
+        let (first, last) = (positions.below(from, len), positions.below(to, len));
+        if first >= last || positions.removed_within(first, last) == last - first {
+            return Ok(());
+        }
+        if last == len {
+            drop(positions);
+            return self.cut(memory, first);
+        }
+        drop(positions);
+        let mut positions = self.write_positions()?;
+        positions.room_to_remove()?;
+        let mut layers = Vec::new();
+        super::memory::reserve(&mut layers, self.layers.len())?;
+        for i in 0..self.layers.len() {
+            let mut layer = self.write_layer(i)?;
+            let empty =
+                if last - first >= TILE || !positions.removed().is_empty() { Some(layer.empty_page()?) } else { None };
+            layers.push((layer, empty));
+        }
+        let (first, last) = positions.remove(first, last);
+        for (mut layer, empty) in layers {
+            if let Some(empty) = empty {
+                let tiles = first.div_ceil(TILE)..last / TILE;
+                layer.empty(tiles.start..tiles.end.max(tiles.start), &empty);
+            }
+        }
+        self.n_removed.store(positions.removed_within(0, len), Relaxed);
+        Ok(())
+    }
+
+    /// Forgets all but the first `n` tokens, and those before that have been removed. Claimed.
+    fn cut(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
+        let n = self.read_positions()?.trimmed(n);
+        if n == self.len.load(Relaxed) {
             return Ok(());
         }
         let (mut layers, mut edits) = (Vec::new(), Edits::new(memory));
@@ -112,7 +160,9 @@ impl Sequence {
         if !n.is_multiple_of(TILE) {
             edits.wait()?;
         }
-        self.write_positions()?.truncate(n);
+        let mut positions = self.write_positions()?;
+        positions.truncate(n);
+        self.n_removed.store(positions.removed_within(0, n), Relaxed);
         for (mut layer, spare) in layers {
             layer.truncate(n, spare, &mut edits);
         }

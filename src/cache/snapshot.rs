@@ -8,8 +8,11 @@
 //! | runs of positions | 16 each, summed by 4096 | first token, its position |
 //! | then by layer: | 52, summed | heads, dims, dtypes, planes stored, planes here |
 //! | exact head | summed, if there is one | K rows, V rows, as given |
-//! | then by tile: | 32 | kind, base rows, which tokens live |
+//! | then by tile: | 32 | kind, base rows, planes of K and V (in the two low bytes), 0, which tokens live |
 //! | its page, or its base and its rows as given | summed with the 32 | see [`Layout::stretches`], [`Layout::kept_stretches`] |
+//!
+//! Tiles of which no token lives are empty. A stream of further digits (flag 1) has neither runs nor exact heads. Its tiles are the stored ones alone, others are
+//! empty; before its digits a tile has the sum of what the receiver must have of it.
 //!
 //! A tile whose rows are kept travels as these rows: its page is encoded anew, to the same bits. Nothing that a header
 //! says is believed before its sum is right, and no memory is taken for more than has come.
@@ -39,6 +42,14 @@ const RUNS: usize = 4096;
 /// Kinds of tiles.
 const STORED: u32 = 0;
 const GIVEN: u32 = 1;
+/// Nothing: its tokens have been removed, or a stream of further digits has none of it.
+const EMPTY: u32 = 2;
+
+/// Flag of a stream of further digits.
+const FURTHER: u32 = 1;
+
+/// Fewest planes that a tile has.
+const MIN_PLANES: usize = 2;
 
 /// What of a sequence is to be exported.
 #[derive(Debug, Clone, Copy, Default)]
@@ -47,6 +58,10 @@ pub struct Excerpt {
     pub first_layer: usize,
     /// Layers; None = all from there on.
     pub n_layers: Option<usize>,
+    /// Planes of K and of V that the receiver will have, at most; None = all.
+    pub planes: Option<(usize, usize)>,
+    /// Those that it has: only further ones are wanted.
+    pub known: Option<(usize, usize)>,
 }
 
 /// What comes first.
@@ -58,6 +73,7 @@ struct Header {
     exact_head: usize,
     len: usize,
     n_runs: usize,
+    is_further: bool,
 }
 
 fn little<const N: usize>(words: [u32; N]) -> impl AsRef<[u8]> {
@@ -328,10 +344,10 @@ impl Excerpt {
 pub(super) fn export(
     cache: &Cache,
     sequence: &Sequence,
-    part: &Excerpt,
+    excerpt: &Excerpt,
     write: &mut dyn FnMut(&[u8]) -> i32,
 ) -> Result<()> {
-    let layers = part.layers(cache.layouts.len())?;
+    let layers = excerpt.layers(cache.layouts.len())?;
     let mut readers: Vec<Reader> = Vec::new();
     reserve(&mut readers, layers.len())?;
     for layer in layers.clone() {
@@ -345,17 +361,17 @@ pub(super) fn export(
         let (layer, n, id) = (layers.start + i, readers[i].n_tokens(), sequence.id);
         return Err(Error::Argument(format!("layer {layer}: has {n} of the {all} tokens of sequence {id}")));
     }
-    let runs = first.positions.runs(len);
+    let n_runs = if excerpt.known.is_some() { 0 } else { first.positions.runs(len).len() };
     let mut sink = Sink::new(write)?;
     let mut access = Access::new(&cache.memory)?;
     let [a, b] = [0, 4].map(|at| u32::from_le_bytes([MAGIC[at], MAGIC[at + 1], MAGIC[at + 2], MAGIC[at + 3]]));
-    let (n, n_runs) = (layers.len(), runs.len());
+    let (n, flags) = (layers.len(), if excerpt.known.is_some() { FURTHER } else { 0 });
     let format = format_code(cache.config.format);
     let head = [a, b, VERSION, format, low(cache.layouts.len()), low(layers.start), low(n), low(exact_head)];
     sink.put(little(head).as_ref())?;
-    sink.put(little([low(len), high(len), low(n_runs), high(n_runs), 0, 0, 0]).as_ref())?;
+    sink.put(little([low(len), high(len), low(n_runs), high(n_runs), flags, 0, 0]).as_ref())?;
     sink.seal()?;
-    for (i, (first, position)) in runs.enumerate() {
+    for (i, (first, position)) in first.positions.runs(len).take(n_runs).enumerate() {
         sink.put(&(first as u64).to_le_bytes())?;
         sink.put(&position.to_le_bytes())?;
         if (i + 1) % RUNS == 0 || i + 1 == n_runs {
@@ -363,21 +379,29 @@ pub(super) fn export(
         }
     }
     for reader in &readers {
-        export_layer(&reader.layer, &mut access, &mut sink)?;
+        export_layer(reader, excerpt, &mut access, &mut sink)?;
     }
     if sink.buffer.is_empty() { Ok(()) } else { sink.flush() }
 }
 
-fn export_layer(layer: &Layer, access: &mut Access, sink: &mut Sink) -> Result<()> {
-    let (layout, planes) = (&layer.layout, layer.layout.planes());
+/// Those planes of a page that are wanted, and there.
+fn wanted(layout: &Layout, page: &[u8], excerpt: &Excerpt) -> Planes {
+    let (known, Planes { k, v }) = (excerpt.known.unwrap_or((0, 0)), layout.known(page));
+    let (most_k, most_v) = excerpt.planes.unwrap_or((k.1, v.1));
+    let planes = |from: usize, there: usize, most: usize| (from, there.min(most).max(from));
+    Planes { k: planes(known.0, k.1, most_k), v: planes(known.1, v.1, most_v) }
+}
+
+fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &mut Sink) -> Result<()> {
+    let layer = &*reader.layer;
+    let (layout, is_further) = (&layer.layout, excerpt.known.is_some());
     let [heads, dim_k, dim_v, dtype_k, dtype_v, planes_k, planes_v] = shape_words(&layout.shape).map(|(_, word)| word);
-    let Planes { k, v } = planes;
-    let (k, v) = ([low(k.0), low(k.1)], [low(v.0), low(v.1)]);
-    let words = [heads, dim_k, dim_v, dtype_k, dtype_v, planes_k, planes_v, k[0], k[1], v[0], v[1], 0];
+    let known = excerpt.known.unwrap_or((0, 0));
+    let words = [heads, dim_k, dim_v, dtype_k, dtype_v, planes_k, planes_v, low(known.0), low(known.1), 0, 0, 0];
     sink.put(little(words).as_ref())?;
     sink.seal()?;
     let n_exact = layer.exact_head.min(layer.len);
-    if let (Some(head), true) = (&layer.head, n_exact > 0) {
+    if let (Some(head), true) = (&layer.head, n_exact > 0 && !is_further) {
         let bytes = access.get(head)?;
         for stretch in layout.kept_stretches(layer.exact_head, 0..n_exact) {
             sink.put(&bytes[stretch])?;
@@ -386,26 +410,39 @@ fn export_layer(layer: &Layer, access: &mut Access, sink: &mut Sink) -> Result<(
     }
     for (tile, page) in layer.pages[..layer.len.div_ceil(TILE)].iter().enumerate() {
         let rows = TILE.min(layer.len - tile * TILE);
-        let live = range_bits(0, rows);
-        let (kind, base) = match (&page.kept, &page.base) {
-            (None, _) => (STORED, None),
-            (Some(_), base) => (GIVEN, base.as_ref()),
+        let start = |kind: u32, base_rows: usize, planes: Planes, sink: &mut Sink| {
+            let live = range_bits(0, rows) & reader.positions.live(tile);
+            let live = [0, 32, 64, 96].map(|at| (live >> at) as u32);
+            let planes = low(planes.k.1 | planes.v.1 << 8);
+            sink.put(little([kind, low(base_rows), planes, 0, live[0], live[1], live[2], live[3]]).as_ref())
         };
-        let base_rows = base.map_or(0, |(_, rows)| *rows);
-        let live = [0, 32, 64, 96].map(|at| (live >> at) as u32);
-        sink.put(little([kind, low(base_rows), 0, 0, live[0], live[1], live[2], live[3]]).as_ref())?;
-        let mut stored = |block: &Shared, rows: usize, sink: &mut Sink| {
-            let bytes = access.get(block)?;
-            layout.stretches(rows, planes, |stretch| sink.put(&bytes[stretch]))
-        };
-        match &page.kept {
-            None => stored(&page.block, rows, sink)?,
-            Some(kept) => {
-                if let Some((base, base_rows)) = base {
-                    stored(base, *base_rows, sink)?;
+        let nothing = Planes { k: (0, 0), v: (0, 0) };
+        match (&page.kept, &page.base) {
+            (Some(_), _) if is_further => start(EMPTY, 0, nothing, sink)?,
+            _ if reader.positions.live(tile) == 0 => start(EMPTY, 0, nothing, sink)?,
+            (None, _) => {
+                let bytes = access.get(&page.block)?;
+                let planes = wanted(layout, bytes, excerpt);
+                start(STORED, 0, planes, sink)?;
+                if is_further {
+                    sink.put(&sum_of(layout, bytes, rows, known)?.to_le_bytes())?;
+                }
+                layout.stretches(rows, planes, |stretch| sink.put(&bytes[stretch]))?;
+            }
+            (Some(kept), base) => {
+                let mut from = 0;
+                match base {
+                    Some((base, base_rows)) => {
+                        let bytes = access.get(base)?;
+                        let planes = wanted(layout, bytes, excerpt);
+                        start(GIVEN, *base_rows, planes, sink)?;
+                        layout.stretches(*base_rows, planes, |stretch| sink.put(&bytes[stretch]))?;
+                        from = *base_rows;
+                    }
+                    None => start(GIVEN, 0, nothing, sink)?,
                 }
                 let bytes = access.get(kept)?;
-                for stretch in layout.kept_stretches(TILE, base_rows..rows) {
+                for stretch in layout.kept_stretches(TILE, from..rows) {
                     sink.put(&bytes[stretch])?;
                 }
             }
@@ -413,6 +450,16 @@ fn export_layer(layer: &Layer, access: &mut Access, sink: &mut Sink) -> Result<(
         sink.seal()?;
     }
     Ok(())
+}
+
+/// The sum of what a receiver of further digits has of a tile.
+fn sum_of(layout: &Layout, page: &[u8], rows: usize, known: (usize, usize)) -> Result<u32> {
+    let mut sum = Hasher::new();
+    layout.stretches(rows, Planes { k: (0, known.0), v: (0, known.1) }, |stretch| {
+        sum.update(&page[stretch]);
+        Ok(())
+    })?;
+    Ok(sum.finalize())
 }
 
 // ---- import ---------------------------------------------------------------------------------------------------------
@@ -424,11 +471,18 @@ struct Import<'a, 'b> {
     access: Access,
     header: Header,
     positions: Positions,
+    /// `positions` know which tokens have been removed.
+    is_noted: bool,
 }
 
 /// See [`Cache::import`].
 pub(super) fn import(cache: &Cache, read: &mut dyn FnMut(&mut [u8]) -> i32) -> Result<Sequence> {
     let mut import = Import::new(cache, read)?;
+    if import.header.is_further {
+        return Err(Error::Argument(
+            "into 0: the stream has further digits of a sequence that has the first".to_owned(),
+        ));
+    }
     let (first, n) = import.header.layers;
     let mut layers = Vec::new();
     reserve(&mut layers, n)?;
@@ -451,6 +505,9 @@ pub(super) fn import(cache: &Cache, read: &mut dyn FnMut(&mut [u8]) -> i32) -> R
 pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnMut(&mut [u8]) -> i32) -> Result<()> {
     let _claim = sequence.claim()?;
     let mut import = Import::new(cache, read)?;
+    if import.header.is_further {
+        return import.further(sequence);
+    }
     let ((first, n), len) = (import.header.layers, sequence.len.load(Relaxed));
     if import.header.len != len {
         let (id, n) = (sequence.id, import.header.len);
@@ -476,6 +533,10 @@ pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnM
     reserve(&mut layers, n)?;
     for layer in first..first + n {
         layers.push(import.layer(layer)?);
+    }
+    if import.positions.removed() != sequence.read_positions()?.removed() {
+        let id = sequence.id;
+        return Err(Error::Argument(format!("sequence {id}: other tokens have been removed than of the stream")));
     }
     for (place, layer) in places.iter_mut().zip(layers) {
         **place = layer;
@@ -518,10 +579,19 @@ impl Header {
             && exact_head <= TILE
             && len <= i64::MAX as usize
             && n_runs <= len
-            && (n_runs > 0) == (len > 0)
-            && words[9..] == [0; 3];
+            && words[9] <= FURTHER
+            && (n_runs > 0) == (len > 0 && words[9] != FURTHER)
+            && words[10..] == [0; 2];
         match format {
-            Some(format) if sound => Ok(Header { format, n_layers, layers: (first, n), exact_head, len, n_runs }),
+            Some(format) if sound => Ok(Header {
+                format,
+                n_layers,
+                layers: (first, n),
+                exact_head,
+                len,
+                n_runs,
+                is_further: words[9] == FURTHER,
+            }),
             _ => Err(Error::Corrupt("header: numbers that no export writes".to_owned())),
         }
     }
@@ -562,22 +632,36 @@ impl<'a, 'b> Import<'a, 'b> {
             }
             left -= n;
         }
-        Ok(Import { cache, source, access: Access::new(&cache.memory)?, header, positions })
+        Ok(Import { cache, source, access: Access::new(&cache.memory)?, header, positions, is_noted: false })
+    }
+
+    /// What the next layer begins with: the planes that the receiver has.
+    fn start(&mut self, index: usize) -> Result<(usize, usize)> {
+        let (layout, is_further) = (self.cache.layouts[index], self.header.is_further);
+        let words: [u32; 12] = self.source.words()?;
+        self.source.seal(&|| format!("layer {index}"))?;
+        for ((name, ours), theirs) in shape_words(&layout.shape).into_iter().zip(words) {
+            differ(&format!("layer {index}: {name}"), theirs, ours)?;
+        }
+        let (k, v) = (words[7] as usize, words[8] as usize);
+        let sound = match is_further {
+            false => (k, v) == (0, 0),
+            true => {
+                let Shape { planes_k, planes_v, .. } = layout.shape;
+                !layout.lossless() && (MIN_PLANES..=planes_k).contains(&k) && (MIN_PLANES..=planes_v).contains(&v)
+            }
+        };
+        if sound && words[9..] == [0; 3] {
+            return Ok((k, v));
+        }
+        Err(Error::Corrupt(format!("layer {index}: planes that it does not have")))
     }
 
     /// The next layer.
     fn layer(&mut self, index: usize) -> Result<Layer> {
         let (cache, header) = (self.cache, self.header);
         let layout = cache.layouts[index];
-        let words: [u32; 12] = self.source.words()?;
-        self.source.seal(&|| format!("layer {index}"))?;
-        for ((name, ours), theirs) in shape_words(&layout.shape).into_iter().zip(words) {
-            differ(&format!("layer {index}: {name}"), theirs, ours)?;
-        }
-        let Planes { k, v } = layout.planes();
-        if words[7..] != [low(k.0), low(k.1), low(v.0), low(v.1), 0] {
-            return Err(Error::Corrupt(format!("layer {index}: planes that it does not have")));
-        }
+        self.start(index)?;
         let mut layer = header.empty(cache, index)?;
         let n_exact = header.exact_head.min(header.len);
         if n_exact > 0 {
@@ -595,54 +679,106 @@ impl<'a, 'b> Import<'a, 'b> {
         let mut edits = Edits::new(&cache.memory);
         for tile in 0..header.len.div_ceil(TILE) {
             let rows = TILE.min(header.len - tile * TILE);
-            let page = self.tile(&layer, index, tile, rows)?;
+            let page = self.tile(&mut layer, index, tile, rows)?;
             layer.add_page(page)?;
             layer.encode_kept(tile, rows, &mut edits);
         }
+        self.is_noted = true;
         layer.len = header.len;
         edits.run()?;
         layer.release();
         Ok(layer)
     }
 
-    /// The next tile; the page of one whose rows are kept is still to be encoded.
-    fn tile(&mut self, layer: &Layer, index: usize, tile: usize, rows: usize) -> Result<Page> {
-        let Import { source, access, .. } = self;
-        let layout = &layer.layout;
-        let what = || format!("layer {index}, tile {tile}");
-        let [kind, base_rows, zeros @ .., a, b, c, d] = source.words::<8>()?;
+    /// What a tile begins with: its kind, base rows and planes.
+    fn start_tile(
+        &mut self,
+        layout: &Layout,
+        rows: usize,
+        what: &dyn Fn() -> String,
+    ) -> Result<(u32, usize, Planes, u128)> {
+        let [kind, base_rows, planes, zero, a, b, c, d] = self.source.words::<8>()?;
         let live = [d, c, b, a].into_iter().fold(0u128, |live, word| live << 32 | u128::from(word));
-        let base_rows = base_rows as usize;
+        let (k, v) = ((planes & 255) as usize, (planes >> 8) as usize);
+        let Shape { planes_k, planes_v, .. } = layout.shape;
+        let sound = match kind {
+            STORED if layout.lossless() => (k, v) == (planes_k, planes_v),
+            GIVEN if base_rows == 0 => planes == 0,
+            EMPTY => planes == 0,
+            _ => (MIN_PLANES..=planes_k).contains(&k) && (MIN_PLANES..=planes_v).contains(&v),
+        };
+        let dead = range_bits(0, rows) & !live;
+        if !sound || zero != 0 || live & !range_bits(0, rows) != 0 {
+            return Err(Error::Corrupt(format!("{}: a kind of tile that there is not", what())));
+        }
+        if dead != 0 && self.access.device.is_some() {
+            let text = format!("{}: tokens have been removed, which is not built yet on the CUDA backend", what());
+            return Err(Error::Unsupported(text));
+        }
+        Ok((kind, base_rows as usize, Planes { k: (0, k), v: (0, v) }, live))
+    }
+
+    /// Tokens that a tile lacks: the first layer says which, the others must agree.
+    fn note_removed(&mut self, tile: usize, rows: usize, live: u128) -> Result<()> {
+        let mut dead = range_bits(0, rows) & !live;
+        if self.is_noted {
+            if dead != range_bits(0, rows) & !self.positions.live(tile) {
+                return Err(Error::Corrupt(format!("tile {tile}: other tokens in one layer than in another")));
+            }
+            return Ok(());
+        }
+        while dead != 0 {
+            let from = dead.trailing_zeros() as usize;
+            let to = from + (dead >> from).trailing_ones() as usize;
+            self.positions.room_to_remove()?;
+            self.positions.remove(tile * TILE + from, tile * TILE + to);
+            dead &= !range_bits(from, to);
+        }
+        Ok(())
+    }
+
+    /// The next tile; the page of one whose rows are kept is still to be encoded.
+    fn tile(&mut self, layer: &mut Layer, index: usize, tile: usize, rows: usize) -> Result<Page> {
+        let layout = &{ layer.layout };
+        let what = || format!("layer {index}, tile {tile}");
+        let (kind, base_rows, planes, live) = self.start_tile(layout, rows, &what)?;
         let sound = match kind {
             STORED => base_rows == 0 && (rows == TILE || layout.lossless()),
             GIVEN => !layout.lossless() && (base_rows == 0 || (layer.skip(tile) + 1..=rows).contains(&base_rows)),
-            _ => false,
+            // Only where tokens have been removed.
+            _ => live == 0 && base_rows == 0 && rows == TILE && (tile + 1) * TILE < self.header.len,
         };
-        if !sound || zeros != [0; 2] || live != range_bits(0, rows) {
-            return Err(Error::Corrupt(format!("{}: a kind of tile that is not there", what())));
+        let is_last = tile * TILE + rows == self.header.len;
+        if !sound || (live == 0) != (kind == EMPTY) || is_last && live >> (rows - 1) == 0 {
+            return Err(Error::Corrupt(format!("{}: a kind of tile that does not lie there", what())));
         }
-        let check_page = |bytes: &[u8], rows: usize| {
-            layout.check_page(bytes, rows).map_err(|error| Error::Corrupt(format!("{}, {error}", what())))
-        };
+        self.note_removed(tile, rows, live)?;
+        if kind == EMPTY {
+            self.source.seal(&what)?;
+            return layer.empty_page();
+        }
+        if self.access.device.is_some() && base_rows + TILE * (kind == STORED) as usize > 0 && planes != layout.planes()
+        {
+            let text = format!("{}: only some of its digits, which is not built yet on the CUDA backend", what());
+            return Err(Error::Unsupported(text));
+        }
+        let Import { source, access, .. } = self;
+        // The page of the first rows, as far as they have come.
         let digits = |bytes: &mut [u8], rows: usize, source: &mut Source| {
-            source.stretches(bytes, |f| layout.stretches(rows, layout.planes(), f))
+            source.stretches(bytes, |f| layout.stretches(rows, planes, f))?;
+            layout.set_known(bytes, planes);
+            layout.check_page(bytes, rows).map_err(|error| Error::Corrupt(format!("{}, {error}", what())))
         };
         let mut block = layer.page()?;
         if kind == STORED {
-            access.set(&mut block, |bytes| {
-                digits(bytes, rows, source)?;
-                source.seal(&what)?;
-                check_page(bytes, rows)
-            })?;
+            access.set(&mut block, |bytes| digits(bytes, rows, source))?;
+            source.seal(&what)?;
             return Ok(Page { block, kept: None, base: None });
         }
         let (mut base, mut kept) = (None, layer.kept()?);
         if base_rows > 0 {
             let mut block = layer.page()?;
-            access.set(&mut block, |bytes| {
-                digits(bytes, base_rows, source)?;
-                check_page(bytes, base_rows)
-            })?;
+            access.set(&mut block, |bytes| digits(bytes, base_rows, source))?;
             base = Some((block, base_rows));
         }
         access.set(&mut kept, |bytes| {
@@ -652,6 +788,81 @@ impl<'a, 'b> Import<'a, 'b> {
             check_rows(layout, bytes, TILE, base_rows..rows, &what)
         })?;
         Ok(Page { block, kept: Some(kept), base })
+    }
+
+    /// Adds further digits to tiles that have the first ones only. They lie beside those that are read until all have
+    /// come; tiles that others hold, too, are copied.
+    fn further(&mut self, sequence: &Sequence) -> Result<()> {
+        let ((first, n), len) = (self.header.layers, sequence.len.load(Relaxed));
+        if self.access.device.is_some() {
+            return Err(Error::Unsupported("further digits are not built yet on the CUDA backend".to_owned()));
+        }
+        let mut places = Vec::new();
+        reserve(&mut places, n)?;
+        for index in first..first + n {
+            places.push(sequence.write_layer(index)?);
+        }
+        let mut grown: Vec<(usize, usize, Planes, Option<Shared>)> = Vec::new();
+        for (i, layer) in places.iter_mut().enumerate() {
+            let (index, layout) = (first + i, layer.layout);
+            let known = self.start(index)?;
+            for tile in 0..self.header.len.div_ceil(TILE) {
+                let what = || format!("layer {index}, tile {tile}");
+                let rows = TILE.min(self.header.len - tile * TILE);
+                let (kind, _, Planes { k, v }, _) = self.start_tile(&layout, rows, &what)?;
+                let further = Planes { k: (known.0, k.1), v: (known.1, v.1) };
+                if kind == EMPTY {
+                    self.source.seal(&what)?;
+                    continue;
+                }
+                if kind != STORED || rows < TILE || k.1 < known.0 || v.1 < known.1 {
+                    return Err(Error::Corrupt(format!("{}: digits that cannot be further ones", what())));
+                }
+                let [sum] = self.source.words()?;
+                let ours = layer.pages[..].get_mut(tile).filter(|page| page.kept.is_none() && (tile + 1) * TILE <= len);
+                let ours = ours.filter(|page| layout.known(&page.block) == Planes { k: (0, known.0), v: (0, known.1) });
+                let Some(page) = ours else {
+                    // It has them, or is another one by now.
+                    self.skip(&layout, further)?;
+                    self.source.seal(&what)?;
+                    continue;
+                };
+                if sum_of(&layout, &page.block, TILE, known)? != sum {
+                    let id = sequence.id;
+                    return Err(Error::Argument(format!("sequence {id}: {} is another one than the stream's", what())));
+                }
+                let mut copy = None;
+                if !page.block.is_own() {
+                    let mut block = Shared::new(&self.cache.memory, super::memory::Kind::Page, layout.page_bytes())?;
+                    block.own().copy_from_slice(&page.block);
+                    copy = Some(block);
+                }
+                reserve(&mut grown, 1)?;
+                let block = copy.as_mut().unwrap_or(&mut page.block);
+                self.source.stretches(block.own(), |f| layout.stretches(TILE, further, f))?;
+                self.source.seal(&what)?;
+                grown.push((i, tile, Planes { k: (0, k.1), v: (0, v.1) }, copy));
+            }
+        }
+        for (i, tile, planes, copy) in grown {
+            let layer = &mut *places[i];
+            let page = &mut layer.pages[tile];
+            if let Some(copy) = copy {
+                page.block = copy;
+            }
+            layer.layout.set_known(page.block.own(), planes);
+        }
+        Ok(())
+    }
+
+    /// Reads digits that nobody wants.
+    fn skip(&mut self, layout: &Layout, planes: Planes) -> Result<()> {
+        let mut bytes = 0;
+        layout.stretches(TILE, planes, |stretch| {
+            bytes += stretch.len();
+            Ok(())
+        })?;
+        self.source.pieces(bytes, |_| ())
     }
 }
 

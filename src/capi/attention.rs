@@ -251,10 +251,14 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
                 row.head = (kv_from, head);
                 row.n += head - kv_from;
             }
+            row.n -= positions.removed_within(row.from, row.to) + positions.removed_within(row.head.0, row.head.1);
             if let Some(tree) = limits.tree {
                 row.hidden = !tree[r];
                 let token = |i: &usize| (len + i).wrapping_sub(TREE);
-                let seen = |t: &usize| (row.from..row.to).contains(t) || (row.head.0..row.head.1).contains(t);
+                let seen = |t: &usize| {
+                    let within = (row.from..row.to).contains(t) || (row.head.0..row.head.1).contains(t);
+                    within && positions.removed_within(*t, t + 1) == 0
+                };
                 row.n -= (0..TREE).filter(|i| row.hidden >> i & 1 == 1).map(|i| token(&i)).filter(seen).count();
             }
             rows.push(row);

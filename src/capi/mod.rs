@@ -18,7 +18,7 @@ pub mod status;
 mod tests;
 pub mod types;
 
-use crate::{Error, Result};
+use crate::Result;
 use types::*;
 
 /// Runs the body of a C function: an error or a panic becomes a status and this thread's last error.
@@ -27,9 +27,4 @@ fn guard(body: impl FnOnce() -> Result<()>) -> akv_status {
         Ok(()) => AKV_OK,
         Err(error) => status::fail(&error),
     }
-}
-
-/// What the header declares and this version does not do.
-fn unbuilt(what: &str) -> Result<()> {
-    Err(Error::Unsupported(format!("{what} is not built yet")))
 }

@@ -1,11 +1,11 @@
 //! Sequences: creation, forks, lengths, reading back.
 
-use super::check::{Bytes, Grid, count, descriptor, disjoint, not_built, pointer, wrong, zero};
+use super::check::{Bytes, Grid, array, count, descriptor, disjoint, pointer, within, wrong, zero};
+use super::guard;
 use super::handle::CACHES;
 use super::types::*;
-use super::{guard, unbuilt};
-use crate::cache::Excerpt;
-use crate::format::{Dtype, MAX_LATENT, RowsMut, Shape, TILE};
+use crate::cache::{Excerpt, Rope};
+use crate::format::{Dtype, Format, MAX_LATENT, PLANES, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -75,7 +75,11 @@ pub unsafe extern "C" fn akv_sequence_truncate(
     guard(|| CACHES.get(cache, "cache")?.cache.truncate(sequence, count("n_tokens", n_tokens)?))
 }
 
-/// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+/// Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
+/// nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+/// n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+/// cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+/// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -86,12 +90,25 @@ pub unsafe extern "C" fn akv_sequence_remove(
     from_position: i64,
     to_position: i64,
 ) -> akv_status {
-    let _ = (cache, sequence, from_position, to_position);
-    guard(|| unbuilt("akv_sequence_remove"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        cache.cache.check_placement(false)?;
+        if from_position > to_position {
+            return Err(wrong("to_position", to_position, format_args!("from_position ({from_position}) or more")));
+        }
+        cache.cache.remove(sequence, from_position, to_position)
+    })
 }
 
 /// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-/// an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+/// an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+/// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
+/// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
+/// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
+/// that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+///
+/// Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
+/// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -104,8 +121,44 @@ pub unsafe extern "C" fn akv_sequence_shift(
     delta: i64,
     rope_per_layer: *const akv_rope,
 ) -> akv_status {
-    let _ = (cache, sequence, from_position, to_position, delta, rope_per_layer);
-    guard(|| unbuilt("akv_sequence_shift"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        cache.cache.check_placement(false)?;
+        if from_position > to_position {
+            return Err(wrong("to_position", to_position, format_args!("from_position ({from_position}) or more")));
+        }
+        let layouts = cache.cache.layouts();
+        // SAFETY: the caller's contract.
+        let given = unsafe { array(rope_per_layer, layouts.len(), "rope_per_layer") }?;
+        let ropes = given.iter().zip(layouts).enumerate();
+        // SAFETY: the caller's contract.
+        let ropes = ropes.map(|(i, (r, layout))| unsafe { rope(r, &format!("rope_per_layer[{i}]"), &layout.shape) });
+        let ropes = ropes.collect::<Result<Vec<_>>>()?;
+        cache.cache.shift(sequence, from_position, to_position, delta, &ropes)
+    })
+}
+
+/// # Safety
+/// What `rope` points to is as documented during `'a`.
+unsafe fn rope<'a>(rope: &akv_rope, name: &str, shape: &Shape) -> Result<Rope<'a>> {
+    let dim = shape.dim_k;
+    zero(format_args!("{name}.reserved"), rope.reserved)?;
+    within(format_args!("{name}.pairing"), rope.pairing, AKV_ROPE_INTERLEAVED..=AKV_ROPE_HALVES)?;
+    let n_dims = within(format_args!("{name}.n_dims"), rope.n_dims, 0..=dim as i32)?;
+    if n_dims % 2 != 0 {
+        return Err(wrong(format_args!("{name}.n_dims"), n_dims, "an even number"));
+    }
+    let first_dim = within(format_args!("{name}.first_dim"), rope.first_dim, 0..=dim as i32 - n_dims)? as usize;
+    if shape.v_is_prefix && n_dims > 0 && first_dim < shape.dim_v {
+        let expected = format_args!("{} or more: V is the first channels of K, and does not turn", shape.dim_v);
+        return Err(wrong(format_args!("{name}.first_dim"), first_dim, expected));
+    }
+    // SAFETY: the caller's contract.
+    let inv_freq = unsafe { array(rope.inv_freq, n_dims as usize / 2, format_args!("{name}.inv_freq")) }?;
+    if let Some((i, x)) = inv_freq.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+        return Err(wrong(format_args!("{name}.inv_freq[{i}]"), x, "a finite number"));
+    }
+    Ok(Rope { interleaved: rope.pairing == AKV_ROPE_INTERLEAVED, first_dim, inv_freq })
 }
 
 /// Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
@@ -137,6 +190,11 @@ pub unsafe extern "C" fn akv_sequence_length(
 /// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
 /// work of the CUDA context.
 ///
+/// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+/// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+/// sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+/// cut (others are left alone; forks that share tiles do not get them).
+///
 /// Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
 /// AKV_E_BUSY (a layer is being written).
 ///
@@ -154,37 +212,57 @@ pub unsafe extern "C" fn akv_sequence_export(
         let cache = CACHES.get(cache, "cache")?;
         let write = write.ok_or_else(|| wrong("write", "NULL", "a function"))?;
         // SAFETY: the caller's contract.
-        let part = if desc.is_null() { Excerpt::default() } else { part(&unsafe { descriptor(desc, "desc") }?)? };
-        cache.cache.export(sequence, &part, &mut |bytes: &[u8]| {
+        let desc = if desc.is_null() { None } else { Some(unsafe { descriptor(desc, "desc") }?) };
+        let excerpt = desc.map_or(Ok(Excerpt::default()), |desc| excerpt(&desc, cache.cache.config().format))?;
+        cache.cache.export(sequence, &excerpt, &mut |bytes: &[u8]| {
             // SAFETY: the caller's function, with the caller's pointer, and bytes that live through the call.
             unsafe { write(user, bytes.as_ptr().cast(), bytes.len()) }
         })
     })
 }
 
-fn part(desc: &akv_export_desc) -> Result<Excerpt> {
+fn excerpt(desc: &akv_export_desc, format: Format) -> Result<Excerpt> {
     zero("desc->flags", desc.flags)?;
     let first_layer = count("desc->first_layer", desc.first_layer.into())?;
     let n_layers = count("desc->n_layers", desc.n_layers.into())?;
-    for (name, value) in
-        [("planes_k", desc.planes_k), ("planes_v", desc.planes_v), ("known_k", desc.known_k), ("known_v", desc.known_v)]
-    {
-        if value != 0 {
-            return Err(not_built(format_args!("desc->{name}"), value, 0));
+    let planes = |names: [&str; 2], values: [i32; 2]| {
+        let mut planes = [PLANES; 2];
+        for ((name, value), planes) in names.into_iter().zip(values).zip(&mut planes) {
+            *planes = match value {
+                0 => PLANES,
+                2..=4 if format == Format::Aligned => value as usize,
+                _ if format == Format::Aligned => {
+                    return Err(wrong(format_args!("desc->{name}"), value, "0, 2, 3 or 4"));
+                }
+                _ => return Err(wrong(format_args!("desc->{name}"), value, "0 with this format, which has no planes")),
+            };
         }
+        Ok((values != [0; 2]).then_some((planes[0], planes[1])))
+    };
+    let known = planes(["known_k", "known_v"], [desc.known_k, desc.known_v])?;
+    if known.is_some() && (desc.known_k == 0 || desc.known_v == 0) {
+        let name = if desc.known_k == 0 { "desc->known_k" } else { "desc->known_v" };
+        return Err(wrong(name, 0, "planes of both K and V, or of neither"));
     }
-    Ok(Excerpt { first_layer, n_layers: (n_layers > 0).then_some(n_layers) })
+    Ok(Excerpt {
+        first_layer,
+        n_layers: (n_layers > 0).then_some(n_layers),
+        planes: planes(["planes_k", "planes_v"], [desc.planes_k, desc.planes_v])?,
+        known,
+    })
 }
 
 /// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
 /// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
-/// `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
-/// sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
-/// it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+/// `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+/// smaller exact_tail of both). Otherwise the stream brings layers that
+/// sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+/// used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
 ///
 /// Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
 /// AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
-/// AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+/// AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+/// come.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -215,7 +293,7 @@ pub unsafe extern "C" fn akv_sequence_import(
 /// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 /// as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 /// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-/// nothing written, if a value is too large for the dtype.
+/// nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -343,6 +421,11 @@ unsafe fn output(
 
 /// A token as attention sees it with all planes.
 fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+    if view.written(token / TILE) >> (token % TILE) & 1 == 0 {
+        k.fill(0.0);
+        v.fill(0.0);
+        return;
+    }
     match &view.exact {
         Some((exact_k, exact_v)) if token < view.n_exact => {
             exact_k.read(token, head, k);

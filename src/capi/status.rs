@@ -1,8 +1,8 @@
 //! Versions, status codes and the text of the last error.
 
-use super::Error;
 use super::check::pointer;
 use super::types::*;
+use crate::Error;
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char};
 

@@ -237,7 +237,8 @@ pub struct akv_layer_desc {
     /// The same of V.
     pub planes_v: i32,
     /// Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
-    /// whose masks say it.
+    /// whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
+    /// their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
     pub window: i32,
     /// Layers whose page tables are shared; 0 (the only one built).
     pub group: i32,
@@ -357,8 +358,8 @@ pub struct akv_export_desc {
     pub first_layer: i32,
     /// Layers; 0 = all from first_layer on.
     pub n_layers: i32,
-    /// Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
-    /// AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    /// Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+    /// are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
     pub planes_k: i32,
     /// The same of V.
     pub planes_v: i32,

@@ -17,10 +17,11 @@
 
 use super::layout::align;
 use super::{
-    Bits, LEFT, MAX_DIM, MAX_LATENT, OFFSET, PLANES, Planes, Rows, Shape, Source, TILE, decode, encode as code_of,
-    inverse, scale,
+    Bits, Dtype, LEFT, MAX_DIM, MAX_LATENT, OFFSET, PEAK, PLANES, Planes, Rows, Shape, Source, TILE, decode,
+    encode as code_of, inverse, scale,
 };
 use crate::Result;
+use crate::cache::Turn;
 use std::ops::Range;
 
 pub(super) struct Offsets {
@@ -58,15 +59,24 @@ pub struct Meta {
     pub slack: f32,
     /// Scale byte of the V mean.
     pub v_mean: u8,
+    /// Last planes of K that are stored but hold nothing: they have not been imported.
+    pub missing_k: u8,
+    /// The same of V.
+    pub missing_v: u8,
 }
 
 impl Meta {
     /// Bytes of it in a page.
     pub const BYTES: usize = 12;
 
+    /// Bytes of it that do not depend on what has been imported.
+    const LASTING: usize = 9;
+
+    const NONE: Meta = Meta { digit_sum: 0, digit_square_sum: 0, slack: 0.0, v_mean: 0, missing_k: 0, missing_v: 0 };
+
     /// Of an open tile: what holds for any digits, so that it does not depend on how the rows came in.
     fn open(dim: usize, slack: f32) -> Meta {
-        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack, v_mean: 0 }
+        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack, ..Meta::NONE }
     }
 
     #[inline(always)]
@@ -76,6 +86,8 @@ impl Meta {
             digit_square_sum: u16::from_le_bytes([bytes[2], bytes[3]]),
             slack: f32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
             v_mean: bytes[8],
+            missing_k: bytes[9],
+            missing_v: bytes[10],
         }
     }
 
@@ -83,7 +95,7 @@ impl Meta {
         bytes[0..2].copy_from_slice(&self.digit_sum.to_le_bytes());
         bytes[2..4].copy_from_slice(&self.digit_square_sum.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.slack.to_le_bytes());
-        bytes[8..12].copy_from_slice(&[self.v_mean, 0, 0, 0]);
+        bytes[8..12].copy_from_slice(&[self.v_mean, self.missing_k, self.missing_v, 0]);
     }
 }
 
@@ -136,6 +148,18 @@ impl<'a> Tile<'a> {
     #[inline(always)]
     pub fn planes_v(&self) -> usize {
         self.v.len() / (TILE * self.dim_v / 2)
+    }
+
+    /// Planes of K that hold digits.
+    #[inline(always)]
+    pub fn known_k(&self) -> usize {
+        self.planes_k() - usize::from(self.meta.missing_k)
+    }
+
+    /// Planes of V that hold digits.
+    #[inline(always)]
+    pub fn known_v(&self) -> usize {
+        self.planes_v() - usize::from(self.meta.missing_v)
     }
 
     /// Planes 1 and up of a token's K, one after another.
@@ -367,7 +391,7 @@ pub(super) fn stretches(
             (o.k_scales, s.dim_k),
             (o.v_scales, rows.min(s.v_tokens())),
             (o.v_mean, s.stored_v()),
-            (o.meta, Meta::BYTES),
+            (o.meta, Meta::LASTING),
         ] {
             f(at..at + bytes)?;
         }
@@ -380,7 +404,20 @@ pub(super) fn sound(s: &Shape, part: &[u8]) -> bool {
     let at = Offsets::new(s).meta;
     let meta = Meta::read(&part[at..]);
     let sums = usize::from(meta.digit_sum) <= 8 * s.dim_k && usize::from(meta.digit_square_sum) <= 64 * s.dim_k;
-    sums && (0.0..=SLACK_LIMIT).contains(&meta.slack) && part[at + 9..at + Meta::BYTES] == [0; 3]
+    sums && (0.0..=SLACK_LIMIT).contains(&meta.slack)
+}
+
+/// Planes of K and of V that hold digits.
+pub(super) fn known(s: &Shape, part: &[u8]) -> (usize, usize) {
+    let tile = Tile::new(s, part);
+    (tile.known_k(), tile.known_v())
+}
+
+/// Says that the first planes hold digits, and the others nothing.
+pub(super) fn set_known(s: &Shape, part: &mut [u8], k: usize, v: usize) {
+    let at = Offsets::new(s).meta;
+    let (missing_k, missing_v) = ((s.planes_k - k) as u8, (s.planes_v - v) as u8);
+    Meta { missing_k, missing_v, ..Meta::read(&part[at..]) }.write(&mut part[at..]);
 }
 
 /// No tile has lost more: it would be worth nothing.
@@ -462,7 +499,8 @@ fn keys(
         for row in skip..from {
             let value = match &base {
                 Some((tile, rows)) if row < *rows => {
-                    decode(tile.k_stored(row, c, planes), planes) * scale(tile.k_scales[c])
+                    let known = tile.known_k();
+                    decode(tile.k_stored(row, c, known), known) * scale(tile.k_scales[c])
                 }
                 _ => k.element(row, head, c),
             };
@@ -473,7 +511,7 @@ fn keys(
 
     // Rows that only the base knows carry its error, grown by what re-encoding them lost.
     let slack = base.map_or(0.0, |(tile, _)| {
-        let lost = LEFT[planes] + tile.meta.slack;
+        let lost = LEFT[tile.known_k()] + tile.meta.slack;
         (0..d).fold(tile.meta.slack, |slack, c| {
             let (old, new) = (scale(tile.k_scales[c]), scale(part.k_scales[c]));
             if part.k_scales[c] > tile.k_scales[c] { slack.max(lost * (old / new)) } else { slack }
@@ -481,7 +519,10 @@ fn keys(
     });
     let whole = if to == TILE { digit_sums(part.k0, half, skip) } else { (8 * d as u32, 64 * d as u32) };
     let v_mean = if from == 0 { 0 } else { Meta::read(part.meta).v_mean };
-    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack, v_mean }.write(part.meta);
+    // And no more planes than it has.
+    let Meta { missing_k, missing_v, .. } = base.map_or(Meta::NONE, |(tile, _)| tile.meta);
+    let (digit_sum, digit_square_sum) = (whole.0 as u16, whole.1 as u16);
+    Meta { digit_sum, digit_square_sum, slack, v_mean, missing_k, missing_v }.write(part.meta);
 }
 
 /// Raises the peaks to the magnitudes of a row.
@@ -540,7 +581,8 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
     }
     let others = written & !new;
     let meta = Meta::read(part.meta);
-    let (mut slack, lost) = (meta.slack, LEFT[planes] + meta.slack);
+    let digits = planes - usize::from(meta.missing_k).min(planes);
+    let (mut slack, lost) = (meta.slack, LEFT[digits] + meta.slack);
     for c in 0..d {
         let (old, byte) = (part.k_scales[c], super::scale::smallest(peak[c]));
         if byte <= old {
@@ -552,7 +594,7 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
                 k.element(row, head, c)
             } else {
                 let rest = &part.k_rest[row * (planes - 1) * half..];
-                decode(stored(part.k0, rest, half, row, c, planes), planes) * scale(old)
+                decode(stored(part.k0, rest, half, row, c, digits), digits) * scale(old)
             };
             part.put_k_channel(row, c, half, planes, code_of(value, inverse(byte)));
         }
@@ -562,6 +604,53 @@ pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, ne
     }
     put_rows(s, &mut part, k, head, Bits(new).map(|row| (row, false)));
     Meta { v_mean: meta.v_mean, ..Meta::open(d, slack) }.write(part.meta);
+}
+
+/// See [`super::Layout::turn_page`].
+pub(super) fn turn_keys(
+    s: &Shape,
+    part: &mut [u8],
+    some: u128,
+    written: u128,
+    skip: usize,
+    turn: &Turn,
+    scratch: &mut [f32],
+) {
+    if some == 0 {
+        return;
+    }
+    let (d, tile) = (s.dim_k, Tile::new(s, part));
+    let (before, known) = (tile.meta, tile.known_k());
+    let mut error = [0.0f32; MAX_LATENT];
+    for (error, &u) in error.iter_mut().zip(tile.k_scales) {
+        *error = (LEFT[known] + before.slack) * scale(u);
+    }
+    turn.errors(&mut error[..d]);
+    let scratch = &mut scratch[..TILE * d];
+    scratch.fill(0.0);
+    for row in Bits(some) {
+        let x = &mut scratch[row * d..(row + 1) * d];
+        tile.decode_k(row, known, x);
+        turn.row(x);
+    }
+    // SAFETY: floats are plain bytes.
+    let bytes = unsafe { std::slice::from_raw_parts(scratch.as_ptr().cast(), 4 * scratch.len()) };
+    let rows = Rows::contiguous(bytes, 1, Dtype::F32, d);
+    // Tokens that have been removed stand for nothing.
+    let is_whole = written & !some == 0;
+    if is_whole {
+        encode_keys(s, part, None, &rows, 0, skip, 0, TILE);
+    } else {
+        rewrite_keys(s, part, &rows, 0, some, written, some);
+    }
+    let tile = Tile::new(s, part);
+    let lost = error[..d].iter().zip(tile.k_scales).fold(0.0f32, |lost, (error, &u)| lost.max(error / scale(u)));
+    // With what binary32 rounds in a row that turns, at most as large as the scale can hold.
+    let lost = lost * (1.0 + 4.0 * f32::EPSILON) + 4.0 * f32::EPSILON * PEAK;
+    let Meta { v_mean, missing_v, .. } = before;
+    let missing_k = if is_whole { 0 } else { before.missing_k };
+    let meta = Meta { slack: tile.meta.slack.max(lost), v_mean, missing_k, missing_v, ..tile.meta };
+    meta.write(PartMut::new(s, part).meta);
 }
 
 /// Writes V of the tokens `new` over a tile in any state. Its mean stays: any will do.
@@ -662,11 +751,12 @@ fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut
     let (d, row_bytes) = (s.dim_v, s.planes_v * s.dim_v / 2);
     let (mut sums, mut x) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
     let (sums, x) = (&mut sums[..d], &mut x[..d]);
+    let known = s.planes_v - usize::from(Meta::read(part.meta).missing_v).min(s.planes_v);
     for row in skip..TILE {
         if s.planes_v == 0 {
             v.read_finite(row, head, x);
         } else {
-            decode_v(&part.v[row * row_bytes..(row + 1) * row_bytes], part.v_scales[row], s.planes_v, x);
+            decode_v(&part.v[row * row_bytes..(row + 1) * row_bytes], part.v_scales[row], known, x);
         }
         for (sum, x) in sums.iter_mut().zip(x.iter()) {
             *sum += x;
@@ -686,8 +776,8 @@ fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut
 pub(super) fn reopen(s: &Shape, part: &mut [u8]) {
     let (v_mean, meta) = part[Offsets::new(s).v_mean..].split_at_mut(align(s.stored_v()));
     v_mean.fill(0);
-    let slack = Meta::read(meta).slack;
-    Meta::open(s.dim_k, slack).write(meta);
+    let Meta { slack, missing_k, missing_v, .. } = Meta::read(meta);
+    Meta { missing_k, missing_v, ..Meta::open(s.dim_k, slack) }.write(meta);
 }
 
 const _: () = assert!(PLANES == 4 && 64 * MAX_LATENT <= u16::MAX as usize);

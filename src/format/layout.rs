@@ -1,6 +1,7 @@
 //! Where the bytes of a page lie, for each of the three formats, and how rows get into them.
 
-use super::{Dtype, MAX_DIM, PLANES, Rows, RowsMut, TILE, aligned, published, raw};
+use super::{Bits, Dtype, MAX_DIM, PLANES, Rows, RowsMut, TILE, aligned, published, raw};
+use crate::cache::Turn;
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -284,6 +285,36 @@ impl Layout {
         aligned::add_slack(&self.shape, self.part_mut(page, head), slack);
     }
 
+    /// Turns K of the tokens `some` of a page; `written` are all of it that may be read. Codes are made anew: what that
+    /// loses is in the tile's slack, and so it is for the others if a scale has to grow. `scratch` has room for a tile of
+    /// one head.
+    pub(crate) fn turn_page(
+        &self,
+        page: &mut [u8],
+        some: u128,
+        written: u128,
+        skip: usize,
+        turn: &Turn,
+        scratch: &mut [f32],
+    ) {
+        let s = &self.shape;
+        for head in 0..s.n_kv_heads {
+            let part = self.part_mut(page, head);
+            match self.format {
+                Format::Aligned => aligned::turn_keys(s, part, some, written, skip, turn, scratch),
+                Format::Raw => turn_rows(part, s.dtype_k, 1, s.dim_k, Bits(some), turn),
+                Format::Published => unreachable!("refused"),
+            }
+        }
+    }
+
+    /// Turns K rows of a block that keeps `n` as given, rounded to their dtype (and at most to its limits).
+    pub(crate) fn turn_kept(&self, block: &mut [u8], n: usize, some: Bits, turn: &Turn) {
+        assert!(block.len() >= self.kept_bytes(n));
+        let s = &self.shape;
+        turn_rows(&mut block[..self.kept_offset(n)], s.dtype_k, s.n_kv_heads, s.dim_k, some, turn);
+    }
+
     /// V of a token, as it is stored.
     pub fn stored_value(&self, page: &[u8], head: usize, row: usize) -> aligned::StoredValue {
         aligned::Tile::new(&self.shape, self.part(page, head)).stored_value(row)
@@ -309,11 +340,11 @@ impl Layout {
         match self.format {
             Format::Aligned => {
                 let tile = aligned::Tile::new(shape, part);
-                tile.decode_k(row, shape.planes_k, k);
+                tile.decode_k(row, tile.known_k(), k);
                 if shape.v_is_prefix {
                     v.copy_from_slice(&k[..shape.dim_v]);
                 } else {
-                    tile.decode_v(row, shape.planes_v, v);
+                    tile.decode_v(row, tile.known_v(), v);
                 }
             }
             Format::Published => {
@@ -367,6 +398,24 @@ impl Layout {
             }
         }
         Ok(())
+    }
+
+    /// Planes of K and of V of a page that hold digits, from the first.
+    pub fn known(&self, page: &[u8]) -> Planes {
+        let (k, v) = match self.format {
+            Format::Aligned => aligned::known(&self.shape, self.part(page, 0)),
+            _ => (self.shape.planes_k, self.shape.planes_v),
+        };
+        Planes { k: (0, k), v: (0, v) }
+    }
+
+    /// Says which do.
+    pub fn set_known(&self, page: &mut [u8], planes: Planes) {
+        if self.format == Format::Aligned {
+            for head in 0..self.shape.n_kv_heads {
+                aligned::set_known(&self.shape, self.part_mut(page, head), planes.k.1, planes.v.1);
+            }
+        }
     }
 
     /// Bytes of a block that keeps `n` rows as given (exact head rows; the rows of an open tile).
@@ -442,6 +491,27 @@ impl Layout {
         for head in 0..self.shape.n_kv_heads {
             let at = (row * self.shape.n_kv_heads + head) * bytes;
             to[at..at + bytes].copy_from_slice(rows.bytes(0, head));
+        }
+    }
+}
+
+/// Turns some of the rows `[row][head][dim]`, which start on a cache line.
+fn turn_rows(bytes: &mut [u8], dtype: Dtype, n_heads: usize, dim: usize, some: Bits, turn: &Turn) {
+    let limit = if dtype == Dtype::F16 { f32::from(half::f16::MAX) } else { f32::MAX };
+    let mut x = [0.0; MAX_DIM];
+    let x = &mut x[..dim];
+    let stride = (dim * dtype.size()) as isize;
+    for row in some {
+        assert!((row + 1) * n_heads * dim * dtype.size() <= bytes.len());
+        for head in 0..n_heads {
+            Rows::contiguous(bytes, n_heads, dtype, dim).read(row, head, x);
+            turn.row(x);
+            for x in x.iter_mut() {
+                *x = x.clamp(-limit, limit);
+            }
+            // SAFETY: exclusively borrowed, aligned (asserted by `contiguous`), and the row lies within: asserted above.
+            let mut rows = unsafe { RowsMut::new(bytes.as_mut_ptr(), stride * n_heads as isize, stride, dtype, dim) };
+            rows.write(row, head, x);
         }
     }
 }

@@ -216,7 +216,14 @@ impl Single {
         let (n_q, heads) = (ranges.len(), s.n_q_heads);
         let reader = self.cache.read(sequence, 0)?;
         let views = [reader.view()];
-        let rows: Vec<QueryRow> = ranges.iter().map(|&(from, to)| QueryRow::new(0, from, to, how.dense)).collect();
+        let rows: Vec<QueryRow> = ranges
+            .iter()
+            .map(|&(from, to)| {
+                let mut row = QueryRow::new(0, from, to, how.dense);
+                row.n -= reader.positions().removed_within(from, to);
+                row
+            })
+            .collect();
         let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
         let mut o = Output {
             out: vec![0.0; n_q * heads * s.dim_v],

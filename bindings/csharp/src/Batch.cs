@@ -147,17 +147,18 @@ namespace AlignedKV
 
         /// <summary>
         /// Appends the new tokens' rows in one layer, sequence by sequence: K after RoPE, both in the layer's element types.
-        /// Once per layer and step.
+        /// Once per layer and step. No rows for V where it is a part of K.
         /// </summary>
         public unsafe void Append(int layer, ReadOnlyRows key, ReadOnlyRows value)
         {
-            cache.CheckKV(layer, newTokens, key, value, false);
+            bool noValue = value.Data.IsEmpty && cache.Shape(layer).v_is_prefix_of_k != 0;
+            cache.CheckKV(layer, newTokens, key, value, noValue);
             using (var use = handle.Hold())
                 fixed (byte* k = &MemoryMarshal.GetReference(key.Data))
                 fixed (byte* v = &MemoryMarshal.GetReference(value.Data))
                 {
                     akv_rows rk = key.At(k), rv = value.At(v);
-                    Library.Check(Native.akv_quantize_kv((akv_batch*)use.Value, layer, &rk, &rv, null));
+                    Library.Check(Native.akv_quantize_kv((akv_batch*)use.Value, layer, &rk, noValue ? null : &rv, null));
                 }
         }
 

@@ -331,7 +331,11 @@ namespace AlignedKV
         internal static extern int akv_sequence_truncate(akv_cache* cache, ulong sequence, long n_tokens);
 
         /// <summary>
-        ///  Removes the tokens at positions `from_position &lt;= p &lt; to_position`. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Removes the tokens at positions `from_position &lt;= p &lt; to_position`: no query row sees them any more, and pages of which
+        ///  nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+        ///  n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+        ///  cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+        ///  AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -341,7 +345,14 @@ namespace AlignedKV
 
         /// <summary>
         ///  Adds `delta` to the positions `from_position &lt;= p &lt; to_position` and turns their K accordingly; `rope_per_layer` has
-        ///  an element per layer. Not built yet: AKV_E_UNSUPPORTED.
+        ///  an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+        ///  that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
+        ///  again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
+        ///  stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
+        ///  that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+        ///
+        ///  Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
+        ///  AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -367,6 +378,11 @@ namespace AlignedKV
         ///  max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
         ///  work of the CUDA context.
         ///
+        ///  With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+        ///  others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+        ///  sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+        ///  cut (others are left alone; forks that share tiles do not get them).
+        ///
         ///  Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
         ///  AKV_E_BUSY (a layer is being written).
         ///
@@ -379,13 +395,15 @@ namespace AlignedKV
         /// <summary>
         ///  Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
         ///  heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
-        ///  `*out`, which attends and goes on bit for bit like the one that was exported. Otherwise the stream brings layers that
-        ///  sequence `into` lacks: one made from a part of the layers can be destroyed, read and added to, and used in batches once
-        ///  it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+        ///  `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+        ///  smaller exact_tail of both). Otherwise the stream brings layers that
+        ///  sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+        ///  used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
         ///
         ///  Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
         ///  AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
-        ///  AKV_E_MEMORY. No memory is taken for more than the bytes that have come.
+        ///  AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+        ///  come.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -397,7 +415,7 @@ namespace AlignedKV
         ///  Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
         ///  as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
         ///  `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-        ///  nothing written, if a value is too large for the dtype.
+        ///  nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -809,7 +827,8 @@ namespace AlignedKV
         public int planes_v;
         /// <summary>
         ///  Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
-        ///  whose masks say it.
+        ///  whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
+        ///  their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
         /// </summary>
         public int window;
         /// <summary>
@@ -1019,8 +1038,8 @@ namespace AlignedKV
         /// </summary>
         public int n_layers;
         /// <summary>
-        ///  Digit planes of K, from the first, that the importing side will have: 0 = all that are stored; 1 to 4 with
-        ///  AKV_FORMAT_ALIGNED. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+        ///  Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+        ///  are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
         /// </summary>
         public int planes_k;
         /// <summary>

@@ -211,23 +211,35 @@ namespace AlignedKV
                 float[] before = new float[k.Length], after = new float[k.Length];
                 sequence.Read(0, 0, n, before, default(Rows));
                 var stream = new MemoryStream();
-                if (Built(delegate { sequence.Export(stream); }))
-                {
-                    stream.Position = 0;
-                    using (var copied = cache.Import(stream)) copied.Read(0, 0, n, after, default(Rows));
-                    for (int i = 0; i < before.Length; i++)
-                        if (before[i] != after[i]) { Check(false, "imported rows differ"); break; }
-                    var damaged = stream.ToArray();
-                    damaged[damaged.Length / 2] ^= 1;
-                    Fails(Status.Corrupt, "", delegate { cache.Import(new MemoryStream(damaged)); });
-                    Fails<IOException>("read", delegate { cache.Import(new MemoryStream(damaged, 0, damaged.Length / 2)); });
-                    Fails<IOException>("written", delegate { sequence.Export(new MemoryStream(new byte[10])); });
-                }
+                sequence.Export(stream);
+                stream.Position = 0;
+                using (var copied = cache.Import(stream)) copied.Read(0, 0, n, after, default(Rows));
+                bool same = stream.Position == stream.Length;
+                for (int i = 0; i < before.Length; i++) same &= before[i] == after[i];
+                Check(same, "imported rows");
+                var damaged = stream.ToArray();
+                damaged[damaged.Length / 2] ^= 1;
+                Fails(Status.Corrupt, "", delegate { cache.Import(new MemoryStream(damaged)); });
+                Fails<IOException>("read", delegate { cache.Import(new MemoryStream(damaged, 0, 100)); });
+                Fails<IOException>("written", delegate { sequence.Export(new MemoryStream(new byte[10])); });
+                var some = new MemoryStream();
+                sequence.Export(some, new Part { PlanesK = 2, PlanesV = 2 });
+                Check(some.Length < stream.Length, "two planes take less than all");
+                Fails(Status.Argument, "first_layer", delegate { sequence.Export(some, new Part { FirstLayer = 7 }); });
+                Fails(Status.Argument, "", delegate { sequence.Import(new MemoryStream(stream.ToArray())); }); // it lacks no layer
                 var still = new Rope { Dims = Dim, InvFreq = new float[Dim / 2] };
-                if (Built(delegate { sequence.Shift(0, n, 10, still); })) Check(sequence.Length == n, "shifted");
+                if (Built(delegate { sequence.Shift(0, n, 0, still); })) Check(sequence.Length == n, "shifted");
                 Fails<ArgumentException>("perLayer", delegate { sequence.Shift(0, n, 10); });
                 Fails<ArgumentException>("InvFreq", delegate { sequence.Shift(0, n, 10, new Rope { Dims = Dim }); });
-                if (Built(delegate { sequence.Remove(0, 1000); })) Check(sequence.Length == 0, "removed");
+                sequence.Remove(20, 30);
+                Stats stats;
+                var call = new AttentionCall { Q = new float[QHeads * Dim], Out = new float[QHeads * Dim] };
+                batch.Begin(new[] { sequence }, new[] { 0 }, new[] { 1 });
+                batch.Attention(0, in call, out stats);
+                batch.Commit();
+                Check(stats.Tokens == (n - 10) * KVHeads, stats.Tokens + " tokens are seen");
+                sequence.Remove(150, 1000); // at the end they are cut off
+                Check(sequence.Length == 150, "cut off");
             }
         }
 
@@ -341,6 +353,59 @@ namespace AlignedKV
                 Check(near, "merged parts");
                 Fails<ArgumentException>("Out", delegate { context.MergeStates(parts, 2, QHeads, Dim, states[3]); });
                 Fails(Status.Argument, "n is 0", delegate { context.MergeStates(new State[0], 1, QHeads, Dim, states[3]); });
+            }
+        }
+
+        static void ValuesInsideKeysAndNaN()
+        {
+            const int heads = 8, dimK = 48, dimV = 32, n = 60;
+            var layer = new Layer { QHeads = heads, KVHeads = 1, DimK = dimK, DimV = dimV, VIsPrefixOfK = true };
+            using (var context = new Context())
+            using (var cache = new Cache(context, new CacheOptions(layer)))
+            using (var sequence = new Sequence(cache))
+            using (var batch = new Batch(cache))
+            {
+                float[] k = Normal(n * dimK), q = Normal(heads * dimK), output = new float[heads * dimV], bound = new float[heads];
+                batch.Begin(new[] { sequence }, new[] { n }, new[] { 1 });
+                batch.Append(0, k, default(ReadOnlyRows));
+                var call = new AttentionCall { Q = q, Out = output, Bound = bound };
+                batch.Attention(0, in call);
+                batch.Commit();
+                bool within = true;
+                for (int head = 0; head < heads; head++)
+                {
+                    var sum = new double[dimV];
+                    double total = 0;
+                    for (int i = 0; i < n; i++)
+                    {
+                        double score = 0;
+                        for (int c = 0; c < dimK; c++) score += (double)q[head * dimK + c] * k[i * dimK + c];
+                        double p = Math.Exp(score / Math.Sqrt(dimK));
+                        total += p;
+                        for (int c = 0; c < dimV; c++) sum[c] += p * k[i * dimK + c];
+                    }
+                    for (int c = 0; c < dimV; c++) within &= Math.Abs(sum[c] / total - output[head * dimV + c]) <= bound[head];
+                }
+                Check(within, "values inside keys");
+            }
+            foreach (var policy in new[] { NanPolicy.Zero, NanPolicy.Propagate })
+            {
+                var options = Options();
+                options.NanPolicy = policy;
+                using (var context = new Context())
+                using (var cache = new Cache(context, options))
+                using (var sequence = new Sequence(cache))
+                using (var batch = new Batch(cache))
+                {
+                    float[] k = new float[KVHeads * Dim], v = new float[KVHeads * Dim], output = new float[QHeads * Dim];
+                    v[0] = float.NaN;
+                    batch.Begin(new[] { sequence }, new[] { 1 });
+                    batch.Append(0, k, v);
+                    var call = new AttentionCall { Q = new float[QHeads * Dim], Out = output };
+                    batch.Attention(0, in call);
+                    batch.Commit();
+                    Check(float.IsNaN(output[0]) == (policy == NanPolicy.Propagate), policy + ": " + output[0]);
+                }
             }
         }
 
@@ -519,6 +584,7 @@ namespace AlignedKV
             ForksStepsStreams();
             CellsAndMasks();
             Merge();
+            ValuesInsideKeysAndNaN();
             Errors();
             Log();
             CollectorFrees();

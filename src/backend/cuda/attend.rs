@@ -2,7 +2,7 @@
 
 use super::device::{Device, Stream};
 use super::params::{AttendParams, Partial, QueryRow, Report, ReportParams, Scanned, Stats, Sums};
-use super::{ATTEND_THREADS, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, units};
+use super::{ATTEND_THREADS, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, scan_shared_bytes, units};
 use crate::Result;
 use crate::format::{Shape, TILE};
 
@@ -116,7 +116,7 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         // SAFETY: the contract.
         unsafe {
             if call.scans && splits > 1 {
-                device.launch(scan, grid, attend_shared_bytes(shape), &params, stream)?;
+                device.launch(scan, grid, scan_shared_bytes(shape), &params, stream)?;
             }
             if call.scans {
                 device.launch(attend, grid, attend_shared_bytes(shape), &params, stream)?;
