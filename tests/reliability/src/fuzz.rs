@@ -26,7 +26,7 @@ fn hooks() -> &'static Hooks {
 /// Traffic over a small cache, all of it checked.
 pub fn operations(data: &[u8]) {
     let mut dice = Dice::Bytes(data);
-    let setup = Setup { n_threads: [0, 0, 0, 2][dice.below(4)], ..Setup::kind(dice.below(6), 6, 300) };
+    let setup = Setup { n_threads: [0, 0, 0, 2][dice.below(4)], ..Setup::kind(dice.below(KINDS), 6, 300) };
     let plan = Plan {
         threads: 1,
         seed: dice.below(256) as u64,
@@ -490,7 +490,7 @@ fn streams() -> &'static [Vec<u8>] {
             }
             bytes
         };
-        (0..6).map(export).collect()
+        (0..KINDS).map(export).collect()
     })
 }
 
@@ -533,7 +533,7 @@ fn filled(setup: &Setup, cache: Handle<akv_cache>, n: usize) -> akv_sequence {
 /// Streams that are damaged, cut short, of another cache, or no streams at all. One that is taken is a sequence like any.
 pub fn import(data: &[u8]) {
     let mut dice = Dice::Bytes(data);
-    let (of, into) = (dice.below(6), dice.below(6));
+    let (of, into) = (dice.below(KINDS), dice.below(KINDS));
     let into = if dice.one_in(4) { into } else { of };
     let mode = dice.below(8);
     let stream = &streams()[of];

@@ -29,6 +29,7 @@ fn put_together(folder: &str, to: &str) -> Result<u64, String> {
         "soak_minutes": soak["soak_minutes"],
         "outputs_checked": sum(&traffic, "outputs_checked"),
         "certificates_checked": sum(&traffic, "certificates_checked"),
+        "off_as_certified": sum(&traffic, "off_as_certified"),
         "tokens_checked": sum(&traffic, "tokens_checked"),
         "leaks_checked": sum(&traffic, "leaks_checked"),
         "resident_mib_first": soak["resident_mib_first"],
@@ -72,6 +73,10 @@ fn put_together(folder: &str, to: &str) -> Result<u64, String> {
     ] {
         md += &format!("| {name} | {} | {} |\n", report[finding], text(&checks(finding)));
     }
+    md += &format!(
+        "| outputs far off, with a bound that says so | {} | {} |\n",
+        report["off_as_certified"], report["outputs_checked"]
+    );
     md += &format!(
         "| data races | {} | {} operations under ThreadSanitizer |\n\n| injected | |\n|---|---|\n| faults | {} |\n| fuzzed inputs | {} \
          ({} CPU minutes) |\n| MiB resident after the first cycle of caches, after the last | {}, {} |\n",

@@ -7,7 +7,7 @@ use alignedkv_reliability::barrier::{Barrier, together};
 use alignedkv_reliability::counts::{Counts, add, found};
 use alignedkv_reliability::dice::Dice;
 use alignedkv_reliability::memory::{Heap, Hooks, resident_mib};
-use alignedkv_reliability::model::Setup;
+use alignedkv_reliability::model::{KINDS, Setup};
 use alignedkv_reliability::traffic::{Plan, Plant, run, within};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
@@ -60,7 +60,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
 }
 
 /// One kind of cache by one thread, then by many; then the next kind.
-const CYCLE: usize = 12;
+const CYCLE: usize = 2 * KINDS;
 
 fn worker(o: &Options) -> ExitCode {
     let hooks: &'static Hooks = Box::leak(Box::default());
@@ -88,7 +88,7 @@ fn worker(o: &Options) -> ExitCode {
     let mut resident = Vec::new();
     let mut i = 0;
     while Instant::now() < end {
-        let setup = Setup { n_threads: [0, 3][i / 6 % 2], ..Setup::kind(i / 2, o.sequences, 600) };
+        let setup = Setup { n_threads: [0, 3][i / KINDS % 2], ..Setup::kind(i / 2, o.sequences, 600) };
         let (plan, blocks) = (plan(i, round), Heap::blocks());
         run(&setup, &plan, Dice::Seeded(plan.seed), hooks, &counts);
         let left = Heap::blocks() - blocks;

@@ -148,7 +148,7 @@ impl World<'_> {
         let slots = self.slots.iter().filter_map(|slot| slot.lock().take());
         let all: Vec<Live> = slots.chain(crowd.members.drain(..).map(|m| m.0)).collect();
         for live in &all {
-            tokens += live.tokens.len() as u64;
+            tokens += live.tokens.iter().filter(|t| !t.removed).count() as u64;
             worker.check_length(live.id, live.tokens.len());
             worker.read_back(live, 0, 1);
         }
@@ -329,8 +329,10 @@ impl<'w, 'd> Worker<'w, 'd> {
             26..32 => self.check_rows(),
             32..35 => self.stale(),
             35..37 => self.snapshot(),
-            37..46 if self.world.plan.threads > 1 => self.disturb(),
-            46..60 if self.world.plan.threads > 1 => self.join_crowd(),
+            37..40 if self.world.setup.format != AKV_FORMAT_PUBLISHED => self.remove(),
+            40..43 if self.world.setup.moves => self.shift(),
+            43..50 if self.world.plan.threads > 1 => self.disturb(),
+            50..62 if self.world.plan.threads > 1 => self.join_crowd(),
             _ => self.step(),
         }
     }
@@ -392,7 +394,8 @@ impl<'w, 'd> Worker<'w, 'd> {
             if self.world.plan.plant == Plant::Leak {
                 return; // its id is lost
             }
-            let tokens = live.tokens[..n].to_vec();
+            let mut tokens = live.tokens[..n].to_vec();
+            trim(&mut tokens);
             self.fill(i, &mut to, id, tokens);
         } else {
             self.unchanged("fork", &before);
@@ -410,11 +413,59 @@ impl<'w, 'd> Worker<'w, 'd> {
         let status = unsafe { akv_sequence_truncate(self.world.cache.0, live.id, n as i64) };
         if self.expect("truncate", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
             live.tokens.truncate(n);
+            trim(&mut live.tokens);
         } else {
             self.unchanged("truncate", &before);
         }
         let (id, len) = (live.id, live.tokens.len());
         self.check_length(id, len);
+    }
+
+    /// Removes tokens of a stretch of positions.
+    fn remove(&mut self) {
+        let Some((_, mut slot)) = self.slot(true) else { return };
+        let Some(live) = slot.as_mut().filter(|live| !live.tokens.is_empty()) else { return };
+        let first = self.dice.below(live.tokens.len());
+        let n = if self.dice.one_in(3) { live.tokens.len() } else { 150 };
+        let last = (first + self.dice.below(n)).min(live.tokens.len() - 1);
+        let (from, to) = (live.tokens[first].position, live.tokens[last].position + 1);
+        let before = self.before();
+        // SAFETY: a handle and an id.
+        let status = unsafe { akv_sequence_remove(self.world.cache.0, live.id, from, to) };
+        if self.expect("remove", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
+            live.tokens.iter_mut().for_each(|t| t.removed |= (from..to).contains(&t.position));
+            trim(&mut live.tokens);
+        } else {
+            self.unchanged("remove", &before);
+        }
+        let (id, len) = (live.id, live.tokens.len());
+        self.check_length(id, len);
+    }
+
+    /// Moves the tokens from some position on: closer to those before, as after a removal, or further away.
+    fn shift(&mut self) {
+        let Some((_, mut slot)) = self.slot(true) else { return };
+        let Some(live) = slot.as_mut().filter(|live| !live.tokens.is_empty()) else { return };
+        let from = live.tokens[self.dice.below(live.tokens.len())].position;
+        let positions = || live.tokens.iter().filter(|t| !t.removed).map(|t| t.position);
+        let before_it = positions().filter(|&p| p < from).max().unwrap_or(from - 3);
+        let least = positions().filter(|&p| p >= from).min().map_or(0, |p| before_it - p);
+        let delta = self.dice.pick(&[least, least / 2, 3, 0, 40]);
+        let ropes: Vec<_> = self.world.setup.layers.iter().map(|l| frequencies(l.dim_k)).collect();
+        let ropes: Vec<_> = ropes.iter().enumerate().map(|(i, f)| (rope(i, f), f)).collect();
+        let per_layer: Vec<_> = ropes.iter().map(|r| r.0).collect();
+        let before = self.before();
+        // SAFETY: a handle, an id, a rope for every layer.
+        let status =
+            unsafe { akv_sequence_shift(self.world.cache.0, live.id, from, i64::MAX, delta, per_layer.as_ptr()) };
+        if self.expect("shift", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
+            for token in live.tokens.iter_mut().filter(|t| t.position >= from) {
+                token.position += delta;
+                token.turned += delta;
+            }
+        } else {
+            self.unchanged("shift", &before);
+        }
     }
 
     fn check_length(&mut self, id: akv_sequence, len: usize) {
@@ -463,7 +514,13 @@ impl<'w, 'd> Worker<'w, 'd> {
         for (part, dim) in [(Part::K, dk), (Part::V, dv)] {
             for (i, token) in tokens.iter().enumerate() {
                 for head in 0..heads {
-                    row(token, layer, part, head, dtype_dim(&shape, part).0, &mut given[..dim]);
+                    if part == Part::K && token.turned != 0 && !token.removed {
+                        continue; // how often it has been encoded anew is not known here: certificates tell
+                    }
+                    match token.removed {
+                        true => given[..dim].fill(0.0),
+                        false => row(token, layer, part, head, dtype_dim(&shape, part).0, &mut given[..dim]),
+                    }
                     let peak = given[..dim].iter().fold(0.0, |m: f32, x| m.max(x.abs()));
                     let error = setup.row_error(layer, part, peak);
                     let stored = if part == Part::K { &mut self.key } else { &mut self.value };
