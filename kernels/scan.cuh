@@ -31,6 +31,7 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
     }
     for (u32 mask = 4; mask <= 16; mask *= 2) unit_max = most(unit_max, shuffle_xor(unit_max, mask));
 
+    const bool bends = u.bends(t);
     const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16;
     ROLLED
     for (i32 first = 0; first < u.heads; first += 4) {
@@ -68,7 +69,7 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
                 }
             }
             if (mine) *reinterpret_cast<float4 *>(scores + 32 * block) = float4{s[0], s[1], s[2], s[3]};
-            if (u.bends() && mine) {
+            if (bends && mine) {
                 for (i32 i = 0; i < 4; i++) s[i] = u.logit(s[i], t, 32 * block + 4 * quad + i, h);
             }
             for (i32 i = 0; i < 4; i++) max = most(max, s[i]);
@@ -101,7 +102,7 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
 // Largest magnitude of V of a row as given, as if in units of a scale; its address on every lane.
 DEVICE float exact_unit(const Unit &u, i32 row) {
     const Shape &s = u.p.shape;
-    u64 v = u.view.head_v + (i64(row) * s.n_kv_heads + u.kv_head) * s.dim_v * size_of_dtype(s.dtype_v);
+    const u64 v = u.given_v(row);
     float peak = 0.0f;
     for (i32 c = lane(); c < s.dim_v; c += 32) peak = larger(peak, magnitude(load_element(v, s.dtype_v, c)));
     return warp_max(peak) * (1.0f / PEAK);
@@ -122,7 +123,7 @@ DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
             for (i32 i = 0; i < 32; i++) {
                 if (!(seen >> i & 1)) continue;
                 const i32 row = 32 * w + i;
-                u64 k = u.view.head_k + (i64(row) * s.n_kv_heads + u.kv_head) * d * size_of_dtype(s.dtype_k);
+                const u64 k = u.given_k(row);
                 float dot = 0.0f;
                 for (i32 n = 0; n < MAX_DIM / 32; n++) {
                     i32 c = lane() + 32 * n;

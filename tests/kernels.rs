@@ -423,6 +423,7 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         head_v,
         written: 0,
         id: 0,
+        first: 0,
         len: view.len as i32,
         n_exact: view.n_exact as i32,
     }];
@@ -521,7 +522,7 @@ fn rows_read_back() {
         let pages: Vec<u64> = (0..n.div_ceil(TILE)).map(|tile| address(view.page(tile))).collect();
         let (head_k, head_v) = view.exact.map_or((0, 0), |(k, v)| (k.address(0, 0) as u64, v.address(0, 0) as u64));
         let n_exact = view.n_exact as i32;
-        let device_view = View { pages: address(&pages), head_k, head_v, written: 0, id: 0, len: n as i32, n_exact };
+        let device_view = View { pages: address(&pages), head_k, head_v, written: 0, id: 0, first: 0, len: n as i32, n_exact };
         let first = rng.below(n);
         let n = 1 + rng.below(n - first);
         let dtype = DTYPES[case % 3];

@@ -1,22 +1,24 @@
 //! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
 //! memory, and launched on the caller's stream.
 
-use super::attention::{Options, apart, query_rows};
+use super::attention::{MAX_PROGRESSIVE, Options, apart, query_rows};
 use super::batch::{Object, Step};
-use super::cache;
+use super::{cache, context};
 use super::check::{Grid, not_built, optional, pointer, within, wrong};
 use super::types::*;
 use crate::backend::Mode;
 use crate::backend::cuda::params::{
-    self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, State,
+    self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, Span, SpansParams, State,
 };
 use crate::backend::cuda::{
-    Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
+    Bounds, Call, Cells, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace, attend,
+    bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, Placement};
-use crate::format::{Format, Shape, TILE};
+use crate::cache::{Batch, Cache, Config, SlotLayer};
+use crate::format::{Format, Layout, Shape, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
+use std::sync::PoisonError;
 
 /// Fails for caches that only the CPU has.
 pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
@@ -25,15 +27,11 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
         let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
     }
-    if config.placement != Placement::Append {
-        let expected = format_args!("AKV_APPEND (0) {on_cuda}");
-        return Err(not_built(format_args!("{name}->placement"), "another placement", expected));
-    }
     Ok(())
 }
 
 /// Addresses of a caller's rows.
-fn rows(grid: &Grid) -> params::Rows {
+pub(super) fn rows(grid: &Grid) -> params::Rows {
     let (data, stride_row, stride_head) = grid.address();
     params::Rows { data, stride_row, stride_head, dtype: grid.dtype as i32, reserved: 0 }
 }
@@ -113,43 +111,52 @@ pub(super) unsafe fn append(
     })
 }
 
-/// akv_aligned_attention.
-///
-/// # Safety
-/// What `desc` points to is as documented.
-pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: &akv_attention_desc) -> Result<()> {
-    let (device, mut tables) = batch.device()?;
-    let layout = &batch.owner.cache.layouts()[layer];
-    let (shape, n_q) = (&layout.shape, step.n_q);
-    let options = Options::new(desc, "desc", layout.format, shape, false)?;
-    // SAFETY: the caller's contract.
-    let stream = unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
-    if !desc.threads.is_null() {
-        return Err(wrong("desc->threads", "not NULL", "NULL on the CUDA backend"));
-    }
-    let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
-    let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
-    if !desc.sink_logits.is_null() {
-        pointer(desc.sink_logits, "desc->sink_logits")?;
-    }
-    apart(desc, &q, &out, n_q, shape)?;
-    // SAFETY: the caller's contract; both are host memory.
-    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
-        unsafe { (optional(desc.kv_from, n_q, "desc->kv_from")?, optional(desc.kv_to, n_q, "desc->kv_to")?) };
-    super::attention::check_ranges(kv_from, kv_to)?;
-    batch.batch.check_appended(layer)?;
-    let capturing = device.is_capturing(stream)?;
+/// An attention call, apart from what its rows see, checked as far as that can be done on the host.
+struct Request<'a> {
+    desc: &'a akv_attention_desc,
+    options: Options,
+    q: Grid,
+    out: Grid,
+    stream: Stream,
+    capturing: bool,
+}
 
-    let max_kv = match (capturing, batch.batch.bounds().max_kv) {
-        (true, Some(bound)) => bound,
-        _ => step.max_kv,
-    };
-    let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
-    let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, tables.zeros);
-    let start = if desc.workspace.is_null() {
-        tables.workspace(room.bytes, room.zeros, stream, capturing)?
-    } else {
+impl<'a> Request<'a> {
+    /// # Safety
+    /// The stream in `desc` is one.
+    unsafe fn new(
+        context: &context::Object,
+        device: &Device,
+        desc: &'a akv_attention_desc,
+        layout: &Layout,
+        n_q: usize,
+        slots: bool,
+    ) -> Result<Request<'a>> {
+        let shape = &layout.shape;
+        let options = Options::new(desc, "desc", layout.format, shape, slots)?;
+        // SAFETY: the caller's contract.
+        let stream = unsafe { context.stream("desc->stream", desc.stream) }?;
+        if !desc.threads.is_null() {
+            return Err(wrong("desc->threads", "not NULL", "NULL on the CUDA backend"));
+        }
+        let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
+        let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
+        for (name, p) in [("desc->sink_logits", desc.sink_logits), ("desc->alibi_slopes", desc.alibi_slopes)] {
+            if !p.is_null() {
+                pointer(p, name)?;
+            }
+        }
+        apart(desc, &q, &out, n_q, shape)?;
+        let capturing = device.is_capturing(stream)?;
+        Ok(Request { desc, options, q, out, stream, capturing })
+    }
+
+    /// The caller's workspace, if there is one, which must be as large as `room`.
+    fn workspace(&self, device: &Device, room: &Workspace) -> Result<Option<u64>> {
+        let desc = self.desc;
+        if desc.workspace.is_null() {
+            return Ok(None);
+        }
         if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
             let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
             return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
@@ -159,11 +166,86 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, expected));
         }
         // SAFETY: the caller's workspace, which has at least as many bytes.
-        unsafe { device.clear(desc.workspace as u64, room.zeros, stream) }?;
-        desc.workspace as u64
+        unsafe { device.clear(desc.workspace as u64, room.zeros, self.stream) }?;
+        Ok(Some(desc.workspace as u64))
+    }
+
+    /// What the kernels are told, but for what rows see.
+    fn params(&self, device: &Device, shape: &Shape, layer: usize) -> AttendParams {
+        let (desc, options) = (self.desc, &self.options);
+        AttendParams {
+            shape: shape.into(),
+            q: rows(&self.q),
+            out: rows(&self.out),
+            sinks: desc.sink_logits as u64,
+            slopes: desc.alibi_slopes as u64,
+            lse: desc.lse as u64,
+            bound: desc.bound as u64,
+            lse_bound: desc.lse_bound as u64,
+            estimate: desc.estimate as u64,
+            amplitude: desc.amplitude as u64,
+            fault: device.fault_address(),
+            mode: if options.mode == Mode::Guaranteed { params::MODE_GUARANTEED } else { params::MODE_EXPECTED },
+            scale: options.scale,
+            softcap: options.softcap,
+            tolerance: options.tolerance,
+            layer: layer as i32,
+            ..AttendParams::default()
+        }
+    }
+
+    /// True if `n` query rows of a sequence or span read all digits.
+    fn is_dense(&self, n: usize) -> bool {
+        self.options.all_dense || n > MAX_PROGRESSIVE
+    }
+
+    /// The whole call: `dense_rows` of its `n_q` rows read all digits.
+    fn call<'s>(&self, params: AttendParams, shape: &'s Shape, n_q: usize, dense_rows: usize) -> Call<'s> {
+        let path = if dense_rows > 0 { AKV_PATH_DENSE } else { 0 };
+        Call {
+            shape,
+            params,
+            cells: None,
+            n_rows: n_q,
+            n_tiles: 0,
+            report: self.desc.stats as u64,
+            dense_rows: dense_rows as u64,
+            backend: AKV_CUDA,
+            path: path | if dense_rows < n_q { AKV_PATH_PROGRESSIVE } else { 0 },
+        }
+    }
+}
+
+/// akv_aligned_attention.
+///
+/// # Safety
+/// What `desc` points to is as documented.
+pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: &akv_attention_desc) -> Result<()> {
+    let (device, mut tables) = batch.device()?;
+    let layout = &batch.owner.cache.layouts()[layer];
+    let (shape, n_q) = (&layout.shape, step.n_q);
+    // SAFETY: the caller's contract.
+    let request = unsafe { Request::new(&batch.owner.context, device, desc, layout, n_q, false) }?;
+    let (stream, capturing) = (request.stream, request.capturing);
+    // SAFETY: the caller's contract; both are host memory.
+    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
+        unsafe { (optional(desc.kv_from, n_q, "desc->kv_from")?, optional(desc.kv_to, n_q, "desc->kv_to")?) };
+    super::attention::check_ranges(kv_from, kv_to)?;
+    batch.batch.check_appended(layer)?;
+
+    let max_kv = match (capturing, batch.batch.bounds().max_kv) {
+        (true, Some(bound)) => bound,
+        _ => step.max_kv,
+    };
+    let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
+    let tiles = max_kv.div_ceil(TILE);
+    let room = Workspace::new(shape, max_rows, tiles, tables.zeros);
+    let start = match request.workspace(device, &room)? {
+        Some(start) => start,
+        None => tables.workspace(room.bytes, room.zeros, stream, capturing)?,
     };
 
-    let sight = options.sight();
+    let sight = request.options.sight();
     let known = if kv_from.is_none() && kv_to.is_none() { tables.rows(sight, n_q, capturing)? } else { None };
     let (rows_at, n_rows) = match known {
         Some(known) => known,
@@ -181,41 +263,112 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             (room.rows(start), rows.len())
         }
     };
-    let dense = |n: usize| if options.all_dense || n > super::attention::MAX_PROGRESSIVE { n } else { 0 };
-    let dense_rows: usize = step.sequences.iter().map(|s| dense(s.n_q)).sum();
-    let mut path = if dense_rows > 0 { AKV_PATH_DENSE } else { 0 };
-    path |= if dense_rows < n_q { AKV_PATH_PROGRESSIVE } else { 0 };
-    let call = Call {
-        shape,
-        params: AttendParams {
-            shape: shape.into(),
-            q: rows(&q),
-            out: rows(&out),
-            views: tables.views(layer, capturing)?,
-            rows: rows_at,
-            sinks: desc.sink_logits as u64,
-            lse: desc.lse as u64,
-            bound: desc.bound as u64,
-            lse_bound: desc.lse_bound as u64,
-            estimate: desc.estimate as u64,
-            amplitude: desc.amplitude as u64,
-            fault: device.fault_address(),
-            mode: if options.mode == Mode::Guaranteed { params::MODE_GUARANTEED } else { params::MODE_EXPECTED },
-            scale: options.scale,
-            softcap: options.softcap,
-            tolerance: options.tolerance,
-            layer: layer as i32,
-            ..AttendParams::default()
-        },
-        n_rows,
-        n_tiles: tiles,
-        report: desc.stats as u64,
-        dense_rows: dense_rows as u64,
-        backend: AKV_CUDA,
-        path,
-    };
+    let dense_rows: usize = step.sequences.iter().map(|s| if request.is_dense(s.n_q) { s.n_q } else { 0 }).sum();
+    let views = tables.views(layer, capturing)?;
+    let params = AttendParams { views, rows: rows_at, ..request.params(device, shape, layer) };
+    let call = Call { n_rows, n_tiles: tiles, ..request.call(params, shape, n_q, dense_rows) };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, stream) }
+}
+
+/// Query rows over cells that are at work at once: workspaces of callers have room for as many.
+const ROWS_OVER_CELLS: usize = 64;
+
+/// Bytes that akv_slots_attention can do with over spans of up to `max_kv` cells, in any layer.
+pub(super) fn slots_workspace(cache: &Cache, max_kv: usize) -> usize {
+    let of = |layout: &Layout| Workspace::new(&layout.shape, ROWS_OVER_CELLS, max_kv.div_ceil(TILE), 0).bytes;
+    cache.layouts().iter().map(of).max().unwrap_or(0)
+}
+
+/// akv_slots_attention, of spans that are checked.
+///
+/// # Safety
+/// What `desc` points to is as documented.
+pub(super) unsafe fn slots_attention(
+    cache: &cache::Object,
+    device: &Device,
+    layer: usize,
+    spans: &[akv_span],
+    mask: Option<&Mask>,
+    desc: &akv_attention_desc,
+) -> Result<()> {
+    let layout = &cache.cache.layouts()[layer];
+    let shape = &layout.shape;
+    let n_q: usize = spans.iter().map(|span| span.n_q as usize).sum();
+    // SAFETY: the caller's contract.
+    let request = unsafe { Request::new(&cache.context, device, desc, layout, n_q, true) }?;
+    let cells = cache.cache.read_slots(layer)?;
+    let attached = cells.attached()?;
+    let (mut list, mut dense_rows, mut max_kv) = (Vec::with_capacity(spans.len()), 0, 0);
+    for span in spans.iter().filter(|span| span.n_q > 0) {
+        let dense = request.is_dense(span.n_q as usize);
+        dense_rows += if dense { span.n_q as usize } else { 0 };
+        max_kv = max_kv.max(span.n_kv as usize);
+        let (stream, n_kv) = (span.stream, span.n_kv as i32);
+        list.push(Span { stream, rows: span.n_q, n_kv, dense: dense.into() });
+    }
+    let tiles = max_kv.div_ceil(TILE);
+    let room = Workspace::new(shape, n_q.min(ROWS_OVER_CELLS), tiles, 0);
+    let start = match (request.workspace(device, &room)?, &cache.scratches) {
+        (Some(start), _) => start,
+        (None, _) if request.capturing => {
+            let expected = "memory of akv_slots_workspace's size in a call that is captured";
+            return Err(Error::Unsupported(format!("desc->workspace is NULL: expected {expected}")));
+        }
+        (None, Some(scratches)) => {
+            scratches.lock().unwrap_or_else(PoisonError::into_inner).get(room.bytes, room.zeros, request.stream)?
+        }
+        (None, None) => return Err(Error::Internal("cells without workspaces".to_owned())),
+    };
+    cells.tell(device, request.stream, request.capturing)?;
+    let mut params = request.params(device, shape, layer);
+    if let Some((k, v)) = &attached {
+        (params.attached_k, params.attached_v) = (k.into(), v.into());
+    }
+    if let Some(mask) = mask {
+        mask.place(&mut params);
+    }
+    let spans_of_call: SpansParams = cells.spans()?;
+    let call = Call {
+        cells: Some(Cells { params: spans_of_call, spans: &list }),
+        n_tiles: tiles,
+        ..request.call(params, shape, n_q, dense_rows)
+    };
+    // SAFETY: checked, and the caller's contract.
+    unsafe { attend(device, &call, &room, start, request.stream) }
+}
+
+/// Fails for work whose books are the host's in a stream that is captured.
+pub(super) fn check_not_captured(device: &Device, stream: Stream, call: &str) -> Result<()> {
+    match device.is_capturing(stream)? {
+        true => Err(Error::Unsupported(format!("{call}: expected a stream that is not captured"))),
+        false => Ok(()),
+    }
+}
+
+/// Makes launched work on cells, which nothing else uses meanwhile, happen before and after.
+pub(super) fn apart_from_launched<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    device.synchronize()?;
+    let done = work()?;
+    device.synchronize().map(|()| done)
+}
+
+/// akv_slots_read.
+///
+/// # Safety
+/// The rows are device memory as documented.
+pub(super) unsafe fn slots_read(
+    cells: &SlotLayer,
+    device: &Device,
+    range: (usize, usize),
+    rows_of: (Option<Grid>, Option<Grid>),
+    stream: Stream,
+) -> Result<()> {
+    check_not_captured(device, stream, "akv_slots_read")?;
+    let (key, value) = (rows_of.0.as_ref().map(rows), rows_of.1.as_ref().map(rows));
+    // SAFETY: the caller's contract.
+    let mut launch = unsafe { crate::cache::launcher(device, stream) };
+    cells.read_on_device(range.0, range.1, key, value, &mut launch)
 }
 
 /// Alignment of a caller's workspace.
@@ -245,7 +398,7 @@ pub(super) unsafe fn dequantize(
         first: range.0 as i32,
         n: range.1 as i32,
         layer: layer as i32,
-        reserved: 0,
+        ..DequantizeParams::default()
     };
     // SAFETY: the caller's contract; the view names pages of the cache.
     unsafe { device.launch(device.kernels()?.dequantize, [range.1, shape.n_kv_heads, 1], 0, &call, stream) }
@@ -291,10 +444,14 @@ pub(super) fn fault(found: &params::Fault) -> Error {
     let place = params::PLACES.get(found.place as usize).unwrap_or(&"?");
     let (sequence, layer, row, head) = (found.sequence, found.layer, found.row, found.head);
     let at = match found.place {
+        0 | 1 if sequence == 0 => format!("{place}: slot {row}, layer {layer}, head {head}"),
         0 | 1 => format!("{place}: token {row} of sequence {sequence}, layer {layer}, head {head}"),
+        4 => format!("{place}: row {row}, cell {head}"),
+        _ if sequence == 0 => format!("{place}: query row {row}, layer {layer}, head {head}"),
         _ => format!("{place}: query row {row}, of sequence {sequence}, layer {layer}, head {head}"),
     };
     match found.status {
+        params::FAULT_NONFINITE if found.place == 4 => Error::Argument(format!("{at}: NaN or +inf")),
         params::FAULT_NONFINITE => Error::NonFinite(format!("{at}: NaN or infinity")),
         params::FAULT_RANGE => Error::Range(format!("{at}: a value that the format, or the dtype, cannot hold")),
         _ => Error::Range(format!("{at}: scores beyond binary32, or outputs beyond their dtype")),

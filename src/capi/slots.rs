@@ -2,23 +2,48 @@
 
 use super::attention::{Frame, MAX_PROGRESSIVE, Scene};
 use super::batch::WORKSPACE_ALIGN;
-use super::check::{Bytes, Grid, array, count, descriptor, pointer, within, wrong};
+use super::check::{Bytes, Grid, array, count, descriptor, disjoint, pointer, within, wrong};
 use super::handle::{CACHES, CONTEXTS, MASKS};
-use super::sequence::write_rows;
+use super::sequence::{output, write_rows};
 use super::types::*;
-use super::{cache, context, guard};
+use super::{cache, context, device, guard};
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, Stream};
 use crate::backend::{Mask, QueryRow};
-use crate::cache::{SequenceView, SlotLayer};
+use crate::cache::{Hands, SequenceView, SlotLayer, launcher};
 use crate::format::{Dtype, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
 use std::ffi::c_void;
 use std::sync::Arc;
 
+/// Where what rows see is kept.
+enum AnyMask {
+    Host(Mask),
+    Device(cuda::Mask),
+}
+
+impl AnyMask {
+    /// One that the host reads.
+    fn host(&self) -> Option<&Mask> {
+        match self {
+            AnyMask::Host(mask) => Some(mask),
+            AnyMask::Device(_) => None,
+        }
+    }
+
+    /// One that a device reads.
+    fn device(&self) -> Option<&cuda::Mask> {
+        match self {
+            AnyMask::Host(_) => None,
+            AnyMask::Device(mask) => Some(mask),
+        }
+    }
+}
+
 /// What an `akv_mask` stands for.
 pub(super) struct MaskObject {
-    mask: RwLock<Mask>,
+    mask: RwLock<AnyMask>,
     /// Its size, for calls that must not depend on getting the lock.
     max_rows: usize,
     max_kv: usize,
@@ -79,8 +104,10 @@ unsafe fn write(
     n: i64,
     key: *const akv_rows,
     value: *const akv_rows,
+    stream: Stream,
 ) -> Result<()> {
     let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
+    let on = cache.context.device.as_deref();
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
     let slots = unsafe { array(slots, n, "slots") }?;
@@ -95,11 +122,14 @@ unsafe fn write(
                 return Err(wrong(name, "not NULL", "NULL: AKV_ATTACHED has its rows from akv_attach_rows"));
             }
         }
+        if let Some(on) = on {
+            // SAFETY: the caller's contract.
+            return unsafe { write_on_device(&mut cells, on, slots, None, None, stream) };
+        }
         let changed = || slots.iter().map(|&slot| slot as usize);
         layout.check_rows("attached key", &k, changed())?;
         layout.check_rows("attached value", &v, changed())?;
-        cells.write(slots, None, None);
-        return Ok(());
+        return cells.write(slots, None, None, &mut Hands::Host);
     }
     // SAFETY: the caller's contract.
     let (k, v) = unsafe {
@@ -111,13 +141,33 @@ unsafe fn write(
     if k.is_none() && v.is_none() {
         return Err(wrong("key, value", "NULL", "rows of one of them at least"));
     }
+    if let Some(on) = on {
+        // SAFETY: the caller's contract.
+        return unsafe { write_on_device(&mut cells, on, slots, k, v, stream) };
+    }
     for (name, rows) in [("key", &k), ("value", &v)] {
         if let Some(rows) = rows {
             layout.check_rows(name, rows, 0..n)?;
         }
     }
-    cells.write(slots, k, v);
-    Ok(())
+    cells.write(slots, k, v, &mut Hands::Host)
+}
+
+/// # Safety
+/// The rows are device memory as documented.
+unsafe fn write_on_device(
+    cells: &mut SlotLayer,
+    on: &cuda::Device,
+    slots: &[i64],
+    k: Option<Rows>,
+    v: Option<Rows>,
+    stream: Stream,
+) -> Result<()> {
+    device::check_not_captured(on, stream, "akv_slots_write")?;
+    cells.tell(on, stream, false)?;
+    // SAFETY: the caller's contract.
+    let mut launch = unsafe { launcher(on, stream) };
+    cells.write(slots, k, v, &mut Hands::Device(&mut launch))
 }
 
 /// What a query row sees of its span.
@@ -174,6 +224,12 @@ unsafe fn attend(
     }
     // Held to the end: a mask is not set meanwhile.
     let busy = || Error::Busy("desc->mask: is being set by another call".to_owned());
+    if let Some(on) = &cache.context.device {
+        let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose()?;
+        let mask = mask.as_deref().and_then(AnyMask::device);
+        // SAFETY: the caller's contract.
+        return unsafe { device::slots_attention(cache, on, layer, spans, mask, desc) };
+    }
     let layout = &cache.cache.layouts()[layer];
     // SAFETY: the caller's contract.
     unsafe { cache.context.stream("desc->stream", desc.stream) }?;
@@ -182,21 +238,25 @@ unsafe fn attend(
     let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose();
     // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
     let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
-    let prepared: Result<(Option<RwLockReadGuard<Mask>>, RwLockReadGuard<SlotLayer>)> =
+    let prepared: Result<(Option<RwLockReadGuard<AnyMask>>, RwLockReadGuard<SlotLayer>)> =
         mask.and_then(|mask| cells.map(|cells| (mask, cells)));
     let (mut views, mut rows) = (Vec::new(), Vec::new());
     if let Ok((mask, cells)) = &prepared {
+        let mask = mask.as_deref().and_then(AnyMask::host);
         for (i, span) in spans.iter().enumerate() {
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
             for _ in 0..span.n_q {
-                rows.push(query_row(&view, i, mask.as_deref(), rows.len(), dense));
+                rows.push(query_row(&view, i, mask, rows.len(), dense));
             }
             views.push(view);
         }
     }
     let scene = match &prepared {
-        Ok((mask, _)) => Ok(Scene { sequences: &views, rows: &rows, mask: mask.as_deref() }),
+        Ok((mask, _)) => {
+            let mask = mask.as_deref().and_then(AnyMask::host);
+            Ok(Scene { sequences: &views, rows: &rows, mask })
+        }
         Err(error) => Err(error.clone()),
     };
     // SAFETY: the caller's contract.
@@ -233,9 +293,9 @@ pub unsafe extern "C" fn akv_slots_write(
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // SAFETY: the caller's contract.
-        unsafe { cache.context.stream("stream", stream) }?;
+        let stream = unsafe { cache.context.stream("stream", stream) }?;
         // SAFETY: the caller's contract.
-        unsafe { write(&cache, layer, slots, n, key, value) }
+        unsafe { write(&cache, layer, slots, n, key, value, stream) }
     })
 }
 
@@ -259,13 +319,26 @@ pub unsafe extern "C" fn akv_slots_read(
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // SAFETY: the caller's contract.
-        unsafe { cache.context.stream("stream", stream) }?;
+        let stream = unsafe { cache.context.stream("stream", stream) }?;
         let cells = cache.cache.read_slots(cache.layer(layer)?)?;
         if cells.is_index() {
             let expected = "expected AKV_SLOTS";
             return Err(Error::Argument(format!("cache is AKV_ATTACHED, whose rows are the caller's: {expected}")));
         }
         let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
+        if let Some(on) = &cache.context.device {
+            let shape = &cells.layout().shape;
+            // SAFETY: the caller's contract.
+            return unsafe {
+                let key = output(key, "key", n, shape.n_kv_heads, shape.dim_k)?;
+                let value = output(value, "value", n, shape.n_kv_heads, shape.dim_v)?;
+                if let (Some((_, k)), Some((_, v))) = (&key, &value) {
+                    disjoint(&[("key", *k), ("value", *v)], &[])?;
+                }
+                let rows = (key.map(|(grid, _)| grid), value.map(|(grid, _)| grid));
+                device::slots_read(&cells, on, (first, n), rows, stream)
+            };
+        }
         let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| cells.read(first + row, head, k, v);
         // SAFETY: the caller's contract.
         unsafe { write_rows(key, value, n, &cells.layout().shape, read) }
@@ -319,10 +392,18 @@ pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from:
         if from < to + n && to < from + n {
             return Err(wrong("to", to, format_args!("slots that do not overlap {from} to {}", from + n - 1)));
         }
-        for (cells, spare) in cells.iter_mut().zip(&mut spares) {
-            cells.copy(from, to, n, spare);
+        let mut copy = |hands: &mut Hands| {
+            let mut both = cells.iter_mut().zip(&mut spares);
+            both.try_for_each(|(cells, spare)| cells.copy(from, to, n, spare, hands))
+        };
+        match &cache.context.device {
+            None => copy(&mut Hands::Host),
+            Some(on) => device::apart_from_launched(on, || {
+                // SAFETY: rows are those of the cells.
+                let mut launch = unsafe { launcher(on, Stream::DEFAULT) };
+                copy(&mut Hands::Device(&mut launch))
+            }),
         }
-        Ok(())
     })
 }
 
@@ -415,6 +496,14 @@ pub unsafe extern "C" fn akv_slots_workspace(
             n => n as usize,
         };
         let (bytes, align) = (pointer(bytes, "bytes")?, pointer(align, "align")?);
+        if cache.context.device.is_some() {
+            // SAFETY: checked, and the caller's contract.
+            unsafe {
+                bytes.write(device::slots_workspace(&cache.cache, max_kv));
+                align.write(device::WORKSPACE_ALIGN);
+            }
+            return Ok(());
+        }
         let most = cache.cache.layouts().iter().map(|layout| Cpu::workspace_bytes(layout, max_kv, nth)).max();
         // SAFETY: checked, and the caller's contract.
         unsafe {
@@ -444,7 +533,11 @@ pub unsafe extern "C" fn akv_mask_create(
         let out = pointer(out, "out")?;
         let rows = within("max_rows", max_rows, 1..=i64::from(i32::MAX))? as usize;
         let kv = within("max_kv", max_kv, 1..=i64::from(i32::MAX))? as usize;
-        let object = MaskObject { mask: RwLock::new(Mask::new(rows, kv)?), max_rows: rows, max_kv: kv, context };
+        let mask = match &context.device {
+            Some(on) => AnyMask::Device(cuda::Mask::new(on, context.allocator.clone(), rows, kv)?),
+            None => AnyMask::Host(Mask::new(rows, kv)?),
+        };
+        let object = MaskObject { mask: RwLock::new(mask), max_rows: rows, max_kv: kv, context };
         // SAFETY: checked, and the caller's contract.
         unsafe { out.write(MASKS.insert(object)?) };
         Ok(())
@@ -472,30 +565,39 @@ pub unsafe extern "C" fn akv_mask_set(
     guard(|| {
         let mask = MASKS.get(mask, "mask")?;
         // SAFETY: the caller's contract.
-        unsafe { mask.context.stream("stream", stream) }?;
+        let stream = unsafe { mask.context.stream("stream", stream) }?;
         let busy = || Error::Busy("mask: is in use by another call".to_owned());
+        let (max_rows, max_kv) = (mask.max_rows, mask.max_kv);
         let mut mask = mask.mask.try_write().ok_or_else(busy)?;
         let (first_row, rows, n_kv) = (count("first_row", first_row)?, count("rows", rows)?, count("n_kv", n_kv)?);
-        if first_row.checked_add(rows).is_none_or(|end| end > mask.max_rows()) {
-            let max = mask.max_rows();
+        if first_row.checked_add(rows).is_none_or(|end| end > max_rows) {
+            let max = max_rows;
             return Err(Error::Capacity(format!("first_row, rows: {first_row}, {rows} with {max} rows at most")));
         }
-        if n_kv > mask.max_kv() {
-            return Err(Error::Capacity(format!("n_kv {n_kv}: the mask has {} cells at most", mask.max_kv())));
+        if n_kv > max_kv {
+            return Err(Error::Capacity(format!("n_kv {n_kv}: the mask has {max_kv} cells at most")));
         }
         let stride = if stride == 0 { 2 * n_kv } else { count("stride", stride)? };
         if stride % 2 != 0 || stride < 2 * n_kv && rows > 1 {
             return Err(wrong("stride", stride, format_args!("a multiple of 2, at least {}", 2 * n_kv)));
         }
         if rows == 0 || n_kv == 0 {
-            return mask.set(first_row, std::iter::repeat_n(&[][..], rows));
+            return match &mut *mask {
+                AnyMask::Host(mask) => mask.set(first_row, std::iter::repeat_n(&[][..], rows)),
+                // SAFETY: no row is read.
+                AnyMask::Device(mask) => unsafe { mask.set(first_row, rows, 0, 0, 0, stream) },
+            };
         }
         let f16 = pointer(f16.cast::<u16>(), "f16")?;
         let extent = stride.checked_mul(rows - 1).and_then(|bytes| bytes.checked_add(2 * n_kv));
         Bytes::new(f16.cast::<u8>(), Some(extent.unwrap_or(usize::MAX)), "f16")?;
         // SAFETY: aligned, within the address space, and the caller's contract.
         let row = |i: usize| unsafe { std::slice::from_raw_parts(f16.byte_add(i * stride), n_kv) };
-        mask.set(first_row, (0..rows).map(row))
+        match &mut *mask {
+            AnyMask::Host(mask) => mask.set(first_row, (0..rows).map(row)),
+            // SAFETY: the caller's contract.
+            AnyMask::Device(mask) => unsafe { mask.set(first_row, rows, f16 as u64, stride, n_kv, stream) },
+        }
     })
 }
 
