@@ -7,6 +7,7 @@ use alignedkv::backend::cpu::Isa;
 use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
 use alignedkv::backend::cuda::{self, Workspace, params};
 use alignedkv::backend::{Mask, Mode};
+use alignedkv::cache::{Allocator, Hands, Job, Memory, SlotLayer};
 use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
 use common::*;
 use half::f16;
@@ -82,13 +83,7 @@ fn address<T>(x: &[T]) -> u64 {
 }
 
 fn rows_of(rows: &Rows) -> params::Rows {
-    params::Rows {
-        data: rows.address(0, 0) as u64,
-        stride_row: rows.address(1, 0) as i64 - rows.address(0, 0) as i64,
-        stride_head: rows.address(0, 1) as i64 - rows.address(0, 0) as i64,
-        dtype: rows.dtype() as i32,
-        reserved: 0,
-    }
+    rows.into()
 }
 
 /// Zeroed bytes that start on a cache line, nothing after them: sanitizers notice what goes beyond.
@@ -273,6 +268,138 @@ fn faults_of_rows() {
             assert_eq!(if value { out_v[5] } else { out_k[5] }, 0.0);
         }
     }
+}
+
+/// Does on the CPU, by the kernels, what a device is given.
+fn run_job(job: &Job, seed: u64) -> alignedkv::Result<()> {
+    let heads = |shape: &params::Shape| shape.n_kv_heads as usize;
+    match job {
+        Job::Write(call, n) => {
+            let grid = [*n, heads(&call.shape), 1];
+            launch("akv_write", grid, cuda::ENCODE_THREADS, cuda::ENCODE_SHARED_BYTES, *call, seed).unwrap();
+        }
+        Job::Read(call) => {
+            launch("akv_dequantize", [call.n as usize, heads(&call.shape), 1], 64, 0, *call, seed).unwrap();
+        }
+        Job::Adopt(call) => {
+            let grid = [1, heads(&call.shape), 1];
+            launch("akv_adopt", grid, cuda::ENCODE_THREADS, cuda::CELLS_SHARED_BYTES, *call, seed).unwrap();
+        }
+        // SAFETY: blocks of the cells, which do not overlap.
+        Job::Copy { to, from, bytes } => unsafe {
+            std::ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
+        },
+    }
+    Ok(())
+}
+
+/// Cells that are written in any order, overwritten, forgotten and copied are the CPU's byte for byte after every call, and
+/// are read back as the CPU reads them.
+#[test]
+fn cells() {
+    let mut rng = Rng::new(12);
+    let mut reopened = 0;
+    for case in 0..28 {
+        let (dk, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
+        let mut s = shape(1, 1 + rng.below(2), dk, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        s.dtype_v = DTYPES[rng.below(3)];
+        let is_index = case % 4 == 3;
+        let layout = if is_index { Layout::index(s) } else { Layout::new(Format::Aligned, s) };
+        let (n_streams, n_slots) = (1 + rng.below(2), [50, 300, 128, 640][rng.below(4)]);
+        let (all, exact_head) = (n_streams * n_slots, [0, 4, 30][rng.below(3)]);
+        let memory = [(); 2].map(|()| Memory::new(Allocator::default(), 0));
+        let mut layers =
+            [0, 1].map(|i| SlotLayer::new(&memory[i], 0, layout, n_streams, n_slots, exact_head, is_index).unwrap());
+        // The engine's own rows, for all slots.
+        let rows = |rng: &mut Rng, n: usize, scale: f32| {
+            let mut make = |heads: usize, dim: usize, dtype: Dtype| {
+                let mut x: Vec<f32> = rng.normals(n * heads * dim).iter().map(|x| x * scale).collect();
+                round(&mut x, dtype);
+                Packed::new(&x, heads, dim, dtype)
+            };
+            [make(s.n_kv_heads, dk, s.dtype_k), make(s.n_kv_heads, dv, s.dtype_v)]
+        };
+        let own = rows(&mut rng, all, 1.0);
+        if is_index {
+            for layer in &mut layers {
+                // SAFETY: rows of all slots, which live longer than the layers are used.
+                let own = own.each_ref().map(|rows| unsafe { std::mem::transmute::<Rows<'_>, Rows<'static>>(rows.rows()) });
+                layer.attach(own[0], own[1]);
+            }
+        }
+        for step in 0..24 {
+            let told = format!("case {case}: {s:?} index {is_index} {n_streams} x {n_slots} head {exact_head} step {step}");
+            let work = |layer: &mut SlotLayer, seeds: &mut Rng, on_device: bool| {
+                let mut launch = |job: &Job| run_job(job, seeds.next());
+                let mut hands = if on_device { Hands::Device(&mut launch) } else { Hands::Host };
+                let mut rng = Rng::new((100 * case + step) as u64);
+                let n = 1 + rng.below(all);
+                let first = rng.below(all - n + 1);
+                match rng.below(8) {
+                    0 => layer.invalidate(first, n),
+                    1 if !is_index && all > 1 => {
+                        // Whole tiles of another stream, or any.
+                        let n = 1 + rng.below(all / 2);
+                        let (from, to) = match n_streams {
+                            2 if rng.below(2) == 0 => (0, n_slots),
+                            _ => (rng.below(all / 2 - n + 1), all / 2 + rng.below(all.div_ceil(2) - n + 1)),
+                        };
+                        let n = n.min(to.abs_diff(from));
+                        let mut spare = layer.spare_row().unwrap();
+                        layer.copy(from, to, n, &mut spare, &mut hands).unwrap();
+                    }
+                    kind => {
+                        let n = [1, 3, 40, n][rng.below(4)].min(all);
+                        let start = rng.below(all - n + 1);
+                        // A stretch, or anywhere, some more than once.
+                        let slots: Vec<i64> =
+                            (0..n).map(|i| if kind < 5 { start + i } else { rng.below(all) } as i64).collect();
+                        let scale = 10f32.powi(rng.below(3) as i32);
+                        let x = rows(&mut rng, n, scale);
+                        let (k, v) = [(true, true), (true, false), (false, true)][rng.below(3)];
+                        let (k, v) = (k.then_some(x[0].rows()), v.then_some(x[1].rows()));
+                        let (k, v) = if is_index { (None, None) } else { (k, v) };
+                        layer.write(&slots, k, v, &mut hands).unwrap();
+                    }
+                }
+            };
+            work(&mut layers[0], &mut rng, false);
+            work(&mut layers[1], &mut rng, true);
+            let [host, device] = &layers;
+            for stream in 0..n_streams {
+                let (a, b) = (host.view(stream, n_slots), device.view(stream, n_slots));
+                assert_eq!(a.n_exact, b.n_exact, "{told}");
+                for tile in 0..n_slots.div_ceil(TILE) {
+                    let differs = a.page(tile).iter().zip(b.page(tile)).position(|(a, b)| a != b);
+                    assert_eq!(differs, None, "{told} stream {stream} tile {tile} of {}", a.page(tile).len());
+                    assert_eq!(a.written(tile), b.written(tile), "{told}");
+                    let slack = alignedkv::format::aligned::Tile::new(&layout.shape, layout.part(a.page(tile), 0)).meta.slack;
+                    reopened += usize::from(slack > 0.0 && a.written(tile) != 0);
+                }
+            }
+            if is_index || step % 4 != 3 {
+                continue;
+            }
+            let packed = |dim: usize| vec![f32::NAN; all * s.n_kv_heads * dim];
+            let (mut k, mut v) = (packed(dk), packed(dv));
+            let into = |x: &mut Vec<f32>, dim: usize| params::Rows {
+                data: x.as_mut_ptr() as u64,
+                stride_row: (4 * s.n_kv_heads * dim) as i64,
+                stride_head: (4 * dim) as i64,
+                ..params::Rows::default()
+            };
+            let (to_k, to_v) = (into(&mut k, dk), into(&mut v, dv));
+            device.read_on_device(0, all, Some(to_k), Some(to_v), &mut |job| run_job(job, 1)).unwrap();
+            let (mut want_k, mut want_v) = (vec![0.0; dk], vec![0.0; dv]);
+            for (slot, head) in (0..all).flat_map(|slot| (0..s.n_kv_heads).map(move |head| (slot, head))) {
+                host.read(slot, head, &mut want_k, &mut want_v);
+                let at = slot * s.n_kv_heads + head;
+                assert_eq!(&k[at * dk..][..dk], &want_k[..], "{told} slot {slot}");
+                assert_eq!(&v[at * dv..][..dv], &want_v[..], "{told} slot {slot}");
+            }
+        }
+    }
+    assert!(reopened > 100, "only {reopened} tiles had lost anything");
 }
 
 /// Decode attention by the kernels: as the CPU backend, and within its bound of float64.
