@@ -323,12 +323,14 @@ fn cells() {
         if is_index {
             for layer in &mut layers {
                 // SAFETY: rows of all slots, which live longer than the layers are used.
-                let own = own.each_ref().map(|rows| unsafe { std::mem::transmute::<Rows<'_>, Rows<'static>>(rows.rows()) });
+                let own =
+                    own.each_ref().map(|rows| unsafe { std::mem::transmute::<Rows<'_>, Rows<'static>>(rows.rows()) });
                 layer.attach(own[0], own[1]);
             }
         }
         for step in 0..24 {
-            let told = format!("case {case}: {s:?} index {is_index} {n_streams} x {n_slots} head {exact_head} step {step}");
+            let told =
+                format!("case {case}: {s:?} index {is_index} {n_streams} x {n_slots} head {exact_head} step {step}");
             let work = |layer: &mut SlotLayer, seeds: &mut Rng, on_device: bool| {
                 let mut launch = |job: &Job| run_job(job, seeds.next());
                 let mut hands = if on_device { Hands::Device(&mut launch) } else { Hands::Host };
@@ -373,7 +375,8 @@ fn cells() {
                     let differs = a.page(tile).iter().zip(b.page(tile)).position(|(a, b)| a != b);
                     assert_eq!(differs, None, "{told} stream {stream} tile {tile} of {}", a.page(tile).len());
                     assert_eq!(a.written(tile), b.written(tile), "{told}");
-                    let slack = alignedkv::format::aligned::Tile::new(&layout.shape, layout.part(a.page(tile), 0)).meta.slack;
+                    let slack =
+                        alignedkv::format::aligned::Tile::new(&layout.shape, layout.part(a.page(tile), 0)).meta.slack;
                     reopened += usize::from(slack > 0.0 && a.written(tile) != 0);
                 }
             }
@@ -649,7 +652,8 @@ fn rows_read_back() {
         let pages: Vec<u64> = (0..n.div_ceil(TILE)).map(|tile| address(view.page(tile))).collect();
         let (head_k, head_v) = view.exact.map_or((0, 0), |(k, v)| (k.address(0, 0) as u64, v.address(0, 0) as u64));
         let n_exact = view.n_exact as i32;
-        let device_view = View { pages: address(&pages), head_k, head_v, written: 0, id: 0, first: 0, len: n as i32, n_exact };
+        let device_view =
+            View { pages: address(&pages), head_k, head_v, written: 0, id: 0, first: 0, len: n as i32, n_exact };
         let first = rng.below(n);
         let n = 1 + rng.below(n - first);
         let dtype = DTYPES[case % 3];

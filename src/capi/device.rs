@@ -3,16 +3,16 @@
 
 use super::attention::{MAX_PROGRESSIVE, Options, apart, query_rows};
 use super::batch::{Object, Step};
-use super::{cache, context};
 use super::check::{Grid, not_built, optional, pointer, within, wrong};
 use super::types::*;
+use super::{cache, context};
 use crate::backend::Mode;
 use crate::backend::cuda::params::{
     self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, Span, SpansParams, State,
 };
 use crate::backend::cuda::{
-    Bounds, Call, Cells, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace, attend,
-    bytes_of,
+    Bounds, Call, Cells, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace,
+    attend, bytes_of,
 };
 use crate::cache::{Batch, Cache, Config, SlotLayer};
 use crate::format::{Format, Layout, Shape, TILE};

@@ -1,8 +1,8 @@
 //! Who sees which cell, on a device: see `backend::mask` for what the parts mean.
 
+use super::CELLS_SHARED_BYTES;
 use super::device::{Device, Stream};
 use super::params::{AttendParams, MaskParams};
-use super::CELLS_SHARED_BYTES;
 use crate::cache::{Allocator, Block, Memory};
 use crate::format::TILE;
 use crate::{Error, Result};
@@ -54,7 +54,9 @@ impl Mask {
             tiles: self.tiles as i32,
         };
         // SAFETY: the contract, and memory of ours.
-        unsafe { self.device.launch(self.device.kernels()?.mask, [rows * self.tiles, 1, 1], CELLS_SHARED_BYTES, &call, s) }
+        unsafe {
+            self.device.launch(self.device.kernels()?.mask, [rows * self.tiles, 1, 1], CELLS_SHARED_BYTES, &call, s)
+        }
     }
 
     /// Tells a call of it.
