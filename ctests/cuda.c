@@ -215,6 +215,8 @@ static void compare(int t) {
         double read = (double)stats_of[2][l].bytes_k + (double)stats_of[2][l].bytes_v, difference = (double)stats_of[0][l].bytes_k + (double)stats_of[0][l].bytes_v - read;
         CHECK(fabs(difference) <= 0.01 * read, "step %d, layer %d: reads %g bytes, the CPU %g", t, l, read + difference, read);
         CHECK(stats_of[0][l].tokens == stats_of[2][l].tokens && stats_of[0][l].backend == AKV_CUDA, "step %d: tokens", t);
+        CHECK(stats_of[0][l].dense_rows == stats_of[2][l].dense_rows && stats_of[0][l].path == stats_of[2][l].path,
+              "step %d, layer %d: %d dense rows, path %d", t, l, (int)stats_of[0][l].dense_rows, stats_of[0][l].path);
         for (size_t i = 0; i < n * Q; i++) {
             double apart = fabs((double)out_of[0][l][i] - (double)out_of[2][l][i]), allowed = (double)bound_of[0][l][i / DIM] + (double)bound_of[2][l][i / DIM];
             CHECK(apart <= allowed, "step %d, layer %d: apart by %g, bounds add up to %g", t, l, apart, allowed);
@@ -238,7 +240,7 @@ static void each(engine e[3], const char *what, int sequence, int64_t n, int in)
 /* Prompts, then decoding across the ends of tiles, with sequences cut and forked in between. */
 static void decode(void) {
     engine e[3];
-    static const int32_t prompt[SEQUENCES] = {130, 5, 700}, decode[SEQUENCES] = {1, 1, 1};
+    static const int32_t prompt[SEQUENCES] = {130, 5, 700}, decode[SEQUENCES] = {1, 1, 1}, mixed[2][SEQUENCES] = {{1, 9, 3}, {12, 1, 1}};
     engine_new(&e[0], 1, 1), engine_new(&e[1], 1, 0), engine_new(&e[2], 0, 0);
     rows_of_step(prompt[0] + prompt[1] + prompt[2]);
     for (int i = 0; i < 3; i++) step(&e[i], i, prompt, 0);
@@ -248,9 +250,11 @@ static void decode(void) {
         if (t == 60) each(e, "truncate", 2, 501, 0);  /* a tile that was closed long ago */
         if (t == 80) each(e, "fork", 2, 515, 1);      /* in the open tile */
         if (t == 100) each(e, "fork", 0, 60, 2);      /* in the first */
-        rows_of_step(SEQUENCES);
+        /* The same graph takes parts of a prompt, whose rows are dense, among others. */
+        const int32_t *n_new = t % 10 == 5 ? mixed[t / 10 % 2] : decode;
+        rows_of_step(n_new[0] + n_new[1] + n_new[2]);
         steady = t % 20 > 8; /* some steps after the last change */
-        for (int i = 0; i < 3; i++) step(&e[i], i, decode, i == 0 && t > 2);
+        for (int i = 0; i < 3; i++) step(&e[i], i, n_new, i == 0 && t > 2);
         compare(t);
     }
     steady = 0;

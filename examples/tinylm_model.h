@@ -43,6 +43,9 @@ float float_from_half(uint16_t h);
 /* A whole file, with a NUL behind it; prints what is wrong and exits if it cannot be read. */
 char *read_file(const char *path, size_t *size);
 
+/* Tensor `name`, n values of f16 in `shape` ("2048,2,64"), of a safetensors file; prints what is wrong and exits. */
+float *tensor_read(const char *path, const char *name, const char *shape, size_t n);
+
 /* malloc and calloc (zeroed) that exit when memory is out. */
 void *allocate(size_t bytes);
 

@@ -52,7 +52,7 @@
  *   the caller's, by one stream or by events: memory that a call gives back is used again by later ones. Calls without
  *   a stream that have to move rows (fork, truncate, abort) wait for all work of the CUDA context: make them while no
  *   stream is captured. What only the device finds out (NaN in K, V or q, overflow) is akv_poll's to tell; such K and V
- *   are stored as 0. q counts with 16 bits, in AKV_EXACT too, and groups of more than 16 heads are read in parts.
+ *   are stored as 0. Groups of more than 16 heads are read in parts.
  *   Steps within all three bounds of a batch (max_sequences, max_q, max_kv; at most max_q new tokens) can be captured:
  *
  *   akv_batch_begin(batch, &step, stream);                     outside capture
@@ -147,9 +147,14 @@ typedef int32_t akv_status;
 #define AKV_FULL   1  // A query row sees all tokens of its sequence.
 
 // NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE.
-#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_NAN_ZERO      2  // It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and
+                             // head.
+#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches: where a query row sees a token whose K or V has one on a
+                             // KV head, all query heads of that KV head get NaN as output, lse and amplitude, and
+                             // infinity as bounds and estimate; where q has one, that row's head does. The rest is as
+                             // if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+                             // AKV_ATTACHED.
+#define AKV_NAN_ZERO      2  // It counts as 0, and is stored so. Not with AKV_ATTACHED.
 
 // RoPE pairings: akv_rope.pairing
 #define AKV_ROPE_INTERLEAVED 0  // Channels 2i and 2i + 1 turn together.
@@ -362,7 +367,7 @@ typedef struct akv_batch_desc {
     // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     const int32_t *n_new;
     // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    // decode may mix.
+    // decode may mix. More than there are tokens: see akv_aligned_attention.
     const int32_t *n_q;
     // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -461,7 +466,14 @@ typedef struct akv_attention_desc {
     int32_t visibility;
     // Sliding window of this call; 0 = the layer's.
     int32_t window;
-    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+    // First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+    // AKV_FORMAT_PUBLISHED.
+    int32_t sink_tokens;
+    // 0.
+    int32_t reserved;
+    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
+    // * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
+    // AKV_FORMAT_PUBLISHED.
     const float *alibi_slopes;
     // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     // merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
@@ -473,7 +485,12 @@ typedef struct akv_attention_desc {
     const int64_t *kv_from;
     // `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     const int64_t *kv_to;
-    // `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    // `[sum of n_q]`, for speculative trees: of the last 64 tokens of its sequence, the step's new ones included, row r sees
+    // only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last token, bit 63 - i the
+    // token i before it; the row's own token has a bit like any other, bits of tokens that are not there do not count, and
+    // tokens before the last 64 are seen as ever. With a tree of n tokens whose node j is the step's new token j, a row sees
+    // what came before and the nodes in the bits `path` if tree[r] is path << (64 - n) | UINT64_MAX >> n. NULL = none. Not
+    // for AKV_FORMAT_PUBLISHED.
     const uint64_t *tree;
     // Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
     // Log of the softmax's normaliser: log sum exp(score).
@@ -662,9 +679,10 @@ akv_status akv_batch_create(struct akv_cache *cache, const struct akv_batch_desc
 // akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 // capture.
 //
-// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
-akv_status akv_batch_begin(struct akv_batch *batch, const struct akv_batch_desc *desc, void *stream);
+// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+akv_status akv_batch_begin(struct akv_batch *batch,
+                           const struct akv_batch_desc *desc,
+                           void *stream);
 
 // Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
 // for one (the step stays begun), or if none is begun. AKV_E_BUSY while calls work on the step.
@@ -705,17 +723,20 @@ akv_status akv_quantize_kv(struct akv_batch *batch,
 // ---- Attention, and merging partial attention -----------------------------------------------------------------------
 
 // Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
+// token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
+// alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
 // path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
 // its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
 // AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
 // number of threads.
 //
-// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 // AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
 // workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
 // AKV_E_INTERNAL: they are undefined.
-akv_status akv_aligned_attention(struct akv_batch *batch, int32_t layer, const struct akv_attention_desc *desc);
+akv_status akv_aligned_attention(struct akv_batch *batch,
+                                 int32_t layer,
+                                 const struct akv_attention_desc *desc);
 
 // Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 // their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,

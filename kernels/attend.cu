@@ -10,7 +10,7 @@ namespace akv {
 DEVICE bool begin(const AttendParams &p, i32 words) {
     const Unit u(p);
     const Memory m(u, words);
-    if (u.split >= u.n_splits) return false;
+    if (u.split >= u.n_splits || u.row.dense) return false;
     m.q().load(u, m.heads);
     sync_block();
     return true;

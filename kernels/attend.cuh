@@ -1,6 +1,7 @@
 // Second phase of a split: who is read how finely, and what comes of it. The last block of a unit merges its splits, in
 // their order.
 #pragma once
+#include "finish.cuh"
 #include "scan.cuh"
 
 namespace akv {
@@ -67,10 +68,7 @@ DEVICE_CALL void share_of(const AttendParams &p, i32 h, Share &share) {
     }
     sum = warp_sum(sum) + factor_of(sink, max);
     weighted = warp_sum(weighted);
-    if (lane() == 0) {
-        share = Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, weighted);
-        if (u.row.dense) share.scaled = -1.0f;  // no error is small enough
-    }
+    if (lane() == 0) share = Share::of(u.p.mode, u.p.tolerance, u.row.n, max, sum, weighted);
 }
 
 // Adds further digits of K to the scores of the listed tokens, sixteen at a time.
@@ -394,43 +392,6 @@ DEVICE_CALL void attend_exact(const AttendParams &p, Sums *of_heads, float *outs
     sync_warp();
 }
 
-// Merges a unit's splits and writes its outputs.
-DEVICE_CALL void finish(const AttendParams &p) {
-    const Unit u(p);
-    const i32 dv = p.shape.dim_v;
-    for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
-        const i32 head = u.first_head + h;
-        Sums total = no_sums(-infinity());
-        for (i32 s = 0; s < u.n_splits; s++) merge(total, u.sums(s, h));
-        if (p.sinks) {
-            // A token more, whose value is 0: nothing is known less well for it.
-            Sums sink = no_sums(reinterpret_cast<const float *>(p.sinks)[head]);
-            sink.sum = sink.n = 1.0;
-            merge(total, sink);
-        }
-        const u64 out = row_of(p.out, u.row_index, head);
-        float peak = 0.0f;
-        for (i32 c = lane(); c < dv; c += 32) {
-            double x = 0.0;
-            for (i32 s = 0; s < u.n_splits; s++) x += factor_of(u.sums(s, h).max, total.max) * double(u.outs(s, h)[c]);
-            float y = total.sum > 0.0 ? float(x / total.sum) : 0.0f;
-            peak = magnitude(y) <= peak ? peak : magnitude(y);
-            store_element(out, p.out.dtype, c, y);
-        }
-        peak = warp_max(peak);
-        if (!(peak <= (p.out.dtype == F16 ? 65519.0f : -LOWEST))) u.report(FAULT_OVERFLOW, FAULT_IN_OUT, h);
-        if (lane() == 0) {
-            const Certificate c = certificate(total, peak);
-            const i64 at = i64(u.row_index) * p.shape.n_q_heads + head;
-            if (p.lse) reinterpret_cast<float *>(p.lse)[at] = c.lse;
-            if (p.bound) reinterpret_cast<float *>(p.bound)[at] = c.bound;
-            if (p.lse_bound) reinterpret_cast<float *>(p.lse_bound)[at] = c.lse_bound;
-            if (p.estimate) reinterpret_cast<float *>(p.estimate)[at] = c.estimate;
-            if (p.amplitude) reinterpret_cast<float *>(p.amplitude)[at] = c.amplitude;
-        }
-    }
-}
-
 // The whole phase.
 template <i32 S>
 DEVICE void attend_split(const AttendParams &p) {
@@ -461,7 +422,8 @@ DEVICE void attend_split(const AttendParams &p) {
         }
         if (counts.tokens) atomic_add(&stats->tokens, u64(counts.tokens));
         if (counts.exact) atomic_add(&stats->tokens_exact, u64(counts.exact));
-        if (counts.tiles) atomic_add(&stats->tiles, u64(counts.tiles));
+        if (counts.tiles) atomic_add(&stats->tiles, u64(counts.tiles)), atomic_add(&stats->means, u64(counts.tiles));
+        if (thread() == 0 && u.split == 0 && block_y() == 0) atomic_add(&stats->rows[PATH_PROGRESSIVE], u64(1));
     }
     sync_block();
 
@@ -485,7 +447,7 @@ DEVICE void attend_split(const AttendParams &p) {
     sync_block();
     if (m.flag()) {
         fence();
-        finish(u.p);
+        finish(u.p, u.row_index);
         if (thread() == 0) *done = 0;
     }
 }

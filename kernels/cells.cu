@@ -62,7 +62,7 @@ KERNEL(akv_spans, 128, 8, SpansParams) {
     sync_block();
     if (thread() != 0) return;
     const bool none = sums[0] == 0;
-    reinterpret_cast<QueryRow *>(p.rows)[row] = {p.first_span + s, none ? 0 : i32(~sums[1]), i32(sums[2]), i32(sums[0]), span.dense, 0};
+    reinterpret_cast<QueryRow *>(p.rows)[row] = {p.first_span + s, none ? 0 : i32(~sums[1]), i32(sums[2]), i32(sums[0]), span.dense ? span.dense + row - before : 0, 0};
     if (row == before) {
         const u64 head = reinterpret_cast<const u64 *>(p.heads)[span.stream];
         const i32 n_exact = i32(reinterpret_cast<const u32 *>(p.n_exact)[span.stream]);

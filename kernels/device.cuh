@@ -56,6 +56,14 @@ DEVICE void mma_u8s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a * b: 16 x 8 by 8 x 8 of tf32, which are floats whose last 13 bits are 0 (the same, "mma.m16n8k8").
+DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
 // Of memory that nobody writes while the kernel runs.
 DEVICE u32 load_u32(const void *p) { return __ldg(static_cast<const u32 *>(p)); }
 DEVICE uint2 load_u32x2(const void *p) { return __ldg(static_cast<const uint2 *>(p)); }

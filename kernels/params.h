@@ -47,7 +47,7 @@ struct QueryRow {
     i32 sequence;  // -1: there is no such row
     i32 from, to;
     i32 n;
-    i32 dense;  // non-zero: it reads all digits
+    i32 dense;  // 0, or it reads all digits: 1 + its index among such rows of its sequence
     i32 reserved;
 };
 
@@ -190,18 +190,23 @@ struct AttendParams {
     float scale, softcap, tolerance;
     i32 layer;
     i32 first_row;  // of the caller's, for faults
-    i32 reserved;
+    i32 n_rows;
 };
 
 enum { MODE_EXPECTED = 0, MODE_GUARANTEED = 1 };
 
-// What a call read; the counts of akv_stats. Scale bytes, exact rows and bytes follow from these.
+// What a call read and did; the counts of akv_stats. Scale bytes, exact rows and bytes follow from these.
 struct Stats {
     u64 planes_k[5], planes_v[5];  // tokens by planes read
     u64 tokens;        // seen through pages
     u64 tokens_exact;  // seen through rows as given
-    u64 tiles;         // pairs of a tile and a KV head, with a token that is seen
+    u64 tokens_attached;  // seen through the engine's own rows alone
+    u64 tiles, means;  // pairs of a tile and a KV head, with a token that is seen; those whose mean of V is read
+    u64 rows[3];       // query rows by PATH_*
 };
+
+// What a query row is computed by; bits of Report::path.
+enum { PATH_PROGRESSIVE = 0, PATH_DENSE = 1, PATH_PUBLISHED = 2 };
 
 // What a call read, as the caller is told: akv_stats.
 struct Report {
@@ -215,8 +220,7 @@ struct ReportParams {
     Shape shape;
     u64 stats;  // Stats; 0 afterwards
     u64 to;     // Report
-    u64 dense_rows;
-    i32 backend, path;
+    i32 backend, reserved;
 };
 
 // A partial state: float [row], out [row][dim]; the latter four or 0.
@@ -261,7 +265,7 @@ struct MaskParams {
 struct Span {
     i32 stream, rows;
     i32 n_kv;
-    i32 dense;
+    i32 dense;  // non-zero: they read all digits, and the first is this one among those of the span that do
 };
 
 enum { MAX_SPANS = 64 };
@@ -297,10 +301,10 @@ struct PokeParams {
 static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 56, "");
 static_assert(sizeof(QueryRow) == 24 && sizeof(Append) == 72 && sizeof(EncodeParams) == 120, "");
 static_assert(sizeof(Fault) == 40 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
-static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 360 && sizeof(Stats) == 104, "");
+static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 360 && sizeof(Stats) == 144, "");
 static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 256, "");
 static_assert(sizeof(CellWrite) == 264 && sizeof(WriteParams) == 3280 && sizeof(AdoptParams) == 64, "");
 static_assert(sizeof(MaskParams) == 64 && sizeof(SpansParams) == 1112, "");
-static_assert(sizeof(Report) == 144 && sizeof(ReportParams) == 64 && sizeof(PokeParams) == 16, "");
+static_assert(sizeof(Report) == 144 && sizeof(ReportParams) == 56 && sizeof(PokeParams) == 16, "");
 
 }  // namespace akv

@@ -17,12 +17,12 @@ KERNEL(akv_report, 32, 1, ReportParams) {
     Stats &stats = *reinterpret_cast<Stats *>(p.stats);
     const Shape &s = p.shape;
     const u64 row_k = u64(s.dim_k) * size_of_dtype(s.dtype_k), row_v = u64(s.dim_v) * size_of_dtype(s.dtype_v);
-    const u64 scales_k = stats.tiles * u64(s.dim_k + META_BYTES), scales_v = stats.tokens + stats.tiles * u64(s.dim_v);
+    const u64 scales_k = stats.tiles * u64(s.dim_k + META_BYTES), scales_v = stats.tokens + stats.means * u64(s.dim_v);
     Report r = {};
     r.bytes_exact = stats.tokens_exact * (row_k + row_v);
     r.bytes_scales = scales_k + scales_v;
-    r.bytes_k = scales_k + stats.tokens_exact * row_k;
-    r.bytes_v = scales_v + stats.tokens_exact * row_v;
+    r.bytes_k = scales_k + (stats.tokens_exact + stats.tokens_attached) * row_k;
+    r.bytes_v = scales_v + (stats.tokens_exact + stats.tokens_attached) * row_v;
     const bool attached = s.planes_v == 0;
     for (i32 planes = 0; planes <= PLANES; planes++) {
         r.planes_k[planes] = stats.planes_k[planes];
@@ -30,10 +30,10 @@ KERNEL(akv_report, 32, 1, ReportParams) {
         r.bytes_k += stats.planes_k[planes] * (attached && planes > 1 ? s.dim_k / 2 + row_k : planes * (s.dim_k / 2));
         r.bytes_v += stats.planes_v[planes] * (attached && planes > 0 ? row_v : planes * (s.dim_v / 2));
     }
-    r.tokens = stats.tokens + stats.tokens_exact;
-    r.dense_rows = p.dense_rows;
+    r.tokens = stats.tokens + stats.tokens_exact + stats.tokens_attached;
+    r.dense_rows = stats.rows[PATH_DENSE];
     r.backend = p.backend;
-    r.path = p.path;
+    for (i32 path = 0; path < 3; path++) r.path |= stats.rows[path] ? 1 << path : 0;
     *reinterpret_cast<Report *>(p.to) = r;
     stats = Stats{};
 }

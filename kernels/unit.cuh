@@ -26,21 +26,21 @@ struct Unit {
     i32 index, row_index, split, kv_head, first_head, heads, unit_heads;  // heads of this unit, and of the workspace
     i32 first, last, n_splits;                                            // tiles of the split, splits of the unit
 
-    DEVICE Unit(const AttendParams &p) : p(p) {
+    DEVICE explicit Unit(const AttendParams &p) : Unit(p, block_z()) {}
+    DEVICE Unit(const AttendParams &p, i32 row_index) : p(p), row_index(row_index) {
         const Shape &s = p.shape;
         i32 group = s.n_q_heads / s.n_kv_heads, units = (group + UNIT_HEADS - 1) / UNIT_HEADS;
-        row_index = block_z();
         kv_head = block_y() / units;
         i32 part = block_y() % units;
         unit_heads = group < UNIT_HEADS ? group : UNIT_HEADS;
         first_head = kv_head * group + part * UNIT_HEADS;
         heads = group - part * UNIT_HEADS < UNIT_HEADS ? group - part * UNIT_HEADS : UNIT_HEADS;
-        index = row_index * s.n_kv_heads * units + block_y();
+        index = index_of(row_index);
         row = reinterpret_cast<const QueryRow *>(p.rows)[row_index];
         view = reinterpret_cast<const View *>(p.views)[row.sequence < 0 ? 0 : row.sequence];
         split = block_x();
         i32 tiles = (row.to + TILE - 1) / TILE;
-        n_splits = row.sequence < 0 ? 0 : tiles <= SPLIT ? 1 : (tiles + SPLIT - 1) / SPLIT;
+        n_splits = splits_of(row);
         first = split * SPLIT > row.from / TILE ? split * SPLIT : row.from / TILE;
         last = (split + 1) * SPLIT < tiles ? (split + 1) * SPLIT : tiles;
     }
@@ -57,6 +57,14 @@ struct Unit {
         return view.head_v + (i64(token) * p.shape.n_kv_heads + kv_head) * p.shape.dim_v * size_of_dtype(p.shape.dtype_v);
     }
 
+    DEVICE i32 index_of(i32 row_index) const {
+        const i32 group = p.shape.n_q_heads / p.shape.n_kv_heads;
+        return row_index * p.shape.n_kv_heads * ((group + UNIT_HEADS - 1) / UNIT_HEADS) + block_y();
+    }
+    DEVICE static i32 splits_of(const QueryRow &row) {
+        i32 splits = (row.to + SPLIT * TILE - 1) / (SPLIT * TILE);
+        return row.sequence < 0 ? 0 : splits > 1 ? splits : 1;
+    }
     DEVICE Tile tile(i32 t) const { return Tile(p.shape, reinterpret_cast<const u64 *>(view.pages)[t], kv_head); }
     DEVICE float *scores(i32 t, i32 head) const {  // t = -1: of the exact rows
         return reinterpret_cast<float *>(p.scores) + ((i64(index) * (p.max_tiles + 1) + t + 1) * unit_heads + head) * TILE;
@@ -64,13 +72,15 @@ struct Unit {
     DEVICE Scanned &scanned(i32 t, i32 head) const {
         return reinterpret_cast<Scanned *>(p.scanned)[(i64(index) * (p.max_tiles + 1) + t + 1) * unit_heads + head];
     }
-    DEVICE i64 of_split(i32 split, i32 head) const { return (i64(index) * ((p.max_tiles + SPLIT - 1) / SPLIT) + split) * unit_heads + head; }
+    DEVICE i64 of_split(i32 split, i32 head) const { return of_split(index, split, head); }
+    DEVICE i64 of_split(i32 index, i32 split, i32 head) const { return (i64(index) * ((p.max_tiles + SPLIT - 1) / SPLIT) + split) * unit_heads + head; }
     DEVICE Partial &partial(i32 split, i32 head) const { return reinterpret_cast<Partial *>(p.partials)[of_split(split, head)]; }
     DEVICE Sums &sums(i32 split, i32 head) const { return reinterpret_cast<Sums *>(p.sums)[of_split(split, head)]; }
     DEVICE float *outs(i32 split, i32 head) const { return reinterpret_cast<float *>(p.outs) + of_split(split, head) * p.shape.dim_v; }
 
     // Tokens 32 w.. of a tile that the row sees, as bits.
-    DEVICE u32 seen(i32 t, i32 w) const {
+    DEVICE u32 seen(i32 t, i32 w) const { return seen(row, row_index, t, w); }
+    DEVICE u32 seen(const QueryRow &row, i32 row_index, i32 t, i32 w) const {
         i32 start = t * TILE + 32 * w, from = row.from - start, to = row.to - start;
         u32 bits = to >= 32 ? ~0u : to <= 0 ? 0 : (1u << to) - 1;
         bits &= from >= 32 ? 0 : from <= 0 ? ~0u : ~((1u << from) - 1);
@@ -96,13 +106,15 @@ struct Unit {
         return p.softcap != 0.0f || (p.mask_added && reinterpret_cast<const float *>(p.mask_peak)[i64(row_index) * p.mask_tiles + t] > 0.0f);
     }
     // What the softmax sees of the score of a token: capped, and with what the mask adds.
-    DEVICE float logit(float score, i32 t, i32 token, i32 head) const {
+    DEVICE float logit(float score, i32 t, i32 token, i32 head) const { return logit(score, row_index, t, token, head); }
+    DEVICE float logit(float score, i32 row_index, i32 t, i32 token, i32 head) const {
         if (!bends()) return score;
         const u64 added = p.mask_added ? p.mask_added + 2 * ((i64(row_index) * p.mask_tiles + t) * TILE + token) : 0;
         return bent(score, p.softcap, added, slope(head));
     }
     // What that adds to the error of a score that is at most `reach`.
-    DEVICE float bend(i32 t, i32 head, float reach) const {
+    DEVICE float bend(i32 t, i32 head, float reach) const { return bend(row_index, t, head, reach); }
+    DEVICE float bend(i32 row_index, i32 t, i32 head, float reach) const {
         float error = p.softcap * 1e-6f;
         if (p.mask_added) {
             float peak = reinterpret_cast<const float *>(p.mask_peak)[i64(row_index) * p.mask_tiles + t];
@@ -113,7 +125,10 @@ struct Unit {
     DEVICE void check(float reach, float max) const {
         if (!(reach < infinity()) || max == infinity()) report(FAULT_OVERFLOW, FAULT_IN_OUT, 0);
     }
-    DEVICE void report(u32 status, u32 where, i32 head) const { report_fault(p.fault, status, {view.id, p.first_row + row_index, p.layer, first_head + head, where}); }
+    DEVICE void report(u32 status, u32 where, i32 head) const { report(status, where, row_index, head); }
+    DEVICE void report(u32 status, u32 where, i32 row_index, i32 head) const {
+        report_fault(p.fault, status, {view.id, p.first_row + row_index, p.layer, first_head + head, where});
+    }
 };
 
 // A layer's q, times the softmax scale, in shared memory: [head][word of a digit row][8 channels], zeros where there are

@@ -42,6 +42,17 @@ pub enum Error {
     Internal(String),
 }
 
+impl Error {
+    /// The same of rows that cannot be stored or attended, with their place.
+    pub(crate) fn at(self, place: impl std::fmt::Display) -> Error {
+        match self {
+            Error::NonFinite(text) => Error::NonFinite(format!("{place}: {text}")),
+            Error::Range(text) => Error::Range(format!("{place}: {text}")),
+            other => other,
+        }
+    }
+}
+
 /// Result of the library's own calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

@@ -6,8 +6,8 @@ mod common;
 use alignedkv::backend::cpu::Isa;
 use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
 use alignedkv::backend::cuda::{self, Workspace, params};
-use alignedkv::backend::{Mask, Mode};
-use alignedkv::cache::{Allocator, Hands, Job, Memory, SlotLayer};
+use alignedkv::backend::{self, Mask, Mode};
+use alignedkv::cache::{Allocator, Hands, Job, Memory, SequenceView, SlotLayer};
 use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
 use common::*;
 use half::f16;
@@ -405,6 +405,36 @@ fn cells() {
     assert!(reopened > 100, "only {reopened} tiles had lost anything");
 }
 
+/// Rows `[token][head]` of K and V, of a kind each head, as the layer's dtypes hold them; and a row of q.
+fn rows_of_kind(rng: &mut Rng, kind: usize, n: usize, s: &Shape) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let (d, dv) = (s.dim_k, s.dim_v);
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    let cases: Vec<Case> = (0..s.n_kv_heads).map(|_| common::case(rng, kind, n, d, dv, s.group())).collect();
+    for row in 0..n {
+        cases.iter().for_each(|c| k.extend_from_slice(&c.k[row * d..(row + 1) * d]));
+        cases.iter().for_each(|c| v.extend_from_slice(&c.v[row * dv..(row + 1) * dv]));
+    }
+    round(&mut k, s.dtype_k);
+    round(&mut v, s.dtype_v);
+    (k, v, cases.iter().flat_map(|c| c.q.iter().copied()).collect())
+}
+
+/// Cells that are hidden, stretches of them, and what is added to the others.
+fn random_mask(rng: &mut Rng, n_rows: usize, n: usize) -> Mask {
+    let kinds = [0xfc00, 0, 0, 0, f16::from_f32(-1.5).to_bits(), f16::from_f32(2.25).to_bits()];
+    let rows: Vec<Vec<u16>> = (0..n_rows)
+        .map(|_| {
+            let (kinds, gone) = (&kinds[..4 + 2 * rng.below(2)], rng.below(n));
+            (0..n)
+                .map(|i| if i / 200 == gone / 200 && i > 0 { 0xfc00 } else { kinds[rng.below(kinds.len())] })
+                .collect()
+        })
+        .collect();
+    let mut mask = Mask::new(n_rows, n).unwrap();
+    mask.set(0, rows.iter().map(|row| &row[..])).unwrap();
+    mask
+}
+
 /// Decode attention by the kernels: as the CPU backend, and within its bound of float64.
 #[test]
 fn attention() {
@@ -416,19 +446,10 @@ fn attention() {
         let (g, kv_heads) = ([1, 2, 3, 4, 5, 8, 12, 16, 24][rng.below(9)], 1 + rng.below(2));
         let n = [1, 2, 127, 128, 129, 1 + rng.below(600), 1020 + rng.below(10), 2300][case % 8];
         let s = shape(g, kv_heads, d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
-        let (mut k, mut v) = (Vec::new(), Vec::new());
-        let mut q = Vec::new();
         let kind = if case % 3 == 0 { rng.below(KINDS) } else { 0 };
-        let cases: Vec<Case> = (0..kv_heads).map(|_| common::case(&mut rng, kind, n, d, dv, g)).collect();
-        for row in 0..n {
-            cases.iter().for_each(|c| k.extend_from_slice(&c.k[row * d..(row + 1) * d]));
-            cases.iter().for_each(|c| v.extend_from_slice(&c.v[row * dv..(row + 1) * dv]));
-        }
-        cases.iter().for_each(|c| q.extend_from_slice(&c.q));
+        let (k, v, mut q) = rows_of_kind(&mut rng, kind, n, &s);
         let more: Vec<f32> = rng.normals(q.len()).iter().map(|x| 2.0 * x).collect();
         q.extend(more);
-        round(&mut k, s.dtype_k);
-        round(&mut v, s.dtype_v);
         let run = Single::new(Format::Aligned, s, [0, 4, 30][rng.below(3)]);
         // In steps: what an open tile holds is attended too.
         let cut = rng.below(n + 1);
@@ -445,36 +466,21 @@ fn attention() {
             dense: false,
         };
         let sinks: Vec<f32> = rng.normals(s.n_q_heads);
-        // Every third call has a mask: cells that are hidden, stretches of them, and what is added to the others.
-        let masked = (rng.below(3) == 0).then(|| {
-            let kinds = [0xfc00, 0, 0, 0, f16::from_f32(-1.5).to_bits(), f16::from_f32(2.25).to_bits()];
-            let rows: Vec<Vec<u16>> = (0..2)
-                .map(|_| {
-                    let (kinds, gone) = (&kinds[..4 + 2 * rng.below(2)], rng.below(n));
-                    (0..n)
-                        .map(|i| if i / 200 == gone / 200 && i > 0 { 0xfc00 } else { kinds[rng.below(kinds.len())] })
-                        .collect()
-                })
-                .collect();
-            let mut mask = Mask::new(2, n).unwrap();
-            mask.set(0, rows.iter().map(|row| &row[..])).unwrap();
-            mask
-        });
+        let masked = (rng.below(3) == 0).then(|| random_mask(&mut rng, 2, n));
         let bent = Bent {
             softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
             sinks: (rng.below(3) == 0).then_some(&sinks[..]),
             mask: masked.as_ref(),
+            slopes: None,
         };
         let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} {:?} {ranges:?} {how:?}", s.dtype_k);
         let want = match run.attend_bent(&cpu, &q, &ranges, how, bent) {
             Ok(want) => want,
             Err(_) => continue,
         };
-        let (got, stats) = attend(&run, &q, &ranges, how, bent, rng.next());
-        let (again, _) = attend(&run, &q, &ranges, how, bent, rng.next());
-        let bits = |o: &Output| {
-            [&o.out, &o.lse, &o.bound, &o.estimate].map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
-        };
+        let rows = query_rows(&ranges, false);
+        let (got, stats) = attend(&run, &q, &rows, how, bent, rng.next());
+        let (again, _) = attend(&run, &q, &rows, how, bent, rng.next());
         assert_eq!(bits(&got), bits(&again), "{told}: depends on the order");
         calls += 1;
         let same = stats.planes_k == want.stats.planes_k && stats.planes_v == want.stats.planes_v;
@@ -537,10 +543,154 @@ fn attention() {
     assert!(calls > 90 && 20 * alike >= 19 * calls, "{alike} of {calls} read the same digits as the CPU");
 }
 
-/// A call as [`Single::attend_bent`], by the kernels.
-fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
+/// Dense attention by the kernels: as the CPU backend, within its bound of float64, as exact as what is stored; whatever
+/// the other rows.
+#[test]
+fn dense_attention() {
+    let cpu = cpu(Isa::best(), 1);
+    let mut rng = Rng::new(14);
+    for case in 0..45 {
+        let (d, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
+        let (g, kv_heads) = ([1, 2, 3, 4, 5, 8, 12, 16, 24][rng.below(9)], 1 + rng.below(2));
+        let n = [1, 127, 129, 1 + rng.below(400), 1020 + rng.below(10), 1 + rng.below(130)][case % 6];
+        let planes = if case % 2 == 0 { 4 } else { 2 + rng.below(3) };
+        let s = shape(g, kv_heads, d, dv, DTYPES[rng.below(3)], planes);
+        let kind = if case % 3 == 0 { rng.below(KINDS) } else { 0 };
+        let (k, v, first_q) = rows_of_kind(&mut rng, kind, n, &s);
+        let run = Single::new(Format::Aligned, s, [0, 4, 30][rng.below(3)]);
+        let cut = rng.below(n + 1);
+        for (a, b) in [(0, cut), (cut, n)] {
+            if a < b {
+                run.append(&k[a * kv_heads * d..b * kv_heads * d], &v[a * kv_heads * dv..b * kv_heads * dv]);
+            }
+        }
+        // A prompt's end with a window or without, and any ranges.
+        let n_rows = [1 + rng.below(12), 1 + rng.below(150 / g)][rng.below(2)];
+        let window = 1 + rng.below(2 * n);
+        let ranges: Vec<(usize, usize)> = (0..n_rows)
+            .map(|i| match case % 4 {
+                0 => (rng.below(n), rng.below(n + 1)),
+                _ => {
+                    let to = (n + i + 1).saturating_sub(n_rows).max(1);
+                    (to.saturating_sub(window), to)
+                }
+            })
+            .collect();
+        let mut q = first_q;
+        q.extend(rng.normals((n_rows - 1) * s.n_q_heads * d).iter().map(|x| 2.0 * x));
+        let mode = [Mode::Exact, Mode::Expected][rng.below(2)];
+        let how = How { mode, tolerance: 1e-3, scale: 1.0 / (d as f32).sqrt(), dense: true };
+        let sinks: Vec<f32> = rng.normals(s.n_q_heads);
+        let masked = (rng.below(3) == 0).then(|| random_mask(&mut rng, n_rows, n));
+        let bent = Bent {
+            softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
+            sinks: (rng.below(3) == 0).then_some(&sinks[..]),
+            mask: masked.as_ref(),
+            slopes: None,
+        };
+        let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} rows {n_rows} {:?} {how:?}", s.dtype_k);
+        let Ok(want) = run.attend_bent(&cpu, &q, &ranges, how, bent) else { continue };
+        let rows = query_rows(&ranges, true);
+        let (got, stats) = attend(&run, &q, &rows, how, bent, rng.next());
+        let parts = g.div_ceil(cuda::UNIT_HEADS) as u64;
+        assert_eq!(stats.planes_k, want.stats.planes_k.map(|n| parts * n), "{told}");
+        assert_eq!(stats.planes_v, want.stats.planes_v.map(|n| parts * n), "{told}");
+        assert_eq!(stats.tokens + stats.tokens_exact, parts * want.stats.tokens, "{told}");
+        assert_eq!((stats.rows, stats.means), ([0, n_rows as u64, 0], 0), "{told}");
+        if bent.mask.is_none() {
+            // In two launches, and beside rows of another sequence, dense and not.
+            let (cut, [per_q, per_out]) = (rng.below(n_rows), [d, dv].map(|d| s.n_q_heads * d));
+            let mut halves = [&rows[..cut], &rows[cut..]].map(<[_]>::to_vec);
+            let other = QueryRow { sequence: 1, dense: 0, ..rows[0] };
+            halves[0].push(other);
+            halves[1].extend([QueryRow { dense: 1, ..other }, QueryRow { dense: 2, ..other }]);
+            let q_of =
+                [[&q[..cut * per_q], &q[..per_q]].concat(), [&q[cut * per_q..], &q[..per_q], &q[..per_q]].concat()];
+            let of = |i: usize| attend(&run, &q_of[i], &halves[i], how, bent, 7 + i as u64).0;
+            let (a, b) = (of(0), of(1));
+            let whole = |x: &[f32], y: &[f32], per: usize| {
+                [&x[..cut * per], &y[..(n_rows - cut) * per]].concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let of_call = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(whole(&a.out, &b.out, per_out), of_call(&got.out), "{told}: depends on other rows");
+            assert_eq!(whole(&a.bound, &b.bound, s.n_q_heads), of_call(&got.bound), "{told}: depends on other rows");
+            assert_eq!(whole(&a.lse, &b.lse, s.n_q_heads), of_call(&got.lse), "{told}: depends on other rows");
+        } else {
+            let (again, _) = attend(&run, &q, &rows, how, bent, rng.next());
+            assert_eq!(bits(&got), bits(&again), "{told}: depends on the order");
+        }
+        let (mut squares, mut norm) = (0.0, 0.0);
+        for (at, &(from, to)) in ranges.iter().flat_map(|range| std::iter::repeat_n(range, s.n_q_heads)).enumerate() {
+            let near = |a: f32, b: f32, most: f32| a == b || (a - b).abs() <= most;
+            let (amplitude, kv_head) = (want.amplitude[at], at % s.n_q_heads / g);
+            assert!(near(got.lse[at], want.lse[at], 2e-5 * (1.0 + want.lse[at].abs()) + got.lse_bound[at]), "{told}");
+            for (a, b, what) in
+                [(got.estimate[at], want.estimate[at], "estimate"), (got.amplitude[at], amplitude, "amplitude")]
+            {
+                assert!(near(a, b, 2e-3 * b.abs() + 1e-6 * amplitude), "{told}: {what} {a} {b}");
+            }
+            // Tensor cores round more, and the bound says so.
+            assert!(
+                got.bound[at] >= 0.99 * want.bound[at]
+                    && (kind != 0 || got.bound[at] <= 6.0 * want.bound[at] + 1e-4 * amplitude),
+                "{told}: bound {} {}",
+                got.bound[at],
+                want.bound[at]
+            );
+            let out = &got.out[at * dv..(at + 1) * dv];
+            for (a, b) in out.iter().zip(&want.out[at * dv..]) {
+                assert!((a - b).abs() <= 3e-5 * amplitude + 0.1 * got.bound[at], "{told}: {a} {b} of {amplitude:e}");
+            }
+            if from >= to || bent.softcap > 0.0 || bent.sinks.is_some() || bent.mask.is_some() {
+                continue;
+            }
+            let (k, v) = (of_head(&k, kv_heads, d, kv_head), of_head(&v, kv_heads, dv, kv_head));
+            let (truth, lse) = attention64(
+                &q[at * d..(at + 1) * d],
+                &k[from * d..to * d],
+                &v[from * dv..to * dv],
+                dv,
+                f64::from(how.scale),
+            );
+            let errors = out.iter().zip(&truth).map(|(&a, b)| (f64::from(a) - b).abs());
+            let error = errors.clone().fold(0.0, f64::max);
+            assert!(error <= f64::from(got.bound[at]), "{told}: error {error:e}, bound {:e}", got.bound[at]);
+            assert!((f64::from(got.lse[at]) - lse).abs() <= f64::from(got.lse_bound[at]), "{told}");
+            squares += errors.map(|x| x * x).sum::<f64>();
+            norm += truth.iter().map(|x| x * x).sum::<f64>();
+        }
+        if planes == 4 && kind == 0 {
+            assert!(squares.sqrt() <= 1e-4 * norm.sqrt(), "{told}: {:e} off", (squares / norm).sqrt());
+        }
+    }
+}
+
+/// Query rows of a sequence.
+fn query_rows(ranges: &[(usize, usize)], dense: bool) -> Vec<QueryRow> {
+    let row = |(i, &(from, to)): (usize, &(usize, usize))| QueryRow {
+        sequence: 0,
+        from: from.min(to) as i32,
+        to: to as i32,
+        n: to.saturating_sub(from) as i32,
+        dense: if dense { 1 + i as i32 } else { 0 },
+        reserved: 0,
+    };
+    ranges.iter().enumerate().map(row).collect()
+}
+
+/// What must not depend on orders, nor on other rows.
+fn bits(o: &Output) -> Vec<u32> {
+    [&o.out, &o.lse, &o.bound, &o.lse_bound, &o.estimate, &o.amplitude]
+        .into_iter()
+        .flatten()
+        .map(|x| x.to_bits())
+        .collect()
+}
+
+/// A call as [`Single::attend_bent`], by the kernels. (Sequence 1 is another name of 0.)
+fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
     let s = &run.shape;
-    let (n_rows, heads) = (ranges.len(), s.n_q_heads);
+    let n_rows = rows.len();
     let reader = run.cache.read(run.sequence, 0).unwrap();
     let view = reader.view();
     let tiles = view.len.div_ceil(TILE);
@@ -556,15 +706,34 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         first: 0,
         len: view.len as i32,
         n_exact: view.n_exact as i32,
-    }];
-    let rows: Vec<QueryRow> = ranges
-        .iter()
-        .map(|&(from, to)| {
-            let n = to.saturating_sub(from) as i32;
-            let dense = i32::from(how.mode == Mode::Exact);
-            QueryRow { sequence: 0, from: from.min(to) as i32, to: to as i32, n, dense, reserved: 0 }
-        })
-        .collect();
+    }; 2];
+    let at = || (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile)));
+    let mask = bent.mask;
+    let seen: Vec<u128> = at().map(|(row, tile)| mask.map_or(0, |mask| mask.seen(row, tile))).collect();
+    let added: Vec<_> = at().map(|(row, tile)| mask.and_then(|mask| mask.added(row, tile))).collect();
+    let peaks: Vec<f32> = added.iter().map(|added| added.map_or(0.0, |(_, peak)| peak)).collect();
+    let added: Vec<[f16; TILE]> = added.iter().map(|added| added.map_or([f16::ZERO; TILE], |(x, _)| *x)).collect();
+    let mut told =
+        AttendParams { views: address(&views), mask_tiles: tiles as i32, shape: s.into(), ..AttendParams::default() };
+    if mask.is_some() {
+        (told.mask_seen, told.mask_peak, told.mask_added) = (address(&seen), address(&peaks), address(&added));
+    }
+    run_attention(s, told, q, rows, tiles, how, bent, seed)
+}
+
+/// Runs the kernels of a call: `told` = what its rows see.
+#[allow(clippy::too_many_arguments)]
+fn run_attention(
+    s: &Shape,
+    told: AttendParams,
+    q: &[f32],
+    rows: &[QueryRow],
+    tiles: usize,
+    how: How,
+    bent: Bent,
+    seed: u64,
+) -> (Output, Stats) {
+    let (n_rows, heads) = (rows.len(), s.n_q_heads);
     let nothing = || vec![f32::NAN; n_rows * heads];
     let mut o = Output {
         out: vec![f32::NAN; n_rows * heads * s.dim_v],
@@ -575,24 +744,15 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         amplitude: nothing(),
         stats: Default::default(),
     };
-    let at = || (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile)));
-    let mask = bent.mask;
-    let seen: Vec<u128> = at().map(|(row, tile)| mask.map_or(0, |mask| mask.seen(row, tile))).collect();
-    let added: Vec<_> = at().map(|(row, tile)| mask.and_then(|mask| mask.added(row, tile))).collect();
-    let peaks: Vec<f32> = added.iter().map(|added| added.map_or(0.0, |(_, peak)| peak)).collect();
-    let added: Vec<[f16; TILE]> = added.iter().map(|added| added.map_or([f16::ZERO; TILE], |(x, _)| *x)).collect();
-    let (mask_seen, mask_peak, mask_added) = match mask {
-        Some(_) => (address(&seen), address(&peaks), address(&added)),
-        None => (0, 0, 0),
-    };
-    let workspace = Workspace::new(s, n_rows, tiles, 0);
+    let (dense, scans) = (rows.iter().any(|row| row.dense != 0), rows.iter().any(|row| row.dense == 0));
+    let workspace = Workspace::new(s, n_rows, tiles, scans, 0);
+    assert_eq!(workspace.chunk, n_rows);
     let mut scratch = Aligned::new(workspace.bytes);
     let splits = tiles.div_ceil(cuda::SPLIT).max(1);
     let (mut stats, mut fault) = ([Stats::default()], [Fault::default()]);
     let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
     let stride = (s.dim_v * 4) as i64;
     let mut call = AttendParams {
-        shape: s.into(),
         q: rows_of(&q.rows()),
         out: params::Rows {
             data: o.out.as_mut_ptr() as u64,
@@ -600,13 +760,9 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
             stride_head: stride,
             ..Default::default()
         },
-        views: address(&views),
-        rows: address(&rows),
+        rows: address(rows),
         sinks: bent.sinks.map_or(0, address),
-        mask_seen,
-        mask_peak,
-        mask_added,
-        mask_tiles: tiles as i32,
+        slopes: bent.slopes.map_or(0, address),
         lse: o.lse.as_mut_ptr() as u64,
         bound: o.bound.as_mut_ptr() as u64,
         lse_bound: o.lse_bound.as_mut_ptr() as u64,
@@ -619,19 +775,202 @@ fn attend(run: &Single, q: &[f32], ranges: &[(usize, usize)], how: How, bent: Be
         scale: how.scale,
         softcap: bent.softcap,
         tolerance: how.tolerance,
-        ..AttendParams::default()
+        n_rows: n_rows as i32,
+        ..told
     };
     let own = call.stats;
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
     call.stats = own;
     let grid = [splits, cuda::units(s), n_rows];
-    let shared = cuda::attend_shared_bytes(s);
-    for kernel in if splits == 1 { &["attend"][..] } else { &["scan", "attend"] } {
-        let name = format!("akv_{kernel}_{}", cuda::words(s));
-        launch(&name, grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
+    let (attend, dense_bytes) = (cuda::attend_shared_bytes(s), cuda::dense_shared_bytes(s));
+    for (name, runs, words, shared) in [
+        ("scan", scans && splits > 1, cuda::words(s), attend),
+        ("attend", scans, cuda::words(s), attend),
+        ("dense", dense, cuda::dense_words(s), dense_bytes),
+    ] {
+        if runs {
+            launch(&format!("akv_{name}_{words}"), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
+        }
     }
+    assert!(scratch.get()[..workspace.zeros].iter().all(|&byte| byte == 0));
     assert_eq!(fault[0].status, 0);
     (o, stats[0])
+}
+
+/// Attention over cells, in pages or beside the engine's own rows: what the kernels make of a mask and of spans is what the
+/// host makes of them, and so are the results.
+#[test]
+fn attention_over_cells() {
+    let cpu = cpu(Isa::best(), 1);
+    let mut rng = Rng::new(14);
+    let (mut alike, mut calls) = (0, 0);
+    for case in 0..48 {
+        let (d, dv, is_index) = (DIMS[case % 9], DIMS[rng.below(9)], case % 2 == 1);
+        let given =
+            shape([1, 2, 4, 5, 8][rng.below(5)], 1 + rng.below(2), d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        let layout = if is_index { Layout::index(given) } else { Layout::new(Format::Aligned, given) };
+        let s = &layout.shape;
+        let n_slots = [60, 200, 300, 1200][case % 4];
+        let exact_head = [0, 4, 30][rng.below(3)];
+        let memory = Memory::new(Allocator::default(), 0);
+        let mut layer = SlotLayer::new(&memory, 0, layout, 2, n_slots, exact_head, is_index).unwrap();
+        let (mut k, mut v) =
+            (rng.normals(2 * n_slots * s.n_kv_heads * d), rng.normals(2 * n_slots * s.n_kv_heads * dv));
+        round(&mut k, s.dtype_k);
+        round(&mut v, s.dtype_v);
+        let slots: Vec<i64> = (0..2 * n_slots as i64).filter(|_| rng.below(4) > 0).collect();
+        // Rows that nobody has written are not numbers.
+        for slot in (0..2 * n_slots).filter(|slot| is_index && !slots.contains(&(*slot as i64))) {
+            k[slot * s.n_kv_heads * d..][..s.n_kv_heads * d].fill(f32::NAN);
+            v[slot * s.n_kv_heads * dv..][..s.n_kv_heads * dv].fill(f32::NAN);
+        }
+        let (k, v) = (Packed::new(&k, s.n_kv_heads, d, s.dtype_k), Packed::new(&v, s.n_kv_heads, dv, s.dtype_v));
+        if is_index {
+            // SAFETY: rows of all slots, which live longer than the layer is used.
+            let own = [&k, &v].map(|rows| unsafe { std::mem::transmute::<Rows<'_>, Rows<'static>>(rows.rows()) });
+            layer.attach(own[0], own[1]);
+            layer.write(&slots, None, None, &mut Hands::Host).unwrap();
+        } else {
+            layer.write(&slots, Some(k.rows()), Some(v.rows()), &mut Hands::Host).unwrap();
+        }
+
+        // The mask, from f16.
+        let spans = [(1, 1 + rng.below(2), 1 + rng.below(n_slots)), (0, [1, 9][rng.below(2)], n_slots)];
+        let n_rows = spans[0].1 + spans[1].1;
+        let (n_kv, adds) = (n_slots - rng.below(3).min(n_slots - 1), rng.below(2) == 1);
+        let f16s: Vec<Vec<u16>> = (0..n_rows)
+            .map(|_| {
+                let hidden = rng.below(6);
+                let bits = |i: usize| if adds { f16::from_f32(-((i % 50) as f32) / 8.0).to_bits() } else { 0 };
+                (0..n_kv).map(|i| if i / 100 == hidden || rng.below(9) == 0 { 0xfc00 } else { bits(i) }).collect()
+            })
+            .collect();
+        let mut mask = Mask::new(n_rows, n_slots).unwrap();
+        mask.set(0, f16s.iter().map(|row| &row[..])).unwrap();
+        let tiles = n_slots.div_ceil(TILE);
+        let (mut seen, mut peak) = (vec![0u128; n_rows * tiles], vec![f32::NAN; n_rows * tiles]);
+        let mut added = vec![[f16::NAN; TILE]; n_rows * tiles];
+        let (flat, mut fault) = (f16s.concat(), [Fault::default()]);
+        let call = params::MaskParams {
+            f16: address(&flat),
+            stride: 2 * n_kv as i64,
+            seen: seen.as_mut_ptr() as u64,
+            peak: peak.as_mut_ptr() as u64,
+            added: added.as_mut_ptr() as u64,
+            fault: fault.as_mut_ptr() as u64,
+            first_row: 0,
+            n_kv: n_kv as i32,
+            tiles: tiles as i32,
+        };
+        launch("akv_mask", [n_rows * tiles, 1, 1], 128, cuda::CELLS_SHARED_BYTES, &call, rng.next()).unwrap();
+        for (row, tile) in (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile))) {
+            let at = row * tiles + tile;
+            assert_eq!(seen[at], mask.seen(row, tile), "case {case}");
+            match mask.added(row, tile) {
+                Some((x, most)) => assert_eq!((&added[at], peak[at]), (x, most), "case {case}"),
+                None => assert_eq!((added[at], peak[at]), ([f16::ZERO; TILE], 0.0), "case {case}"),
+            }
+        }
+
+        // What the rows see.
+        let all: Vec<_> = (0..2).map(|stream| layer.view(stream, n_slots)).collect();
+        let each = || all.iter().flat_map(|view| (0..tiles).map(move |tile| (view, tile)));
+        let pages: Vec<u64> = each().map(|(view, tile)| address(view.page(tile))).collect();
+        let written: Vec<u128> = each().map(|(view, tile)| view.written(tile)).collect();
+        let head = |view: &SequenceView| view.exact.filter(|_| !is_index).map_or(0, |(k, _)| k.address(0, 0) as u64);
+        let heads: Vec<u64> = all.iter().map(head).collect();
+        let n_exact: Vec<u32> = all.iter().map(|view| view.n_exact as u32).collect();
+        let mut device_views = [View::default(); 2];
+        let mut device_rows = vec![QueryRow::default(); n_rows];
+        let mut call = params::SpansParams {
+            pages: address(&pages),
+            written: address(&written),
+            heads: address(&heads),
+            n_exact: address(&n_exact),
+            seen: address(&seen),
+            views: device_views.as_mut_ptr() as u64,
+            rows: device_rows.as_mut_ptr() as u64,
+            n_slots: n_slots as i64,
+            head_v: layout.kept_offset(exact_head) as i64,
+            tiles: tiles as i32,
+            mask_tiles: tiles as i32,
+            first_span: 0,
+            n_spans: 2,
+            spans: [params::Span::default(); params::MAX_SPANS],
+        };
+        let mut rows = Vec::new();
+        let views: Vec<_> = spans.iter().map(|&(stream, _, n_kv)| layer.view(stream, n_kv)).collect();
+        for (i, &(stream, n, n_kv)) in spans.iter().enumerate() {
+            let dense = n > 8;
+            call.spans[i] =
+                params::Span { stream: stream as i32, rows: n as i32, n_kv: n_kv as i32, dense: i32::from(dense) };
+            for _ in 0..n {
+                let sees = |cell: &usize| {
+                    (mask.seen(rows.len(), cell / TILE) & views[i].written(cell / TILE)) >> (cell % TILE) & 1 == 1
+                };
+                let cells: Vec<usize> = (0..n_kv).filter(sees).collect();
+                let (from, to) = (cells.first().map_or(0, |&c| c), cells.last().map_or(0, |&c| c + 1));
+                rows.push(backend::QueryRow { n: cells.len(), ..backend::QueryRow::new(i, from, to, dense) });
+            }
+        }
+        launch("akv_spans", [n_rows, 1, 1], 128, cuda::CELLS_SHARED_BYTES, &call, rng.next()).unwrap();
+        for (i, (got, want)) in device_rows.iter().zip(&rows).enumerate() {
+            let index = if want.dense { 1 + i - (n_rows - spans[want.sequence].1) * want.sequence } else { 0 };
+            let got = (got.sequence, got.from, got.to, got.n, got.dense);
+            assert_eq!(
+                got,
+                (want.sequence as i32, want.from as i32, want.to as i32, want.n as i32, index as i32),
+                "case {case} row {i}"
+            );
+        }
+
+        let q: Vec<f32> = rng.normals(n_rows * s.n_q_heads * d).iter().map(|x| 2.0 * x).collect();
+        let (sinks, slopes) = (rng.normals(s.n_q_heads), rng.normals(s.n_q_heads));
+        let how = How {
+            mode: [Mode::Expected, Mode::Guaranteed][rng.below(2)],
+            tolerance: 10f32.powf(-1.0 - 3.0 * rng.uniform() as f32),
+            scale: 1.0 / (d as f32).sqrt(),
+            dense: false,
+        };
+        let bent = Bent {
+            softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
+            mask: Some(&mask),
+            sinks: (rng.below(3) == 0).then_some(&sinks[..]),
+            slopes: (rng.below(2) == 0).then_some(&slopes[..]),
+        };
+        let told = format!("case {case}: {s:?} index {is_index} {n_slots} cells {spans:?} head {exact_head} {how:?}");
+        let want = attend_views(&cpu, &views, &rows, &q, how, bent).unwrap();
+        let mut params = AttendParams {
+            shape: s.into(),
+            views: address(&device_views),
+            mask_seen: address(&seen),
+            mask_peak: address(&peak),
+            mask_added: address(&added),
+            mask_tiles: tiles as i32,
+            ..AttendParams::default()
+        };
+        if is_index {
+            (params.attached_k, params.attached_v) = ((&k.rows()).into(), (&v.rows()).into());
+        }
+        let (got, stats) = run_attention(s, params, &q, &device_rows, tiles, how, bent, rng.next());
+        let tokens = stats.tokens + stats.tokens_exact + stats.tokens_attached;
+        assert_eq!(tokens, want.stats.tokens, "{told}");
+        if rows.iter().all(|row| !row.dense) {
+            calls += 1;
+            alike += usize::from(stats.planes_k == want.stats.planes_k && stats.planes_v == want.stats.planes_v);
+        }
+        for at in 0..n_rows * s.n_q_heads {
+            let near = |a: f32, b: f32, most: f32| a == b || (a - b).abs() <= most;
+            assert!(got.bound[at].is_finite(), "{told}: bound {}", got.bound[at]);
+            assert!(near(got.lse[at], want.lse[at], got.lse_bound[at] + want.lse_bound[at]), "{told}");
+            assert!(near(got.amplitude[at], want.amplitude[at], 0.05 * want.amplitude[at] + 1e-6), "{told}");
+            for c in 0..dv {
+                let (a, b) = (got.out[at * dv + c], want.out[at * dv + c]);
+                assert!(near(a, b, got.bound[at] + want.bound[at]), "{told}: {a} {b}");
+            }
+        }
+    }
+    assert!(calls > 15 && 10 * alike >= 9 * calls, "{alike} of {calls} read the same digits as the CPU");
 }
 
 /// Rows read back are what the format says, in every dtype.
@@ -869,6 +1208,18 @@ fn planted_fragments_are_found() {
         let mut out = vec![f32::NAN; 16 * 8];
         let call = Planted { a: address(&a), b: address(&b), out: out.as_mut_ptr() as u64, n, reserved: 0 };
         launch("planted_swapped_fragments", [1, 1, 1], 32, 0, &call, 0).unwrap();
+        out
+    };
+    assert_eq!(run(1), right);
+    assert_ne!(run(0), right);
+    // The same of floats.
+    let (a, b): (Vec<f32>, Vec<f32>) =
+        ((0..128).map(|_| rng.below(64) as f32).collect(), (0..64).map(|_| rng.below(64) as f32).collect());
+    let right: Vec<f32> = (0..128).map(|at| (0..8).map(|k| a[at / 8 * 8 + k] * b[k * 8 + at % 8]).sum()).collect();
+    let run = |n: i32| {
+        let mut out = vec![f32::NAN; 128];
+        let call = Planted { a: address(&a), b: address(&b), out: out.as_mut_ptr() as u64, n, reserved: 0 };
+        launch("planted_swapped_tf32", [1, 1, 1], 32, 0, &call, 0).unwrap();
         out
     };
     assert_eq!(run(1), right);

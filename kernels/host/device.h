@@ -10,6 +10,9 @@
 struct uint2 {
     unsigned x, y;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -49,7 +52,7 @@ struct Place {
 };
 extern Place place;
 
-enum Kind { BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, MMA_U8S8 };
+enum Kind { BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, MMA_U8S8, MMA_TF32 };
 
 // What a lane brings to a meeting of its warp, and takes from it.
 struct Operand {
@@ -130,6 +133,15 @@ inline void mma_u8s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site 
     memcpy(operand.c, c, sizeof c);
     operand.b[0] = b0, operand.b[1] = b1;
     host::meet_warp(host::MMA_U8S8, site, operand);
+    memcpy(c, operand.c, sizeof c);
+}
+
+inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, host::Site site = host::Site::here()) {
+    host::Operand operand = {};
+    memcpy(operand.a, a, sizeof a);
+    memcpy(operand.c, c, sizeof c);
+    memcpy(&operand.b[0], &b0, 4), memcpy(&operand.b[1], &b1, 4);
+    host::meet_warp(host::MMA_TF32, site, operand);
     memcpy(c, operand.c, sizeof c);
 }
 

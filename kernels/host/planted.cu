@@ -71,6 +71,17 @@ KERNEL(planted_swapped_fragments, 32, 1, PlantedParams) {
     for (i32 n = 0; n < 4; n++) floats(p.out)[8 * (g + 8 * (n / 2)) + 2 * t + n % 2] = float(c[n]);
 }
 
+// The same of floats: 16 x 8 times 8 x 8.
+KERNEL(planted_swapped_tf32, 32, 1, PlantedParams) {
+    const float *a = floats(p.a), *b = floats(p.b);
+    const i32 g = lane() / 4, t = lane() % 4;
+    const float left[4] = {a[8 * g + t], a[8 * (g + 8) + t], a[8 * g + 4 + t], a[8 * (g + 8) + 4 + t]};
+    const float swapped[4] = {left[0], left[2], left[1], left[3]};
+    float c[4] = {};
+    mma_tf32(c, p.n ? left : swapped, b[8 * t + g], b[8 * (4 + t) + g]);
+    for (i32 n = 0; n < 4; n++) floats(p.out)[8 * (g + 8 * (n / 2)) + 2 * t + n % 2] = c[n];
+}
+
 // Blocks that merge in the order in which they come.
 KERNEL(planted_order_of_blocks, 32, 1, PlantedParams) {
     if (thread() == 0) floats(p.out)[0] = floats(p.out)[0] * 0.5f + float(block_x());

@@ -209,6 +209,35 @@ void product(Operand *const (&x)[32]) {
     }
 }
 
+void product_tf32(Operand *const (&x)[32]) {
+    // Row-major A: lane 4 g + t has rows g and g + 8, columns t and 4 + t; B: column g, rows likewise.
+    double a[16][8], b[8][8];
+    auto operand = [](u32 bits) {
+        if (bits & 0x1fff) fail("an operand has more bits than tf32");
+        return (bits & 0x7f800000) == 0 ? 0.0 : double(bits_float(bits));  // a device may flush what is subnormal
+    };
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 n = 0; n < 4; n++) a[l / 4 + 8 * (n % 2)][4 * (n / 2) + l % 4] = operand(x[l]->a[n]);
+        for (u32 n = 0; n < 2; n++) b[4 * n + l % 4][l / 4] = operand(x[l]->b[n]);
+    }
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 n = 0; n < 4; n++) {
+            // The worst that a device may do: each addend is cut in the last bit of the largest, and so is the sum.
+            double addends[9], most = 0.0, sum = 0.0;
+            for (u32 k = 0; k < 8; k++) addends[k] = a[l / 4 + 8 * (n / 2)][k] * b[k][2 * (l % 4) + n % 2];
+            addends[8] = bits_float(u32(x[l]->c[n]));
+            for (double y : addends) most = std::fabs(y) > most ? std::fabs(y) : most;
+            int exponent = 0;
+            std::frexp(most, &exponent);
+            const double unit = std::ldexp(1.0, exponent - 24), inverse = std::ldexp(1.0, 24 - exponent);
+            for (double y : addends) sum += most < HUGE_VAL ? double(i32(y * inverse)) * unit : y;
+            float cut = float(sum);
+            if (std::fabs(cut) > std::fabs(sum) && std::fabs(cut) < HUGE_VALF) cut = std::nextafterf(cut, 0.0f);
+            x[l]->c[n] = i32(float_bits(cut));
+        }
+    }
+}
+
 template <class T>
 T aligned(const void *p) {
     if (reinterpret_cast<size_t>(p) % sizeof(T) != 0) fail("a load of " + std::to_string(sizeof(T)) + " bytes is not aligned");
@@ -267,6 +296,8 @@ void meet_warp(Kind kind, Site site, Operand &operand) {
         for (u32 l = 0; l < 32; l++) w.operands[l]->value = bits;
     } else if (kind == MMA_U8S8) {
         product(w.operands);
+    } else if (kind == MMA_TF32) {
+        product_tf32(w.operands);
     }
     w.arrived = 0;
     w.meetings++;

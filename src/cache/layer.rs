@@ -6,7 +6,7 @@
 use super::device::{Edits, Listing};
 use super::memory::{Block, Kind, Memory, Shared, Table};
 use crate::Result;
-use crate::format::{Layout, Rows, Source, TILE};
+use crate::format::{Layout, Rows, Source, TILE, range_bits};
 use std::sync::Arc;
 
 /// A tile.
@@ -129,6 +129,29 @@ impl Layer {
         }
     }
 
+    /// Marks which of the last `n` tokens were no numbers: (row, head) of K and of V, in order, as the rows of the caller's
+    /// memory from `row` on.
+    pub fn mark(&mut self, n: usize, row: usize, bad: [&[(usize, usize)]; 2]) {
+        let (mut token, end) = (self.len - n, self.len);
+        while token < end {
+            let (tile, from) = (token / TILE, token % TILE);
+            let to = TILE.min(from + end - token);
+            let page = self.pages[tile].block.own();
+            let rows = row + token - (end - n);
+            for (side, bad) in bad.iter().enumerate() {
+                for head in 0..self.layout.shape.n_kv_heads {
+                    self.layout.mark(page, head, side, range_bits(from, to), 0);
+                }
+                let first = bad.partition_point(|b| b.0 < rows);
+                for &(row, head) in bad[first..].iter().take_while(|b| b.0 < rows + to - from) {
+                    let token = 1 << (from + row - rows);
+                    self.layout.mark(page, head, side, token, token);
+                }
+            }
+            token += to - from;
+        }
+    }
+
     /// Drops rows of tiles that are kept for nothing.
     pub fn release(&mut self) {
         let n = released(self.len, self.exact_tail);
@@ -204,7 +227,9 @@ impl Layer {
         let (block, (k, v)) = (page.block.own(), self.layout.kept(kept, TILE));
         let (base, base_rows) = page.base.as_ref().map_or((None, 0), |(base, rows)| (Some(&base[..]), *rows));
         if let Some(base) = base {
-            block.copy_from_slice(base);
+            // Marks are of all rows, as they are.
+            let n = self.layout.rows_bytes();
+            block[..n].copy_from_slice(&base[..n]);
             self.layout.reopen(block);
         }
         if base_rows < rows {

@@ -13,7 +13,14 @@ mod reader;
 #[cfg(unix)]
 mod region;
 mod sequence;
+mod shared;
 mod slots;
+
+/// What `shared` counts with: `tests/loom.rs` has loom's.
+mod sync {
+    pub use std::sync::Arc;
+    pub use std::sync::atomic::{AtomicUsize, Ordering};
+}
 
 pub use batch::{Batch, Bounds, StepSequence};
 pub use device::Plan;
@@ -47,6 +54,18 @@ pub enum Placement {
     },
 }
 
+/// What becomes of NaN and infinity in K, V or q.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum NanPolicy {
+    /// They are an error.
+    #[default]
+    Error,
+    /// Outputs that would see them are NaN.
+    Propagate,
+    /// They are 0.
+    Zero,
+}
+
 /// What a cache is made of.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -54,6 +73,8 @@ pub struct Config {
     pub placement: Placement,
     /// Storage format.
     pub format: Format,
+    /// What is done about NaN.
+    pub nan: NanPolicy,
     /// Layers.
     pub layers: Vec<Shape>,
     /// Most sequences at once.
@@ -111,7 +132,8 @@ impl Cache {
         }
         let is_index = matches!(config.placement, Placement::Slots { attached: true, .. });
         let layout = |&shape: &Shape| if is_index { Layout::index(shape) } else { Layout::new(config.format, shape) };
-        let layouts: Vec<Layout> = config.layers.iter().map(layout).collect();
+        let marks = |layout: Layout| if config.nan == NanPolicy::Propagate { layout.with_marks() } else { layout };
+        let layouts: Vec<Layout> = config.layers.iter().map(layout).map(marks).collect();
         let memory = Memory::with_device(allocator, device, config.max_bytes);
         let sequences = RwLock::new(Directory::new(&memory)?);
         let mut cache = Cache { config, layouts, memory, sequences, slots: Vec::new() };

@@ -35,6 +35,22 @@ impl Positions {
         run.map_or(index as i64, |r| r.position.wrapping_add((index - r.first) as i64))
     }
 
+    /// How far the tokens from `first` on are from `position`, backwards below 0: rounded to the nearest.
+    pub fn distances(&self, first: usize, position: i64, out: &mut [f32]) {
+        let mut done = 0;
+        while done < out.len() {
+            let token = first + done;
+            let end = self.runs.get(self.runs.partition_point(|r| r.first <= token)).map_or(usize::MAX, |r| r.first);
+            let n = (out.len() - done).min(end - token);
+            let start = i128::from(self.at(token)) - i128::from(position);
+            for (i, x) in out[done..done + n].iter_mut().enumerate() {
+                // Beyond 2^53 rounded twice: by next to nothing the first time.
+                *x = (start as f64 + i as f64) as f32;
+            }
+            done += n;
+        }
+    }
+
     /// Number of tokens (of the first `len`) whose position is below `position`.
     pub fn below(&self, position: i64, len: usize) -> usize {
         let next = self.runs.partition_point(|r| r.position < position);
@@ -120,6 +136,12 @@ mod tests {
             let fork = positions.fork(plain.len() / 2).unwrap();
             for (i, &p) in plain.iter().enumerate() {
                 assert_eq!(positions.at(i), p);
+                let mut far = [0.0; 3];
+                let n = far.len().min(plain.len() - i);
+                positions.distances(i, plain[i / 2], &mut far[..n]);
+                for (j, &far) in far[..n].iter().enumerate() {
+                    assert_eq!(far, (i128::from(plain[i + j]) - i128::from(plain[i / 2])) as f32);
+                }
                 if i < plain.len() / 2 {
                     assert_eq!(fork.at(i), p);
                 }

@@ -74,6 +74,13 @@ impl<'a> SequenceView<'a> {
         }
     }
 
+    /// Tokens of a tile whose K or V was no number on a KV head; among those that have rows.
+    #[inline(always)]
+    pub fn marks(&self, tile: usize, kv_head: usize) -> u128 {
+        let marks = |side: usize| self.layout.marks(self.page(tile), kv_head, side);
+        if self.layout.marked() { marks(0) | marks(1) } else { 0 }
+    }
+
     /// Tokens of a tile that have rows.
     #[inline(always)]
     pub fn written(&self, tile: usize) -> u128 {

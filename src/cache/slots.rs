@@ -275,6 +275,39 @@ impl SlotLayer {
         }
     }
 
+    /// Marks which of the slots that have been written were no numbers: (index, head) of K and of V; None if it was not
+    /// written.
+    pub fn mark(&mut self, slots: &[i64], bad: [Option<&[(usize, usize)]>; 2]) {
+        for (side, bad) in bad.into_iter().enumerate() {
+            let Some(bad) = bad else { continue };
+            let layout = self.layout;
+            for &slot in slots {
+                let (tile, row) = self.place(slot as usize);
+                for head in 0..layout.shape.n_kv_heads {
+                    layout.mark(&mut self.tiles[tile].page, head, side, 1 << row, 0);
+                }
+            }
+            for &(i, head) in bad {
+                // Not if the slot is there again: it holds the later row.
+                if !slots[i + 1..].contains(&slots[i]) {
+                    let (tile, row) = self.place(slots[i] as usize);
+                    layout.mark(&mut self.tiles[tile].page, head, side, 1 << row, 1 << row);
+                }
+            }
+        }
+    }
+
+    /// Makes NaN of what was no number.
+    pub fn spread(&self, slot: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+        let (tile, row) = self.place(slot);
+        let tile = &self.tiles[tile];
+        for (side, (cells, x)) in [(tile.k, k), (tile.v, v)].into_iter().enumerate() {
+            if (self.layout.marks(&tile.page, head, side) & cells.written) >> row & 1 == 1 {
+                x.fill(f32::NAN);
+            }
+        }
+    }
+
     /// Notes that cells of a tile are written, K, V or both, and says what is to be done.
     fn plan(&mut self, index: usize, slots: &[i64], has_k: bool, has_v: bool) -> Plan {
         let skip = self.skip(index);
@@ -535,10 +568,10 @@ impl SlotLayer {
                 cells.fresh &= !(1 << row_b);
             }
         }
-        if !stored_k && !stored_v {
-            return Ok(());
-        }
         if let Hands::Device(launch) = hands {
+            if !stored_k && !stored_v {
+                return Ok(());
+            }
             return launch(&Job::Adopt(&AdoptParams {
                 shape: (&self.layout.shape).into(),
                 from: self.tiles[a].page.address(),
@@ -550,6 +583,10 @@ impl SlotLayer {
             }));
         }
         for head in 0..self.layout.shape.n_kv_heads {
+            for side in [0, 1] {
+                let bad = self.layout.marks(&self.tiles[a].page, head, side) >> row_a & 1;
+                self.layout.mark(&mut self.tiles[b].page, head, side, 1 << row_b, bad << row_b);
+            }
             if stored_k {
                 let slack = self.layout.lost_keys(&self.tiles[a].page, &self.tiles[b].page, head);
                 self.layout.add_slack(&mut self.tiles[b].page, head, slack);

@@ -8,8 +8,9 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Device, Tables};
 use crate::cache::{Batch, Block, Bounds, Memory, StepSequence};
 use crate::{Error, Result};
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::Arc;
 
 /// What an `akv_batch` stands for.
 pub(super) struct Object {
@@ -41,24 +42,21 @@ pub(super) struct Step {
 impl Object {
     /// The step in progress, which does not end while the guard lives.
     pub fn step(&self) -> Result<RwLockReadGuard<'_, Step>> {
-        let step = self.step.read().unwrap_or_else(PoisonError::into_inner);
+        let step = self.step.read();
         if step.begun { Ok(step) } else { Err(no_step()) }
     }
 
     /// The device that it computes on, and its tables.
     pub fn device(&self) -> Result<(&Arc<Device>, MutexGuard<'_, Tables>)> {
         match (&self.owner.context.device, &self.tables) {
-            (Some(device), Some(tables)) => Ok((device, tables.lock().unwrap_or_else(PoisonError::into_inner))),
+            (Some(device), Some(tables)) => Ok((device, tables.lock())),
             _ => Err(Error::Internal("a batch without a device".to_owned())),
         }
     }
 
     fn exclusive(&self) -> Result<RwLockWriteGuard<'_, Step>> {
-        match self.step.try_write() {
-            Ok(step) => Ok(step),
-            Err(TryLockError::Poisoned(step)) => Ok(step.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(Error::Busy("batch: other calls are working on its step".to_owned())),
-        }
+        let busy = || Error::Busy("batch: other calls are working on its step".to_owned());
+        self.step.try_write().ok_or_else(busy)
     }
 }
 
@@ -75,14 +73,14 @@ impl Workspaces {
 
     /// Runs `work` with a workspace of at least `bytes`.
     pub fn with<T>(&self, bytes: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
-        let kept = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = self.free.lock().pop();
         let mut block = match kept.filter(|b| b.len() >= bytes) {
             Some(block) => block,
             // Contexts grow by a token at a time: not so their workspaces.
             None => Block::new(&self.memory, bytes.next_power_of_two())?,
         };
         let result = work(&mut block);
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+        self.free.lock().push(block);
         result
     }
 }
@@ -213,8 +211,7 @@ pub unsafe extern "C" fn akv_batch_create(
 /// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 /// capture.
 ///
-/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-/// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

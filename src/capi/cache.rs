@@ -7,7 +7,7 @@ use super::types::*;
 use super::{context, device, guard};
 use crate::Result;
 use crate::backend::cuda::Scratches;
-use crate::cache::{Cache, Config, Placement};
+use crate::cache::{Cache, Config, NanPolicy, Placement};
 use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, PLANES, Shape, TILE};
 use std::sync::{Arc, Mutex};
 
@@ -131,9 +131,16 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
         other => return Err(wrong(at("format"), other, "an AKV_FORMAT_* code (0 to 2)")),
     };
     let placement = placement(desc, &at, format)?;
-    if within(at("nan_policy"), desc.nan_policy, AKV_NAN_ERROR..=AKV_NAN_ZERO)? != AKV_NAN_ERROR {
-        return Err(not_built(at("nan_policy"), desc.nan_policy, "AKV_NAN_ERROR (0)"));
-    }
+    let nan = match desc.nan_policy {
+        AKV_NAN_ERROR => NanPolicy::Error,
+        AKV_NAN_PROPAGATE | AKV_NAN_ZERO if matches!(placement, Placement::Slots { attached: true, .. }) => {
+            let expected = "AKV_NAN_ERROR (0) with AKV_ATTACHED, whose rows are read where they are";
+            return Err(wrong(at("nan_policy"), desc.nan_policy, expected));
+        }
+        AKV_NAN_PROPAGATE => NanPolicy::Propagate,
+        AKV_NAN_ZERO => NanPolicy::Zero,
+        other => return Err(wrong(at("nan_policy"), other, "an AKV_NAN_* code (0 to 2)")),
+    };
     let n_layers = within(at("n_layers"), desc.n_layers, 1..=4096)? as usize;
     // SAFETY: the caller's contract.
     let layers = unsafe { array(desc.layers, n_layers, at("layers")) }?;
@@ -151,6 +158,7 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
     Ok(Config {
         placement,
         format,
+        nan,
         layers,
         max_sequences: if desc.max_sequences == 0 { 65536 } else { desc.max_sequences as usize },
         exact_head: exact_head * lossy,

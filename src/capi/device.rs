@@ -1,9 +1,9 @@
 //! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
 //! memory, and launched on the caller's stream.
 
-use super::attention::{MAX_PROGRESSIVE, Options, apart, query_rows};
+use super::attention::{Limits, MAX_PROGRESSIVE, Options, apart, check_tokens, query_rows};
 use super::batch::{Object, Step};
-use super::check::{Grid, not_built, optional, pointer, within, wrong};
+use super::check::{Grid, not_built, pointer, within, wrong};
 use super::types::*;
 use super::{cache, context};
 use crate::backend::Mode;
@@ -14,7 +14,7 @@ use crate::backend::cuda::{
     Bounds, Call, Cells, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace,
     attend, bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, SlotLayer};
+use crate::cache::{Batch, Cache, Config, NanPolicy, SlotLayer};
 use crate::format::{Format, Layout, Shape, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
@@ -27,6 +27,23 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
         let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
     }
+    if config.nan != NanPolicy::Error {
+        let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
+        return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));
+    }
+    Ok(())
+}
+
+/// Fails for attention that only the CPU has. `slots`: over cells.
+pub(super) fn check_attention(desc: &akv_attention_desc, name: &str, slots: bool) -> Result<()> {
+    for (field, null) in [("alibi_slopes", slots || desc.alibi_slopes.is_null()), ("tree", desc.tree.is_null())] {
+        if !null {
+            return Err(not_built(format_args!("{name}->{field}"), "not NULL", "NULL on the CUDA backend"));
+        }
+    }
+    if desc.sink_tokens != 0 {
+        return Err(not_built(format_args!("{name}->sink_tokens"), desc.sink_tokens, "0 on the CUDA backend"));
+    }
     Ok(())
 }
 
@@ -38,13 +55,20 @@ pub(super) fn rows(grid: &Grid) -> params::Rows {
 
 /// What kernels are told of query rows.
 fn device_rows(rows: Vec<crate::backend::QueryRow>) -> Vec<QueryRow> {
-    let row = |row: crate::backend::QueryRow| QueryRow {
-        sequence: row.sequence as i32,
-        from: row.from.min(row.to) as i32,
-        to: row.to as i32,
-        n: row.n as i32,
-        dense: i32::from(row.dense),
-        reserved: 0,
+    let (mut sequence, mut n_dense) = (None, 0);
+    let row = |row: crate::backend::QueryRow| {
+        if sequence != Some(row.sequence) {
+            (sequence, n_dense) = (Some(row.sequence), 0);
+        }
+        n_dense += i32::from(row.dense);
+        QueryRow {
+            sequence: row.sequence as i32,
+            from: row.from.min(row.to) as i32,
+            to: row.to as i32,
+            n: row.n as i32,
+            dense: if row.dense { n_dense } else { 0 },
+            reserved: 0,
+        }
     };
     rows.into_iter().map(row).collect()
 }
@@ -58,24 +82,27 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
     let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
     let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
     for layout in cache.layouts() {
-        tables.expect(Sight { causal: true, window: layout.shape.window, dense: false });
+        tables.expect(Sight { causal: true, window: layout.shape.window, head: 0, dense: false });
     }
     Ok(tables)
 }
 
 /// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.
 pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, usize) {
-    let shapes = || cache.layouts().iter().map(|layout| &layout.shape);
-    let of = |shape: &Shape, zeros: usize| Workspace::new(shape, max_q, max_kv.div_ceil(TILE), zeros);
-    let zeros = shapes().map(|shape| of(shape, 0).zeros).max().unwrap_or(0);
-    (shapes().map(|shape| of(shape, zeros).bytes).max().unwrap_or(0), zeros)
+    let most = |zeros: usize, what: fn(&Workspace) -> usize| {
+        let of = |shape: &Shape, scans| what(&Workspace::new(shape, max_q, max_kv.div_ceil(TILE), scans, zeros));
+        let layouts = cache.layouts().iter();
+        layouts.map(|layout| of(&layout.shape, false).max(of(&layout.shape, true))).max().unwrap_or(0)
+    };
+    let zeros = most(0, |workspace| workspace.zeros);
+    (most(zeros, |workspace| workspace.bytes), zeros)
 }
 
 /// Tells the device of a step that has begun. Returns how many tiles each layer is appended to.
 pub(super) fn begin(batch: &Batch, tables: &mut Tables, stream: Stream) -> Result<usize> {
     let plan = batch.plan()?;
     batch.lengths(|sequences| {
-        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, None, None)))
+        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, Limits::default())))
     })??;
     Ok(plan.n_appends)
 }
@@ -134,6 +161,7 @@ impl<'a> Request<'a> {
     ) -> Result<Request<'a>> {
         let shape = &layout.shape;
         let options = Options::new(desc, "desc", layout.format, shape, slots)?;
+        check_attention(desc, "desc", slots)?;
         // SAFETY: the caller's contract.
         let stream = unsafe { context.stream("desc->stream", desc.stream) }?;
         if !desc.threads.is_null() {
@@ -199,20 +227,15 @@ impl<'a> Request<'a> {
         self.options.all_dense || n > MAX_PROGRESSIVE
     }
 
-    /// The whole call: `dense_rows` of its `n_q` rows read all digits.
-    fn call<'s>(&self, params: AttendParams, shape: &'s Shape, n_q: usize, dense_rows: usize) -> Call<'s> {
-        let path = if dense_rows > 0 { AKV_PATH_DENSE } else { 0 };
-        Call {
-            shape,
-            params,
-            cells: None,
-            n_rows: n_q,
-            n_tiles: 0,
-            report: self.desc.stats as u64,
-            dense_rows: dense_rows as u64,
-            backend: AKV_CUDA,
-            path: path | if dense_rows < n_q { AKV_PATH_PROGRESSIVE } else { 0 },
-        }
+    /// If there are rows that read all digits, and others, among those of sequences or spans.
+    fn kinds(&self, n_q: impl Iterator<Item = usize> + Clone) -> (bool, bool) {
+        (n_q.clone().any(|n| self.is_dense(n)), n_q.clone().any(|n| !self.is_dense(n)))
+    }
+
+    /// The whole call, over sequences: there can be rows that read all digits, and others.
+    fn call<'s>(&self, params: AttendParams, shape: &'s Shape, n_q: usize, (dense, scans): (bool, bool)) -> Call<'s> {
+        let report = self.desc.stats as u64;
+        Call { shape, params, cells: None, n_rows: n_q, n_tiles: 0, dense, scans, report, backend: AKV_CUDA }
     }
 }
 
@@ -227,10 +250,10 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
     // SAFETY: the caller's contract.
     let request = unsafe { Request::new(&batch.owner.context, device, desc, layout, n_q, false) }?;
     let (stream, capturing) = (request.stream, request.capturing);
-    // SAFETY: the caller's contract; both are host memory.
-    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
-        unsafe { (optional(desc.kv_from, n_q, "desc->kv_from")?, optional(desc.kv_to, n_q, "desc->kv_to")?) };
-    super::attention::check_ranges(kv_from, kv_to)?;
+    // SAFETY: the caller's contract; it is host memory.
+    let limits = unsafe { Limits::new(desc, n_q) }?;
+    let sight = request.options.sight();
+    batch.batch.lengths(|sequences| check_tokens(sequences, sight, desc))??;
     batch.batch.check_appended(layer)?;
 
     let max_kv = match (capturing, batch.batch.bounds().max_kv) {
@@ -238,15 +261,19 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         _ => step.max_kv,
     };
     let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
+    // Replays of a graph have other rows than this step.
+    let (dense, scans) = match capturing {
+        true => (request.is_dense(max_rows), !request.options.all_dense),
+        false => request.kinds(step.sequences.iter().map(|s| s.n_q)),
+    };
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, tables.zeros);
+    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
     let start = match request.workspace(device, &room)? {
         Some(start) => start,
         None => tables.workspace(room.bytes, room.zeros, stream, capturing)?,
     };
 
-    let sight = request.options.sight();
-    let known = if kv_from.is_none() && kv_to.is_none() { tables.rows(sight, n_q, capturing)? } else { None };
+    let known = if limits.is_empty() { tables.rows(sight, n_q, capturing)? } else { None };
     let (rows_at, n_rows) = match known {
         Some(known) => known,
         None if capturing => {
@@ -257,27 +284,31 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             ));
         }
         None => {
-            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, kv_from, kv_to)))?;
+            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, limits)))?;
             // SAFETY: the workspace has room for them.
             unsafe { device.upload(room.rows(start), bytes_of(&rows), stream) }?;
             (room.rows(start), rows.len())
         }
     };
-    let dense_rows: usize = step.sequences.iter().map(|s| if request.is_dense(s.n_q) { s.n_q } else { 0 }).sum();
     let views = tables.views(layer, capturing)?;
     let params = AttendParams { views, rows: rows_at, ..request.params(device, shape, layer) };
-    let call = Call { n_rows, n_tiles: tiles, ..request.call(params, shape, n_q, dense_rows) };
+    let call = Call { n_rows, n_tiles: tiles, ..request.call(params, shape, n_q, (dense, scans)) };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, stream) }
 }
 
-/// Query rows over cells that are at work at once: workspaces of callers have room for as many.
-const ROWS_OVER_CELLS: usize = 64;
+/// Query rows over cells that are at work at once, so that workspaces do not depend on how many there are. `scans`: not all
+/// of them read all digits.
+fn rows_over_cells(scans: bool) -> usize {
+    if scans { 64 } else { 1024 }
+}
 
 /// Bytes that akv_slots_attention can do with over spans of up to `max_kv` cells, in any layer.
 pub(super) fn slots_workspace(cache: &Cache, max_kv: usize) -> usize {
-    let of = |layout: &Layout| Workspace::new(&layout.shape, ROWS_OVER_CELLS, max_kv.div_ceil(TILE), 0).bytes;
-    cache.layouts().iter().map(of).max().unwrap_or(0)
+    let of = |layout: &Layout, scans| {
+        Workspace::new(&layout.shape, rows_over_cells(scans), max_kv.div_ceil(TILE), scans, 0).bytes
+    };
+    cache.layouts().iter().map(|layout| of(layout, true).max(of(layout, false))).max().unwrap_or(0)
 }
 
 /// akv_slots_attention, of spans that are checked.
@@ -299,16 +330,15 @@ pub(super) unsafe fn slots_attention(
     let request = unsafe { Request::new(&cache.context, device, desc, layout, n_q, true) }?;
     let cells = cache.cache.read_slots(layer)?;
     let attached = cells.attached()?;
-    let (mut list, mut dense_rows, mut max_kv) = (Vec::with_capacity(spans.len()), 0, 0);
+    let (mut list, mut max_kv) = (Vec::with_capacity(spans.len()), 0);
     for span in spans.iter().filter(|span| span.n_q > 0) {
-        let dense = request.is_dense(span.n_q as usize);
-        dense_rows += if dense { span.n_q as usize } else { 0 };
         max_kv = max_kv.max(span.n_kv as usize);
-        let (stream, n_kv) = (span.stream, span.n_kv as i32);
-        list.push(Span { stream, rows: span.n_q, n_kv, dense: dense.into() });
+        let (stream, n_kv, dense) = (span.stream, span.n_kv as i32, request.is_dense(span.n_q as usize).into());
+        list.push(Span { stream, rows: span.n_q, n_kv, dense });
     }
+    let (dense, scans) = request.kinds(list.iter().map(|span| span.rows as usize));
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, n_q.min(ROWS_OVER_CELLS), tiles, 0);
+    let room = Workspace::new(shape, n_q.min(rows_over_cells(scans)), tiles, scans, 0);
     let start = match (request.workspace(device, &room)?, &cache.scratches) {
         (Some(start), _) => start,
         (None, _) if request.capturing => {
@@ -332,7 +362,7 @@ pub(super) unsafe fn slots_attention(
     let call = Call {
         cells: Some(Cells { params: spans_of_call, spans: &list }),
         n_tiles: tiles,
-        ..request.call(params, shape, n_q, dense_rows)
+        ..request.call(params, shape, n_q, (dense, scans))
     };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, request.stream) }

@@ -298,16 +298,21 @@ fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], 
         }
         _ => view.layout.decode(view.page(token / TILE), head, token % TILE, k, v),
     }
+    for (side, x) in [k, v].into_iter().enumerate() {
+        if view.layout.marks(view.page(token / TILE), head, side) >> (token % TILE) & 1 == 1 {
+            x.fill(f32::NAN);
+        }
+    }
 }
 
 /// The first value that `dtype` would turn into infinity.
 fn fits(dtype: Dtype, x: &[f32]) -> Result<(), f32> {
-    let finite = |x: f32| match dtype {
-        Dtype::F32 => x.is_finite(),
-        Dtype::F16 => f16::from_f32(x).is_finite(),
-        Dtype::Bf16 => bf16::from_f32(x).is_finite(),
+    let infinite = |x: f32| match dtype {
+        Dtype::F32 => x.is_infinite(),
+        Dtype::F16 => f16::from_f32(x).is_infinite(),
+        Dtype::Bf16 => bf16::from_f32(x).is_infinite(),
     };
-    x.iter().find(|&&x| !finite(x)).map_or(Ok(()), |&x| Err(x))
+    x.iter().find(|&&x| infinite(x)).map_or(Ok(()), |&x| Err(x))
 }
 
 fn too_large(name: &str, row: usize, head: usize, x: f32, dtype: Dtype) -> Error {

@@ -1,6 +1,6 @@
 //! Placements where the engine's cells are the truth (AKV_SLOTS, AKV_ATTACHED), and their masks.
 
-use super::attention::{Frame, MAX_PROGRESSIVE, Scene};
+use super::attention::{Asking, Frame, MAX_PROGRESSIVE, Scene};
 use super::batch::WORKSPACE_ALIGN;
 use super::check::{Bytes, Grid, array, count, descriptor, disjoint, pointer, within, wrong};
 use super::handle::{CACHES, CONTEXTS, MASKS};
@@ -10,8 +10,8 @@ use super::{cache, context, device, guard};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Stream};
 use crate::backend::{Mask, QueryRow};
-use crate::cache::{Hands, SequenceView, SlotLayer, launcher};
-use crate::format::{Dtype, Rows, TILE};
+use crate::cache::{Hands, NanPolicy, SequenceView, SlotLayer, launcher};
+use crate::format::{Clean, Dtype, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
 use std::ffi::c_void;
@@ -106,7 +106,9 @@ unsafe fn write(
     value: *const akv_rows,
     stream: Stream,
 ) -> Result<()> {
-    let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
+    let index = cache.layer(layer)?;
+    let place = format!("layer {index}");
+    let mut cells = cache.cache.write_slots(index)?;
     let on = cache.context.device.as_deref();
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
@@ -127,8 +129,9 @@ unsafe fn write(
             return unsafe { write_on_device(&mut cells, on, slots, None, None, stream) };
         }
         let changed = || slots.iter().map(|&slot| slot as usize);
-        layout.check_rows("attached key", &k, changed())?;
-        layout.check_rows("attached value", &v, changed())?;
+        for (name, rows) in [("attached key", &k), ("attached value", &v)] {
+            layout.check_rows(name, rows, changed()).map_err(|error| error.at(&place))?;
+        }
         return cells.write(slots, None, None, &mut Hands::Host);
     }
     // SAFETY: the caller's contract.
@@ -145,12 +148,24 @@ unsafe fn write(
         // SAFETY: the caller's contract.
         return unsafe { write_on_device(&mut cells, on, slots, k, v, stream) };
     }
-    for (name, rows) in [("key", &k), ("value", &v)] {
+    let clean = |rows: &Option<Rows>| match (cache.cache.config().nan, rows) {
+        (NanPolicy::Error, _) | (_, None) => Ok(None),
+        (_, Some(rows)) => Clean::new(rows, n, shape.n_kv_heads),
+    };
+    let (clean_k, clean_v) = (clean(&k)?, clean(&v)?);
+    let pairs = [("key", k, &clean_k), ("value", v, &clean_v)];
+    let [k, v] = pairs.map(|(name, rows, clean)| (name, rows.map(|rows| clean.as_ref().map_or(rows, Clean::rows))));
+    for (name, rows) in [k, v] {
         if let Some(rows) = rows {
-            layout.check_rows(name, rows, 0..n)?;
+            layout.check_rows(name, &rows, 0..n).map_err(|error| error.at(&place))?;
         }
     }
-    cells.write(slots, k, v, &mut Hands::Host)
+    cells.write(slots, k.1, v.1, &mut Hands::Host)?;
+    if layout.marked() {
+        let bad = [(k.1, &clean_k), (v.1, &clean_v)];
+        cells.mark(slots, bad.map(|(rows, clean)| rows.map(|_| clean.as_ref().map_or(&[][..], Clean::bad))));
+    }
+    Ok(())
 }
 
 /// # Safety
@@ -172,7 +187,7 @@ unsafe fn write_on_device(
 
 /// What a query row sees of its span.
 fn query_row(view: &SequenceView, sequence: usize, mask: Option<&Mask>, row: usize, dense: bool) -> QueryRow {
-    let mut seen = QueryRow { sequence, from: 0, to: 0, n: 0, dense };
+    let mut seen = QueryRow::new(sequence, 0, 0, dense);
     for tile in 0..view.len.div_ceil(TILE) {
         let within = crate::format::range_bits(0, TILE.min(view.len - tile * TILE));
         let cells = mask.map_or(u128::MAX, |mask| mask.seen(row, tile)) & view.written(tile) & within;
@@ -233,8 +248,17 @@ unsafe fn attend(
     let layout = &cache.cache.layouts()[layer];
     // SAFETY: the caller's contract.
     unsafe { cache.context.stream("desc->stream", desc.stream) }?;
+    let place = |row: usize| {
+        let mut end = 0;
+        let span = spans.iter().position(|span| {
+            end += span.n_q as usize;
+            row < end
+        });
+        format!("layer {layer}, spans[{}]", span.unwrap_or(0))
+    };
+    let asking = Asking { n_q, max_kv, nan: cache.cache.config().nan, place: &place };
     // SAFETY: the caller's contract.
-    let frame = unsafe { Frame::new(desc, layout, true, n_q, max_kv, MAX_THREADS, cpu) }?;
+    let frame = unsafe { Frame::new(desc, layout, true, asking, MAX_THREADS, cpu) }?;
     let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose();
     // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
     let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
@@ -255,7 +279,7 @@ unsafe fn attend(
     let scene = match &prepared {
         Ok((mask, _)) => {
             let mask = mask.as_deref().and_then(AnyMask::host);
-            Ok(Scene { sequences: &views, rows: &rows, mask })
+            Ok(Scene { sequences: &views, rows: &rows, mask, positions: None })
         }
         Err(error) => Err(error.clone()),
     };
@@ -276,7 +300,8 @@ unsafe fn attend(
 /// later certificate.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is
-/// running).
+/// running). On CUDA rows that cannot be stored are akv_poll's to tell, a stream that is captured is AKV_E_UNSUPPORTED, and
+/// after AKV_E_DEVICE what the slots hold is undefined.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -301,8 +326,8 @@ pub unsafe extern "C" fn akv_slots_write(
 
 /// Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
 /// stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
-/// written, if a value is too large for the dtype; AKV_E_BUSY while the layer is written. AKV_SLOTS only (attached rows
-/// are the caller's).
+/// written, if a value is too large for the dtype (on CUDA infinity is written, and akv_poll tells of it); AKV_E_BUSY while
+/// the layer is written. AKV_SLOTS only (attached rows are the caller's). On CUDA outside of capture.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -339,7 +364,10 @@ pub unsafe extern "C" fn akv_slots_read(
                 device::slots_read(&cells, on, (first, n), rows, stream)
             };
         }
-        let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| cells.read(first + row, head, k, v);
+        let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| {
+            cells.read(first + row, head, k, v);
+            cells.spread(first + row, head, k, v);
+        };
         // SAFETY: the caller's contract.
         unsafe { write_rows(key, value, n, &cells.layout().shape, read) }
     })
@@ -367,7 +395,8 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 /// Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
 /// streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
 /// with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
-/// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied.
+/// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied. On CUDA it waits for all work
+/// of the CUDA context, before and after.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -449,7 +478,7 @@ pub unsafe extern "C" fn akv_attach_rows(
 /// mask). Cells without both K and V are never seen. Spans of up to 8 rows take the progressive path, longer ones the
 /// dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 ///
-/// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
+/// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace); on CUDA so does a stream that is captured.
 ///
 /// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows,
 /// so that it can read more than the rows alone would have been.
@@ -475,7 +504,8 @@ pub unsafe extern "C" fn akv_slots_attention(
 }
 
 /// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
-/// `max_kv` cells and on up to `max_threads` threads (0 = the context's).
+/// `max_kv` cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number
+/// of query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -517,6 +547,8 @@ pub unsafe extern "C" fn akv_slots_workspace(
 /// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches
 /// as share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
 ///
+/// On CUDA all of its memory is taken here: 276 bytes for each row and 128 cells.
+///
 /// Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
 ///
 /// # Safety
@@ -548,7 +580,8 @@ pub unsafe extern "C" fn akv_mask_create(
 /// (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
 /// if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
 /// layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
-/// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
+/// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
+/// and akv_poll tells of them.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

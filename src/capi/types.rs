@@ -105,11 +105,14 @@ pub const AKV_CAUSAL: i32 = 0;
 pub const AKV_FULL: i32 = 1;
 
 /// # NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-/// The call fails with AKV_E_NONFINITE.
+/// The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and head.
 pub const AKV_NAN_ERROR: i32 = 0;
-/// It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+/// It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of that
+/// KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's head
+/// does. The rest is as if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
+/// AKV_ATTACHED.
 pub const AKV_NAN_PROPAGATE: i32 = 1;
-/// It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+/// It counts as 0, and is stored so. Not with AKV_ATTACHED.
 pub const AKV_NAN_ZERO: i32 = 2;
 
 /// # RoPE pairings: akv_rope.pairing
@@ -351,7 +354,7 @@ pub struct akv_batch_desc {
     /// `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     pub n_new: *const i32,
     /// `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    /// decode may mix.
+    /// decode may mix. More than there are tokens: see akv_aligned_attention.
     pub n_q: *const i32,
     /// `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     /// older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -458,7 +461,14 @@ pub struct akv_attention_desc {
     pub visibility: i32,
     /// Sliding window of this call; 0 = the layer's.
     pub window: i32,
-    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+    /// First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
+    /// AKV_FORMAT_PUBLISHED.
+    pub sink_tokens: i32,
+    /// 0.
+    pub reserved: i32,
+    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
+    /// * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
+    /// AKV_FORMAT_PUBLISHED.
     pub alibi_slopes: *const f32,
     /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
@@ -470,7 +480,12 @@ pub struct akv_attention_desc {
     pub kv_from: *const i64,
     /// `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     pub kv_to: *const i64,
-    /// `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    /// `[sum of n_q]`, for speculative trees: of the last 64 tokens of its sequence, the step's new ones included, row r sees
+    /// only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last token, bit 63 - i the
+    /// token i before it; the row's own token has a bit like any other, bits of tokens that are not there do not count, and
+    /// tokens before the last 64 are seen as ever. With a tree of n tokens whose node j is the step's new token j, a row sees
+    /// what came before and the nodes in the bits `path` if tree[r] is path << (64 - n) | UINT64_MAX >> n. NULL = none. Not
+    /// for AKV_FORMAT_PUBLISHED.
     pub tree: *const u64,
     /// Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
     /// Log of the softmax's normaliser: log sum exp(score).
@@ -529,6 +544,6 @@ const _: () = {
     assert!(size_of::<akv_batch_desc>() == 64 && offset_of!(akv_batch_desc, max_kv) == 48);
     assert!(size_of::<akv_threads>() == 24);
     assert!(size_of::<akv_stats>() == 144 && offset_of!(akv_stats, backend) == 128);
-    assert!(size_of::<akv_attention_desc>() == 224 && offset_of!(akv_attention_desc, alibi_slopes) == 96);
+    assert!(size_of::<akv_attention_desc>() == 232 && offset_of!(akv_attention_desc, alibi_slopes) == 104);
     assert!(size_of::<akv_state>() == 48);
 };

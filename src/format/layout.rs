@@ -65,7 +65,12 @@ pub struct Layout {
     /// Shape.
     pub shape: Shape,
     part: usize,
+    /// Pages end with marks.
+    marked: bool,
 }
+
+/// Of each KV head, tokens of a tile whose K, and whose V, were no numbers: two words of 128 bits.
+const MARKS: usize = 2 * size_of::<u128>();
 
 /// Arrays start on cache lines.
 pub(super) const fn align(bytes: usize) -> usize {
@@ -80,12 +85,50 @@ impl Layout {
             Format::Published => published::Offsets::new(&shape).bytes,
             Format::Raw => raw::Offsets::new(&shape).bytes,
         };
-        Layout { format, shape, part }
+        Layout { format, shape, part, marked: false }
     }
 
-    /// Bytes of a page: a tile of every KV head.
+    /// The same with room for marks: which rows were no numbers, and are stored without them.
+    pub fn with_marks(self) -> Layout {
+        Layout { marked: true, ..self }
+    }
+
+    /// True if pages have marks.
+    pub fn marked(&self) -> bool {
+        self.marked
+    }
+
+    /// Bytes of a page: a tile of every KV head, and the marks.
     pub fn page_bytes(&self) -> usize {
+        self.rows_bytes() + if self.marked { align(MARKS * self.shape.n_kv_heads) } else { 0 }
+    }
+
+    /// Bytes of its rows.
+    pub fn rows_bytes(&self) -> usize {
         self.part * self.shape.n_kv_heads
+    }
+
+    /// Where K's (0) or V's (1) mark of a head is.
+    fn mark_at(&self, head: usize, side: usize) -> std::ops::Range<usize> {
+        let at = self.rows_bytes() + head * MARKS + side * size_of::<u128>();
+        at..at + size_of::<u128>()
+    }
+
+    /// Tokens whose K (0) or V (1) was no number. Of tokens that were never marked, either way, this says nothing.
+    #[inline(always)]
+    pub fn marks(&self, page: &[u8], head: usize, side: usize) -> u128 {
+        match page[..].get(self.mark_at(head, side)) {
+            Some(bytes) if self.marked => u128::from_le_bytes(bytes.try_into().unwrap_or_default()),
+            _ => 0,
+        }
+    }
+
+    /// Marks the tokens `bad` among `some`, and no others of them.
+    pub fn mark(&self, page: &mut [u8], head: usize, side: usize, some: u128, bad: u128) {
+        if self.marked {
+            let marks = self.marks(page, head, side) & !some | bad & some;
+            page[self.mark_at(head, side)].copy_from_slice(&marks.to_le_bytes());
+        }
     }
 
     /// True if stored rows are exactly the caller's: nothing need be kept beside them.
@@ -152,7 +195,7 @@ impl Layout {
         }
     }
 
-    /// A page of zeros, none of them a row.
+    /// A page of zeros, none of them a row. (Marks are made when there is one.)
     pub fn blank(&self, page: &mut [u8]) {
         match self.format {
             Format::Aligned => {

@@ -9,12 +9,14 @@
 //! A *tile* is [`TILE`] tokens of one KV head of one layer. A *page* holds one tile of every KV head of a layer.
 
 pub mod aligned;
+mod clean;
 mod layout;
 pub mod published;
 pub mod raw;
 mod rows;
 mod scale;
 
+pub use clean::Clean;
 pub use layout::{Format, Layout, Shape, Source};
 pub use rows::{Dtype, Rows, RowsMut, finite_f16};
 pub use scale::{PEAK_LIMIT, inverse, scale, scale_byte};

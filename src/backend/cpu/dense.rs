@@ -352,7 +352,7 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     let (rows, n_heads) = (unit.row..unit.row + unit.n_rows, unit.n_rows * g);
     let few = n_heads <= rows::HEADS;
     // The exact rows come first, as a tile of their own.
-    let exact = split == 0 && unit.from < view.n_exact;
+    let exact = split == 0 && unit.first() < view.n_exact;
     for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
         let is_exact = tile < 0;
         let tile = if is_exact { 0 } else { first + tile as usize };
@@ -504,8 +504,9 @@ fn weights<S: Simd, const R: usize>(
         }
         let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
         math::hide::<S>(&mut s[i], seen);
-        overflow |= overflows(error.bound, math::max::<S>(&s[i]));
+        let max = math::max::<S>(&s[i]);
         error.bound += bend_error(call, row, head, tile, error.reach);
+        overflow |= overflows(error.bound, max);
         let logits = logits::<S>(call, row, head, tile, &s[i], &mut bent);
         let out = &mut outs[at * dv..(at + 1) * dv];
         weigh::<S>(v_unit, left_v, logits, error.score(), seen, &mut sums[at], out, &mut e[i]);

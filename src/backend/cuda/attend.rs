@@ -5,7 +5,7 @@ use super::device::{Device, Stream};
 use super::params::{
     AttendParams, MAX_SPANS, Partial, QueryRow, Report, ReportParams, Scanned, Span, SpansParams, Stats, Sums, View,
 };
-use super::{ATTEND_THREADS, CELLS_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, units};
+use super::{ATTEND_THREADS, CELLS_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, units};
 use crate::Result;
 use crate::format::{Shape, TILE};
 
@@ -31,24 +31,25 @@ pub struct Workspace {
 
 impl Workspace {
     /// Of up to `n_rows` query rows over up to `max_tiles` tiles, with at least `zeros` bytes that stay 0: calls that share
-    /// memory agree on them.
-    pub fn new(shape: &Shape, n_rows: usize, max_tiles: usize, zeros: usize) -> Workspace {
-        let of_row = Workspace::of(shape, 0, 1, max_tiles, 0).bytes;
+    /// memory agree on them. `scans`: not all of the rows are dense.
+    pub fn new(shape: &Shape, n_rows: usize, max_tiles: usize, scans: bool, zeros: usize) -> Workspace {
+        let of_row = Workspace::of(shape, 0, 1, max_tiles, scans, 0).bytes;
         let chunk = (MOST / of_row).clamp(1, MOST_ROWS).min(n_rows.max(1));
-        Workspace::of(shape, n_rows, chunk, max_tiles, zeros)
+        Workspace::of(shape, n_rows, chunk, max_tiles, scans, zeros)
     }
 
-    fn of(shape: &Shape, n_rows: usize, chunk: usize, max_tiles: usize, zeros: usize) -> Workspace {
+    fn of(shape: &Shape, n_rows: usize, chunk: usize, max_tiles: usize, scans: bool, zeros: usize) -> Workspace {
         let n_units = chunk * units(shape);
         let heads = n_units * shape.group().min(UNIT_HEADS);
         let (tiles, splits) = (heads * (1 + max_tiles), heads * max_tiles.div_ceil(SPLIT).max(1));
+        let (tiles, scanned) = if scans { (tiles, splits) } else { (0, 0) };
         let sizes = [
             size_of::<Stats>(),
             n_units * size_of::<u32>(),
             n_rows * (size_of::<QueryRow>() + size_of::<View>()),
             tiles * TILE * size_of::<f32>(),
             tiles * size_of::<Scanned>(),
-            splits * size_of::<Partial>(),
+            scanned * size_of::<Partial>(),
             splits * size_of::<Sums>(),
             splits * shape.dim_v * size_of::<f32>(),
         ];
@@ -111,7 +112,8 @@ impl Cells<'_> {
             let (from, to) = (before.max(first), (before + span.rows as usize).min(first + n));
             before += span.rows as usize;
             if from < to {
-                params.spans[at] = Span { rows: (to - from) as i32, ..*span };
+                let dense = if span.dense == 0 { 0 } else { 1 + (from + span.rows as usize - before) as i32 };
+                params.spans[at] = Span { rows: (to - from) as i32, dense, ..*span };
                 (at, rows) = (at + 1, rows + to - from);
             }
             if at == MAX_SPANS || i + 1 == self.spans.len() {
@@ -143,14 +145,14 @@ pub struct Call<'a> {
     pub n_rows: usize,
     /// Most tiles that a row sees.
     pub n_tiles: usize,
-    /// Where statistics go, or 0; the kernel is told what it cannot know.
-    pub report: u64,
-    /// Rows that read all digits.
-    pub dense_rows: u64,
-    /// `AKV_CUDA` and `AKV_PATH_*`.
-    pub backend: i32,
+    /// There can be rows that read all digits, and others.
+    pub dense: bool,
     /// The same.
-    pub path: i32,
+    pub scans: bool,
+    /// Where statistics go, or 0.
+    pub report: u64,
+    /// `AKV_CUDA`.
+    pub backend: i32,
 }
 
 /// Launches a call.
@@ -159,8 +161,8 @@ pub struct Call<'a> {
 /// The addresses in `call` are device memory, as `kernels/params.h` says, until the stream is done with it; `start` is
 /// device memory of `workspace.bytes` that nothing else uses until then, and its first `zeros` bytes are 0.
 pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start: u64, stream: Stream) -> Result<()> {
-    let (scan, attend) = device.kernels()?.attention(call.shape);
-    let (shape, shared) = (call.shape, attend_shared_bytes(call.shape));
+    let (kernels, shape) = (device.kernels()?, call.shape);
+    let (scan, attend) = kernels.attention(shape);
     let splits = call.n_tiles.div_ceil(SPLIT).max(1);
     let mut params = AttendParams { fused: i32::from(splits == 1), ..call.params };
     workspace.place(start, &mut params);
@@ -172,15 +174,21 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
     for first in (0..call.n_rows).step_by(workspace.chunk) {
         let n = workspace.chunk.min(call.n_rows - first);
         let grid = [splits, units(shape), n];
+        params.n_rows = n as i32;
         // SAFETY: the contract.
         unsafe {
             if let Some(cells) = &call.cells {
                 cells.launch(device, &mut params, workspace, start, (first, n), stream)?;
             }
-            if splits > 1 {
-                device.launch(scan, grid, shared, &params, stream)?;
+            if call.scans && splits > 1 {
+                device.launch(scan, grid, attend_shared_bytes(shape), &params, stream)?;
             }
-            device.launch(attend, grid, shared, &params, stream)?;
+            if call.scans {
+                device.launch(attend, grid, attend_shared_bytes(shape), &params, stream)?;
+            }
+            if call.dense {
+                device.launch(kernels.dense(shape), grid, dense_shared_bytes(shape), &params, stream)?;
+            }
         }
         params.first_row += n as i32;
         params.q.data += n as u64 * params.q.stride_row as u64;
@@ -199,16 +207,9 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         }
     }
     if call.report != 0 {
-        let report = ReportParams {
-            shape: shape.into(),
-            stats,
-            to: call.report,
-            dense_rows: call.dense_rows,
-            backend: call.backend,
-            path: call.path,
-        };
+        let report = ReportParams { shape: shape.into(), stats, to: call.report, backend: call.backend, reserved: 0 };
         // SAFETY: the contract.
-        unsafe { device.launch(device.kernels()?.report, [1, 1, 1], 0, &report, stream)? };
+        unsafe { device.launch(kernels.report, [1, 1, 1], 0, &report, stream)? };
     }
     Ok(())
 }

@@ -67,6 +67,7 @@ pub struct Kernels {
     pub report: Kernel,
     scan: [Kernel; WORDS.len()],
     attend: [Kernel; WORDS.len()],
+    dense: [Kernel; WORDS.len()],
 }
 
 /// A device and a context on it.
@@ -221,6 +222,7 @@ impl Device {
                 report: find("akv_report", 32, false)?,
                 scan: instances("scan")?,
                 attend: instances("attend")?,
+                dense: instances("dense")?,
             })
         })();
         drop(entered);
@@ -406,11 +408,21 @@ impl Device {
     }
 }
 
+/// Where an instance is among them.
+fn index(words: usize) -> usize {
+    WORDS.iter().position(|&w| w == words).unwrap_or(WORDS.len() - 1)
+}
+
 impl Kernels {
     /// Of both phases, for a shape.
     pub fn attention(&self, shape: &Shape) -> (Kernel, Kernel) {
-        let i = WORDS.iter().position(|&words| words == super::words(shape)).unwrap_or(WORDS.len() - 1);
+        let i = index(super::words(shape));
         (self.scan[i], self.attend[i])
+    }
+
+    /// Of rows that read all digits.
+    pub fn dense(&self, shape: &Shape) -> Kernel {
+        self.dense[index(super::dense_words(shape))]
     }
 }
 

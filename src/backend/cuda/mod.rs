@@ -42,10 +42,26 @@ const WARPS: usize = ATTEND_THREADS as usize / 32;
 /// Words of a digit row per lane of the compiled attention kernels: four lanes share one.
 pub const WORDS: [usize; 5] = [2, 3, 4, 6, 8];
 
+/// The first of them that has room for so many channels.
+fn words_of(dim: usize) -> usize {
+    WORDS.into_iter().find(|&words| words >= dim.div_ceil(32)).unwrap_or(8)
+}
+
 /// The one that serves a shape.
 pub fn words(shape: &Shape) -> usize {
-    let least = shape.dim_k.div_ceil(32);
-    WORDS.into_iter().find(|&words| words >= least).unwrap_or(8)
+    words_of(shape.dim_k)
+}
+
+/// The dense kernel that serves a shape: there K and V have the same place.
+pub fn dense_words(shape: &Shape) -> usize {
+    words_of(shape.dim_k.max(shape.dim_v))
+}
+
+/// Bytes of shared memory of a block of the dense kernel (`DenseMemory` in `kernels/dense.cu`).
+pub fn dense_shared_bytes(shape: &Shape) -> usize {
+    let (words, rows) = (dense_words(shape), 64);
+    let (dim, tokens) = (32 * words, if words <= 6 { 32 } else { 16 });
+    4 * ((rows + tokens) * (dim + 4) + dim + tokens) + rows * (size_of::<Sums>() + 4)
 }
 
 /// Bytes of shared memory of a block that attends (`Memory` in `kernels/attend.cuh`).

@@ -309,7 +309,7 @@ pub struct AttendParams {
     pub tolerance: f32,
     pub layer: i32,
     pub first_row: i32,
-    pub reserved: i32,
+    pub n_rows: i32,
 }
 
 /// What a call read; the counts of akv_stats. Scale bytes, exact rows and bytes follow from these.
@@ -320,7 +320,10 @@ pub struct Stats {
     pub planes_v: [u64; 5],
     pub tokens: u64,
     pub tokens_exact: u64,
+    pub tokens_attached: u64,
     pub tiles: u64,
+    pub means: u64,
+    pub rows: [u64; 3],
 }
 
 /// What a call read, as the caller is told: `akv_stats`.
@@ -347,9 +350,8 @@ pub struct ReportParams {
     pub shape: Shape,
     pub stats: u64,
     pub to: u64,
-    pub dense_rows: u64,
     pub backend: i32,
-    pub path: i32,
+    pub reserved: i32,
 }
 
 /// A partial state: float [row], out [row][dim]; the latter four or 0.
@@ -470,9 +472,9 @@ const _: () = {
     assert!(size_of::<Shape>() == 32 && size_of::<Rows>() == 32 && size_of::<View>() == 56);
     assert!(size_of::<QueryRow>() == 24 && size_of::<Append>() == 72 && size_of::<EncodeParams>() == 120);
     assert!(size_of::<Fault>() == 40 && size_of::<Scanned>() == 48 && size_of::<Partial>() == 24);
-    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 360 && size_of::<Stats>() == 104);
+    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 360 && size_of::<Stats>() == 144);
     assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 256);
     assert!(size_of::<CellWrite>() == 264 && size_of::<WriteParams>() == 3280 && size_of::<AdoptParams>() == 64);
     assert!(size_of::<MaskParams>() == 64 && size_of::<Span>() == 16 && size_of::<SpansParams>() == 1112);
-    assert!(size_of::<Report>() == 144 && size_of::<ReportParams>() == 64 && size_of::<PokeParams>() == 16);
+    assert!(size_of::<Report>() == 144 && size_of::<ReportParams>() == 56 && size_of::<PokeParams>() == 16);
 };

@@ -15,6 +15,8 @@ pub struct Sight {
     pub causal: bool,
     /// 0 = all before.
     pub window: usize,
+    /// First tokens that are seen in spite of it: 0 on a device.
+    pub head: usize,
     /// All rows read all digits.
     pub dense: bool,
 }
