@@ -9,37 +9,13 @@ use super::types::*;
 use super::{cache, context, device, guard};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Stream};
-use crate::backend::{Mask, QueryRow};
+use crate::backend::{AnyMask, Mask, QueryRow};
 use crate::cache::{Hands, NanPolicy, SequenceView, SlotLayer, launcher};
 use crate::format::{Clean, Dtype, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
 use std::ffi::c_void;
 use std::sync::Arc;
-
-/// Where what rows see is kept.
-enum AnyMask {
-    Host(Mask),
-    Device(cuda::Mask),
-}
-
-impl AnyMask {
-    /// One that the host reads.
-    fn host(&self) -> Option<&Mask> {
-        match self {
-            AnyMask::Host(mask) => Some(mask),
-            AnyMask::Device(_) => None,
-        }
-    }
-
-    /// One that a device reads.
-    fn device(&self) -> Option<&cuda::Mask> {
-        match self {
-            AnyMask::Host(_) => None,
-            AnyMask::Device(mask) => Some(mask),
-        }
-    }
-}
 
 /// What an `akv_mask` stands for.
 pub(super) struct MaskObject {
