@@ -16,7 +16,7 @@ RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-bindings test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-transfer test-bindings test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -26,7 +26,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-bindings ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-tensorrt test-transfer test-bindings ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -74,6 +74,7 @@ test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a st
 	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention_managed
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/slots_managed
+	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/snapshot_managed
 	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	LD_LIBRARY_PATH=$(STANDIN) $(PYTHON) benches/gpu/decode.py --library $(RELEASE)/libalignedkv.so --check
@@ -127,6 +128,34 @@ test-mpi: | setup-test ## context parallelism: one sequence over 2 and 4 MPI ran
 	$(MPIRUN) -n 2 $(BUILD)/context_parallel
 	$(MPIRUN) -n 4 $(BUILD)/context_parallel --results $(RESULTS)/context_parallel
 
+TENSORRT = $(BUILD)/tensorrt
+
+test-tensorrt: | setup-test ## the TensorRT plugin: an interface check without a TensorRT runtime, kernels on the CPU
+	cargo build --release --lib
+	mkdir -p $(TENSORRT)
+	$(CXX) -std=c++17 -O2 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1 -Ikernels/host \
+		-o $(TENSORRT)/libcuda.so.1 kernels/host/runner.cpp bindings/tensorrt/test/libcuda.cpp -x c++ kernels/alignedkv.cu
+	ln -sf $(abspath $(RELEASE))/libalignedkv.so $(TENSORRT)/libalignedkv.so.0
+	set -e; headers=$$(bindings/tensorrt/headers.sh $(CARGO_TARGET_DIR)/tensorrt); \
+	for build in plain sanitized; do \
+		flags="-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-deprecated-declarations -Iinclude -isystem $$headers -isystem $$headers/.."; \
+		[ $$build = plain ] || flags="$$flags -fsanitize=address,undefined -fno-sanitize-recover=undefined"; \
+		mkdir -p $(TENSORRT)/$$build; \
+		$(CXX) $$flags -fPIC -fvisibility=hidden -shared -Wl,--version-script=bindings/tensorrt/exports.map \
+			-o $(TENSORRT)/$$build/libalignedkv_tensorrt.so bindings/tensorrt/plugin.cpp $(TENSORRT)/libalignedkv.so.0; \
+		$(CXX) $$flags -rdynamic -o $(TENSORRT)/$$build/host bindings/tensorrt/test/host.cpp $(TENSORRT)/libalignedkv.so.0 \
+			$(TENSORRT)/libcuda.so.1 -ldl -lpthread; \
+	done
+	test "$$(nm -D --defined-only $(TENSORRT)/plain/libalignedkv_tensorrt.so | cut -d' ' -f3 | sort | xargs)" = "getCreators setLoggerFinder"
+	LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/plain/host $(TENSORRT)/plain/libalignedkv_tensorrt.so
+	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/sanitized/host $(TENSORRT)/sanitized/libalignedkv_tensorrt.so
+
+test-transfer: | setup-test ## prefill in one process, decoding in another, over a socket (tables: RESULTS=FOLDER)
+	cargo build --release --lib
+	mkdir -p $(BUILD)
+	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/kv_transfer.c examples/tinylm_model.c -o $(BUILD)/kv_transfer $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(BUILD)/kv_transfer --results $(RESULTS)/kv_transfer
+
 test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
 	bindings/llamacpp/ci.sh test
 
@@ -171,7 +200,7 @@ abi: header | setup-test ## take the header as it is for the baseline that tests
 results: setup-test ## measure the figures that README.md quotes
 	$(MAKE) demo
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
-	$(MAKE) test-mpi RESULTS=benches/results
+	$(MAKE) test-mpi test-transfer RESULTS=benches/results
 	$(MAKE) readme
 
 readme: ## refresh what README.md and docs quote: the quickstart program and measured figures

@@ -57,5 +57,5 @@ def plot(title, x_label, y_label, series, log_x, log_y, x_ticks=None, look=lambd
         out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>'
                    + "".join(f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{colour}"/>' for a, b in points)
                    + f'<path d="M{end_x + 4:.1f} {end_y:.1f}L{WIDTH - RIGHT + 12} {lowest:.1f}" stroke="{colour}" stroke-width="0.5"/>'
-                   f'<text x="{WIDTH - RIGHT + 16}" y="{lowest + 4:.1f}" font-size="12" fill="{colour}">{label}</text>')
+                   f'<text x="{WIDTH - RIGHT + 16}" y="{lowest + 4:.1f}" font-size="12" fill="{colour}">{label}</text>' * bool(label))
     return "\n".join([*out, "</svg>"]) + "\n"

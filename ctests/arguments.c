@@ -173,8 +173,7 @@ static void caches(void) {
     CACHE(AKV_E_ARGUMENT, "n_slots", d.placement = AKV_ATTACHED);
     CACHE(AKV_E_ARGUMENT, "format", d.placement = AKV_ATTACHED, d.n_slots = 1, d.format = AKV_FORMAT_RAW);
     CACHE(AKV_E_ARGUMENT, "nan_policy", d.nan_policy = 3);
-    CACHE(AKV_E_UNSUPPORTED, "nan_policy", d.nan_policy = AKV_NAN_PROPAGATE);
-    CACHE(AKV_E_UNSUPPORTED, "nan_policy", d.nan_policy = AKV_NAN_ZERO);
+    CACHE(AKV_E_ARGUMENT, "nan_policy", d.nan_policy = AKV_NAN_ZERO; d.placement = AKV_ATTACHED; d.n_slots = 256);
     CACHE(AKV_E_ARGUMENT, "n_layers", d.n_layers = 0);
     CACHE(AKV_E_ARGUMENT, "n_layers", d.n_layers = -1);
     CACHE(AKV_E_ARGUMENT, "n_layers", d.n_layers = 4097);
@@ -201,7 +200,7 @@ static void caches(void) {
     LAYER(AKV_E_ARGUMENT, "window", l.window = -1);
     LAYER(AKV_E_UNSUPPORTED, "group", l.group = 1);
     LAYER(AKV_E_UNSUPPORTED, "share_with", l.share_with = 1);
-    LAYER(AKV_E_UNSUPPORTED, "v_is_prefix_of_k", l.v_is_prefix_of_k = 1);
+    LAYER(AKV_E_ARGUMENT, "v_is_prefix_of_k", l.v_is_prefix_of_k = 2);
     /* Attention that akv_supports and the call refuse alike. */
 #define BOTH(...)                                                                                        \
     do {                                                                                                 \
@@ -249,10 +248,11 @@ static void sequences(void) {
     REFUSED(akv_sequence_fork(cache, other, COMMITTED + 1, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, -2, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, 1, NULL), AKV_E_ARGUMENT, "out");
-    REFUSED(akv_sequence_remove(cache, other, 0, 1), AKV_E_UNSUPPORTED, "akv_sequence_remove");
+    REFUSED(akv_sequence_remove(cache, other, 5, 1), AKV_E_ARGUMENT, "to_position");
+    REFUSED(akv_sequence_remove(cache, dead, 0, 1), AKV_E_HANDLE, "sequence");
     REFUSED(akv_sequence_shift(cache, other, 0, 1, 1, NULL), AKV_E_UNSUPPORTED, "akv_sequence_shift");
-    REFUSED(akv_sequence_export(cache, other, 0, NULL, NULL), AKV_E_UNSUPPORTED, "akv_sequence_export");
-    REFUSED(akv_sequence_import(cache, NULL, NULL, &written.sequence), AKV_E_UNSUPPORTED, "akv_sequence_import");
+    REFUSED(akv_sequence_export(cache, other, NULL, NULL, NULL), AKV_E_ARGUMENT, "write");
+    REFUSED(akv_sequence_import(cache, 0, NULL, NULL, &written.sequence), AKV_E_ARGUMENT, "read");
     /* Reading back. */
     REFUSED(akv_dequantize_kv(cache, sequence, 1, 0, 1, &key_out, NULL, NULL), AKV_E_ARGUMENT, "layer");
     REFUSED(akv_dequantize_kv(cache, sequence, 0, -1, 1, &key_out, NULL, NULL), AKV_E_ARGUMENT, "first");

@@ -49,6 +49,16 @@ AT(akv_cache_desc, n_streams, 44);
 AT(akv_cache_desc, n_slots, 48);
 AT(akv_cache_desc, max_bytes, 56);
 
+SIZE(akv_export_desc, 32);
+AT(akv_export_desc, struct_size, 0);
+AT(akv_export_desc, flags, 4);
+AT(akv_export_desc, first_layer, 8);
+AT(akv_export_desc, n_layers, 12);
+AT(akv_export_desc, planes_k, 16);
+AT(akv_export_desc, planes_v, 20);
+AT(akv_export_desc, known_k, 24);
+AT(akv_export_desc, known_v, 28);
+
 SIZE(akv_rows, 32);
 AT(akv_rows, data, 0);
 AT(akv_rows, stride_row, 8);

@@ -7,8 +7,8 @@
  * one MPI_Allreduce over these states, whose operation is akv_merge_states, leaves the attention of the whole sequence,
  * with its certificate, on all ranks. What travels is [heads][dim + 5] floats per layer, whatever the context's length.
  *
- * WHAT IS EQUAL TO WHAT. Rows as given (AKV_FORMAT_RAW) give what one process gives, to 1e-6, however they are split. So
- * does AKV_EXACT, if the sequence is cut between tiles of 128 tokens: the codes are the same then (the exact head
+ * WHAT IS EQUAL TO WHAT. Rows as given (AKV_FORMAT_RAW) give what one process gives, to 1e-6, however they are split.
+ * So does AKV_EXACT, if the sequence is cut between tiles of 128 tokens: the codes are the same then (the exact head
  * belongs to the first token's rank alone). A cut inside a tile makes two tiles with other scales, and a progressive
  * read depends on thresholds, which a rank draws from what it knows: such results differ, and each is within its own
  * certificate of attention over the caller's rows. This program checks all of that in every step, against float64.
@@ -66,16 +66,15 @@ static const float *k_row(const workload *w, int layer, int token) {
     return w->k + ((size_t)layer * (size_t)w->tokens + (size_t)token) * (size_t)(w->kv_heads * w->dim);
 }
 
-static const float *v_row(const workload *w, int layer, int token) {
-    return w->v + (k_row(w, layer, token) - w->k);
-}
+static const float *v_row(const workload *w, int layer, int token) { return w->v + (k_row(w, layer, token) - w->k); }
 
 static const float *q_row(const workload *w, int layer, int step) {
     return w->q + ((size_t)layer * (size_t)w->steps + (size_t)step) * (size_t)(w->heads * w->dim);
 }
 
 static double *truth_of(const workload *w, int step, int layer, int head) {
-    return w->truth + (((size_t)step * (size_t)w->layers + (size_t)layer) * (size_t)w->heads + (size_t)head) * (size_t)(w->dim + 1);
+    return w->truth + (((size_t)step * (size_t)w->layers + (size_t)layer) * (size_t)w->heads + (size_t)head) *
+                          (size_t)(w->dim + 1);
 }
 
 static void attend_f64(const workload *w, int step, int layer, int head, double *out) {
@@ -145,8 +144,8 @@ static float normal(uint64_t *state) {
     return (float)(sqrt(-2 * log(u[0])) * cos(6.283185307179586 * u[1]));
 }
 
-/* Normal K and V; scores with a standard deviation of 2 for the first KV head's queries and 3 for the second's: attention
- * over some hundred tokens, and over a few, that lie anywhere. */
+/* Normal K and V; scores with a standard deviation of 2 for the first KV head's queries and 3 for the second's:
+ * attention over some hundred tokens, and over a few, that lie anywhere. */
 static workload drawn(void) {
     workload w = {.name = "drawn", .layers = 1, .heads = 8, .kv_heads = 2, .dim = 128, .tokens = 8192, .steps = 8};
     const size_t rows = (size_t)(w.tokens * w.kv_heads * w.dim);
@@ -162,9 +161,7 @@ static workload drawn(void) {
     return w;
 }
 
-static void workload_free(workload *w) {
-    free(w->k), free(w->v), free(w->q), free(w->truth);
-}
+static void workload_free(workload *w) { free(w->k), free(w->v), free(w->q), free(w->truth); }
 
 /* ---- the library: the part of a sequence that one process has ---- */
 
@@ -200,7 +197,8 @@ static part part_open(const workload *w, const scheme *s, bool has_first) {
     const int32_t dtype = s->format == AKV_FORMAT_RAW ? AKV_F32 : AKV_F16;
     akv_layer_desc layers[MOST_LAYERS * MOST_HEADS];
     for (int i = 0; i < w->layers * w->kv_heads; i++) {
-        layers[i] = (akv_layer_desc){.n_q_heads = w->heads / w->kv_heads, .n_kv_heads = 1, .dim_k = w->dim, .dtype_k = dtype, .dtype_v = dtype};
+        layers[i] = (akv_layer_desc){
+            .n_q_heads = w->heads / w->kv_heads, .n_kv_heads = 1, .dim_k = w->dim, .dtype_k = dtype, .dtype_v = dtype};
     }
     const akv_cache_desc cache = {.struct_size = sizeof cache,
                                   .format = s->format,
@@ -225,7 +223,8 @@ static void part_begin(part *p, const scheme *s, const int *tokens, int n, bool 
     const workload *w = p->w;
     p->n += n;
     const int32_t n_new = n, n_q = with_q && p->n > 0;
-    const akv_batch_desc step = {.struct_size = sizeof step, .n_sequences = 1, .sequences = &p->sequence, .n_new = &n_new, .n_q = &n_q};
+    const akv_batch_desc step = {
+        .struct_size = sizeof step, .n_sequences = 1, .sequences = &p->sequence, .n_new = &n_new, .n_q = &n_q};
     check(akv_batch_begin(p->batch, &step, NULL), "akv_batch_begin");
     if (n == 0) return;
     const size_t row = (size_t)(w->kv_heads * w->dim), bytes = s->format == AKV_FORMAT_RAW ? 4 : 2;
@@ -256,9 +255,7 @@ static void part_commit(part *p) { check(akv_batch_commit(p->batch), "akv_batch_
 /* ---- states: what travels ---- */
 
 /* The state of all heads of one layer as one block of floats: out, then lse, bound, lse_bound, estimate, amplitude. */
-static struct {
-    int heads, dim;
-} shape;
+static struct { int heads, dim; } shape;
 enum { FIELDS = 5, MOST_FLOATS = MOST_HEADS * (MOST_DIM + FIELDS) };
 
 static int state_floats(void) { return shape.heads * (shape.dim + FIELDS); }
@@ -278,7 +275,8 @@ static akv_state state_at(float *block, int first) {
 static void merge(void *in, void *inout, int *n, MPI_Datatype *type) {
     (void)type;
     for (int i = 0; i < *n; i++) {
-        const akv_state states[2] = {state_at((float *)in + i * state_floats(), 0), state_at((float *)inout + i * state_floats(), 0)};
+        const akv_state states[2] = {state_at((float *)in + i * state_floats(), 0),
+                                     state_at((float *)inout + i * state_floats(), 0)};
         check(akv_merge_states(context, states, 2, 1, shape.heads, shape.dim, &states[1], NULL), "akv_merge_states");
     }
 }
@@ -288,7 +286,8 @@ typedef struct {
 } reads;
 
 /* Attention of one layer over this part, with a tolerance for every KV head. */
-static void part_attend(part *p, const scheme *s, int layer, int step, const float *tolerance, float *block, reads *sum) {
+static void part_attend(part *p, const scheme *s, int layer, int step, const float *tolerance, float *block,
+                        reads *sum) {
     const workload *w = p->w;
     const int group = w->heads / w->kv_heads;
     if (p->n == 0) { /* nothing is seen: the state that changes none */
@@ -418,22 +417,23 @@ typedef struct {
     double rms_over_tolerance;   /* root mean square error of all channels, over tolerance * A; 0: no tolerance */
     double gathered;             /* as difference, between the reduction and gathering */
     double bits, single_bits;    /* read per element of K and V, by all ranks and by one process */
-    double scanned_again;        /* of bits: plane 0 of K, read a second time since the ABI has no call between scan and reads */
+    double scanned_again;        /* of bits: plane 0 of K, read a second time to know LSE and amplitude */
     int again, calls;            /* steps of a layer that had to be read again, of how many */
-    double reduce_bytes, gather_bytes, exchange_bytes; /* sent per token, all layers and ranks; NAN: none, or not counted */
-    double f16_bytes; /* K and V in f16 that lie on other ranks than the new token: what would move instead */
+    /* Sent per token, all layers and ranks; NAN: none, or not counted. */
+    double reduce_bytes, gather_bytes, exchange_bytes;
+    double f16_bytes; /* K and V in f16 on other ranks than the new token's: what would move instead */
 } result;
 
 static bool failed;
 
-#define EXPECT(condition, ...)                                        \
-    do {                                                              \
-        if (!(condition)) {                                           \
-            failed = true;                                            \
-            printf("FAILED: %s (line %d): ", #condition, __LINE__);   \
-            printf(__VA_ARGS__);                                      \
-            printf("\n");                                             \
-        }                                                             \
+#define EXPECT(condition, ...)                                      \
+    do {                                                            \
+        if (!(condition)) {                                         \
+            failed = true;                                          \
+            printf("FAILED: %s (line %d): ", #condition, __LINE__); \
+            printf(__VA_ARGS__);                                    \
+            printf("\n");                                           \
+        }                                                           \
     } while (0)
 
 static double relative_difference(const float *a, const float *b, int n) {
@@ -443,7 +443,8 @@ static double relative_difference(const float *a, const float *b, int n) {
 }
 
 /* Rank 0: a merged layer against one process's and against float64. */
-static void compare(const workload *w, const scheme *s, int step, int layer, float *merged, float *single, result *r, double *squares) {
+static void compare(const workload *w, const scheme *s, int step, int layer, float *merged, float *single, result *r,
+                    double *squares) {
     for (int h = 0; h < w->heads; h++) {
         const akv_state m = state_at(merged, h), one = state_at(single, h);
         const double *truth = truth_of(w, step, layer, h);
@@ -453,7 +454,8 @@ static void compare(const workload *w, const scheme *s, int step, int layer, flo
             const double error = fabs(m.out[i] - truth[i]);
             square += error * error;
             r->error_over_bound = fmax(r->error_over_bound, error / *m.bound);
-            r->over_certificates = fmax(r->over_certificates, fabs((double)m.out[i] - one.out[i]) / ((double)*m.bound + *one.bound));
+            r->over_certificates =
+                fmax(r->over_certificates, fabs((double)m.out[i] - one.out[i]) / ((double)*m.bound + *one.bound));
         }
         r->lse_error_over_bound = fmax(r->lse_error_over_bound, fabs(*m.lse - truth[w->dim]) / *m.lse_bound);
         if (s->tolerance > 0) *squares += square / w->dim / pow((double)s->tolerance * *m.amplitude, 2);
@@ -464,7 +466,13 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
     int rank, ranks;
     MPI_Comm_rank(comm, &rank);
     MPI_Comm_size(comm, &ranks);
-    result r = {w->name, s->name, PRIOR[s->prior], SPLIT[how].name, .ranks = ranks, .inside_tiles = !SPLIT[how].keeps_tiles, .calls = w->steps * w->layers};
+    result r = {w->name,
+                s->name,
+                PRIOR[s->prior],
+                SPLIT[how].name,
+                .ranks = ranks,
+                .inside_tiles = !SPLIT[how].keeps_tiles,
+                .calls = w->steps * w->layers};
     shape.heads = w->heads, shape.dim = w->dim;
     MPI_Datatype state_type;
     MPI_Op merge_op;
@@ -493,7 +501,8 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
     double sent[3] = {0}, squares = 0, remote = 0;
     knowledge *last = allocate((size_t)w->layers * sizeof *last);
     float *gathered = allocate((size_t)ranks * MOST_FLOATS * sizeof(float));
-    float same[MOST_HEADS], coarse[MOST_HEADS], tolerance[MOST_HEADS], block[MOST_FLOATS], merged[MOST_FLOATS], other[MOST_FLOATS];
+    float same[MOST_HEADS], coarse[MOST_HEADS], tolerance[MOST_HEADS];
+    float block[MOST_FLOATS], merged[MOST_FLOATS], other[MOST_FLOATS];
     for (int h = 0; h < w->kv_heads; h++) same[h] = s->tolerance, coarse[h] = 1e6f;
     for (int step = 0; step < w->steps; step++) {
         const int token = prompt + step, home = owner(how, token, w->tokens, ranks);
@@ -511,7 +520,8 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
                 exchange(comm, ranks, known);
                 sent[2] += wire_sent();
             }
-            if (s->prior == EXCHANGED || (s->prior == LAST_STEP && step > 0)) share_out(w, known, mine.n, token + 1, s->tolerance, tolerance);
+            if (s->prior == EXCHANGED || (s->prior == LAST_STEP && step > 0))
+                share_out(w, known, mine.n, token + 1, s->tolerance, tolerance);
 
             for (bool again = false;; again = true) {
                 part_attend(&mine, s, l, step, tolerance, block, &all);
@@ -521,7 +531,8 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
                 if (s->prior != LAST_STEP || step == 0 || again) break;
                 /* All ranks see the same numbers, and do the same. */
                 bool missed = false;
-                for (int h = 0; h < w->heads; h++) missed |= !(*state_at(merged, h).estimate <= s->tolerance * *state_at(merged, h).amplitude);
+                for (int h = 0; h < w->heads; h++)
+                    missed |= !(*state_at(merged, h).estimate <= s->tolerance * *state_at(merged, h).amplitude);
                 if (!missed) break;
                 r.again++;
                 memcpy(tolerance, same, sizeof same);
@@ -535,10 +546,12 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
             /* The same bits on all ranks, and again. */
             memcpy(other, merged, sizeof merged);
             MPI_Bcast(other, state_floats(), MPI_FLOAT, 0, comm);
-            EXPECT(memcmp(other, merged, (size_t)state_floats() * sizeof(float)) == 0, "rank %d has other bits than rank 0", rank);
+            EXPECT(memcmp(other, merged, (size_t)state_floats() * sizeof(float)) == 0,
+                   "rank %d has other bits than rank 0", rank);
             if (step % 16 == 0) {
                 MPI_Allreduce(block, other, 1, state_type, merge_op, comm);
-                EXPECT(memcmp(other, merged, (size_t)state_floats() * sizeof(float)) == 0, "a second reduction gives other bits");
+                EXPECT(memcmp(other, merged, (size_t)state_floats() * sizeof(float)) == 0,
+                       "a second reduction gives other bits");
             }
             sent[1] -= wire_sent();
             MPI_Allgather(block, 1, state_type, gathered, 1, state_type, comm);
@@ -548,7 +561,8 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
             const akv_state to = state_at(other, 0);
             check(akv_merge_states(context, states, ranks, 1, w->heads, w->dim, &to, NULL), "akv_merge_states");
             for (int h = 0; h < w->heads; h++) {
-                r.gathered = fmax(r.gathered, relative_difference(state_at(merged, h).out, state_at(other, h).out, w->dim));
+                r.gathered =
+                    fmax(r.gathered, relative_difference(state_at(merged, h).out, state_at(other, h).out, w->dim));
             }
             if (rank == 0) {
                 part_attend(&whole, s, l, step, same, block, &single);
@@ -564,19 +578,20 @@ static result run(MPI_Comm comm, const workload *w, split how, const scheme *s) 
     MPI_Op_free(&merge_op);
     MPI_Type_free(&state_type);
 
-    double sums[8] = {(double)all.bytes, (double)all.elements, (double)scans.bytes, sent[0], sent[1], sent[2], remote, failed}, total[8];
-    MPI_Allreduce(sums, total, 8, MPI_DOUBLE, MPI_SUM, comm);
-    failed = total[7] > 0;
+    const double sums[8] = {(double)all.bytes, (double)scans.bytes, sent[0], sent[1], sent[2], remote, failed};
+    double total[8];
+    MPI_Allreduce(sums, total, 7, MPI_DOUBLE, MPI_SUM, comm);
+    failed = total[6] > 0;
     /* Elements of the sequence: parts that were read again count once. */
     const double elements = (double)single.elements;
-    r.bits = 8 * (total[0] + total[2]) / elements;
-    r.scanned_again = 8 * total[2] / elements;
+    r.bits = 8 * (total[0] + total[1]) / elements;
+    r.scanned_again = 8 * total[1] / elements;
     r.single_bits = 8 * (double)single.bytes / elements;
     r.rms_over_tolerance = sqrt(squares / (r.calls * w->heads));
-    r.reduce_bytes = total[3] > 0 ? total[3] / w->steps : NAN;
-    r.gather_bytes = total[4] > 0 ? total[4] / w->steps : NAN;
-    r.exchange_bytes = total[5] > 0 ? total[5] / w->steps : NAN;
-    r.f16_bytes = total[6] / w->steps * w->layers * w->kv_heads * w->dim * 2 * 2;
+    r.reduce_bytes = total[2] > 0 ? total[2] / w->steps : NAN;
+    r.gather_bytes = total[3] > 0 ? total[3] / w->steps : NAN;
+    r.exchange_bytes = total[4] > 0 ? total[4] / w->steps : NAN;
+    r.f16_bytes = total[5] / w->steps * w->layers * w->kv_heads * w->dim * 2 * 2;
     return r;
 }
 
@@ -588,10 +603,12 @@ static void judge(const result *r, const scheme *s, split how) {
         EXPECT(r->difference <= 1e-6, "%s: %g from one process", name, r->difference);
     }
     EXPECT(r->gathered <= 1e-6, "%s: gathering gives %g other results", name, r->gathered);
-    EXPECT(r->over_certificates <= 1, "%s: apart from one process by %g times both certificates", name, r->over_certificates);
+    EXPECT(r->over_certificates <= 1, "%s: apart from one process by %g times both certificates", name,
+           r->over_certificates);
     EXPECT(r->error_over_bound <= 1, "%s: an error is %g times its certificate", name, r->error_over_bound);
     EXPECT(r->lse_error_over_bound <= 1, "%s: an error of lse is %g times its bound", name, r->lse_error_over_bound);
-    EXPECT(s->mode != AKV_EXPECTED || r->rms_over_tolerance <= 1, "%s: rms error %g times the tolerance", name, r->rms_over_tolerance);
+    EXPECT(s->mode != AKV_EXPECTED || r->rms_over_tolerance <= 1, "%s: rms error %g times the tolerance", name,
+           r->rms_over_tolerance);
 }
 
 /* ---- output ---- */
@@ -617,8 +634,8 @@ static void write_json(FILE *f, const result *rows, int n) {
     fprintf(f, "[\n");
     for (int i = 0; i < n; i++) {
         const result *r = &rows[i];
-        fprintf(f, " {\"rows\": \"%s\", \"ranks\": %d, \"split\": \"%s\", \"scheme\": \"%s\", \"thresholds\": \"%s\"", r->workload, r->ranks,
-                r->split, r->scheme, r->prior);
+        fprintf(f, " {\"rows\": \"%s\", \"ranks\": %d, \"split\": \"%s\", \"scheme\": \"%s\", \"thresholds\": \"%s\"",
+                r->workload, r->ranks, r->split, r->scheme, r->prior);
         json_number(f, "difference_from_one_process", r->difference);
         json_number(f, "difference_over_certificates", r->over_certificates);
         json_number(f, "error_over_certificate", r->error_over_bound);
@@ -650,30 +667,43 @@ static const char *text(double x, const char *format) {
 }
 
 static void write_md(FILE *f, const result *rows, int n) {
-    fprintf(f, "Written by `make results` (examples/context_parallel.c): the cache of one sequence split over MPI ranks, and partial\n"
-               "attention merged. Rows: \"demo model\", 4 layers of 4 query and 2 KV heads of 64, 2048 tokens, of which the last 32 are\n"
-               "decoded; \"drawn\", one layer of 8 and 2 heads of 128, 8192 tokens, the last 8 decoded.\n\n"
-               "Bytes over the wire per token, all layers and ranks together: what MPI writes to its sockets. K and V of the other\n"
-               "ranks in f16 are what would have to move if the new token's rank attended alone:\n\n"
-               "| rows | ranks | merged by MPI_Allreduce | gathered, then merged | K and V in f16 | KV / merged |\n|---|---|---|---|---|---|\n");
+    fprintf(f,
+            "Written by `make results` (examples/context_parallel.c): the cache of one sequence split over MPI ranks, "
+            "and partial\n"
+            "attention merged. Rows: \"demo model\", 4 layers of 4 query and 2 KV heads of 64, 2048 tokens, of which "
+            "the last 32 are\n"
+            "decoded; \"drawn\", one layer of 8 and 2 heads of 128, 8192 tokens, the last 8 decoded.\n\n"
+            "Bytes over the wire per token, all layers and ranks together: what MPI writes to its sockets. K and V of "
+            "the other\n"
+            "ranks in f16 are what would have to move if the new token's rank attended alone:\n\n"
+            "| rows | ranks | merged by MPI_Allreduce | gathered, then merged | K and V in f16 | KV / merged "
+            "|\n|---|---|---|---|---|---|\n");
     for (int i = 0; i < n; i++) {
         const result *r = &rows[i];
-        if (strcmp(r->split, SPLIT[TILES].name) != 0 || strcmp(r->scheme, "expected 1e-3") != 0 || strcmp(r->prior, "alone") != 0) continue;
-        fprintf(f, "| %s | %d | %s | %s | %.0f | %s |\n", r->workload, r->ranks, text(r->reduce_bytes, "%.0f"), text(r->gather_bytes, "%.0f"),
-                r->f16_bytes, text(r->f16_bytes / r->reduce_bytes, "%.0fx"));
+        if (strcmp(r->split, SPLIT[TILES].name) != 0 || strcmp(r->scheme, "expected 1e-3") != 0 ||
+            strcmp(r->prior, "alone") != 0)
+            continue;
+        fprintf(f, "| %s | %d | %s | %s | %.0f | %s |\n", r->workload, r->ranks, text(r->reduce_bytes, "%.0f"),
+                text(r->gather_bytes, "%.0f"), r->f16_bytes, text(r->f16_bytes / r->reduce_bytes, "%.0fx"));
     }
-    fprintf(f, "\nThe worst row of all splits and ranks. Distance from what one process computes, relative L2 of a head's output, where the\n"
-               "sequence is cut between tiles and where it is cut inside of them; errors against float64, over their certificates (1 would be\n"
-               "the limit); root mean square error over tolerance * A:\n\n"
-               "| rows | scheme | thresholds | from one process | cut inside tiles | error / certificate | of lse | rms / (tolerance * A) |\n"
-               "|---|---|---|---|---|---|---|---|\n");
+    fprintf(f,
+            "\nThe worst row of all splits and ranks. Distance from what one process computes, relative L2 of a head's "
+            "output, where the\n"
+            "sequence is cut between tiles and where it is cut inside of them; errors against float64, over their "
+            "certificates (1 would be\n"
+            "the limit); root mean square error over tolerance * A:\n\n"
+            "| rows | scheme | thresholds | from one process | cut inside tiles | error / certificate | of lse | rms / "
+            "(tolerance * A) |\n"
+            "|---|---|---|---|---|---|---|---|\n");
     for (int i = 0; i < n; i++) {
         bool first = true;
         result worst = rows[i];
         double apart[2] = {0};
         for (int j = 0; j < n; j++) {
             const result *r = &rows[j];
-            if (strcmp(r->workload, worst.workload) != 0 || strcmp(r->scheme, worst.scheme) != 0 || strcmp(r->prior, worst.prior) != 0) continue;
+            if (strcmp(r->workload, worst.workload) != 0 || strcmp(r->scheme, worst.scheme) != 0 ||
+                strcmp(r->prior, worst.prior) != 0)
+                continue;
             first &= j >= i;
             apart[r->inside_tiles] = fmax(apart[r->inside_tiles], r->difference);
             worst.error_over_bound = fmax(worst.error_over_bound, r->error_over_bound);
@@ -681,19 +711,27 @@ static void write_md(FILE *f, const result *rows, int n) {
             worst.rms_over_tolerance = fmax(worst.rms_over_tolerance, r->rms_over_tolerance);
         }
         if (!first) continue;
-        fprintf(f, "| %s | %s | %s | %.1e | %.1e | %.2g | %.2g | %s |\n", worst.workload, worst.scheme, worst.prior, apart[0], apart[1],
-                worst.error_over_bound, worst.lse_error_over_bound, text(worst.rms_over_tolerance > 0 ? worst.rms_over_tolerance : NAN, "%.2f"));
+        fprintf(f, "| %s | %s | %s | %.1e | %.1e | %.2g | %.2g | %s |\n", worst.workload, worst.scheme, worst.prior,
+                apart[0], apart[1], worst.error_over_bound, worst.lse_error_over_bound,
+                text(worst.rms_over_tolerance > 0 ? worst.rms_over_tolerance : NAN, "%.2f"));
     }
-    fprintf(f, "\nBits read per element of K and V by all ranks, at tolerance 1e-3 (expected). \"Exchanged\": thresholds from all ranks' LSE and\n"
-               "amplitude, which one small message more brings after the scan; the ABI has no call between scan and reads, so that plane 0\n"
-               "of K is read twice to get them, and the column in brackets leaves that out. \"Last step\": from what the last step's merge\n"
-               "left, without a message; where the merged estimate missed the tolerance, the layer was read again, which is included:\n\n"
-               "| rows | ranks | split | one process | alone | exchanged | (one scan) | last step | read again |\n|---|---|---|---|---|---|---|---|---|\n");
+    fprintf(f,
+            "\nBits read per element of K and V by all ranks, at tolerance 1e-3 (expected). \"Exchanged\": thresholds "
+            "from all ranks' LSE and\n"
+            "amplitude, which one small message more brings after the scan; the ABI has no call between scan and "
+            "reads, so that plane 0\n"
+            "of K is read twice to get them, and the column in brackets leaves that out. \"Last step\": from what the "
+            "last step's merge\n"
+            "left, without a message; where the merged estimate missed the tolerance, the layer was read again, which "
+            "is included:\n\n"
+            "| rows | ranks | split | one process | alone | exchanged | (one scan) | last step | read again "
+            "|\n|---|---|---|---|---|---|---|---|---|\n");
     for (int i = 0; i + 2 < n; i++) {
         const result *alone = &rows[i], *exchanged = &rows[i + 1], *step = &rows[i + 2];
         if (strcmp(step->prior, "last step") != 0) continue;
-        fprintf(f, "| %s | %d | %s | %.2f | %.2f | %.2f | (%.2f) | %.2f | %d of %d |\n", alone->workload, alone->ranks, alone->split, alone->single_bits,
-                alone->bits, exchanged->bits, exchanged->bits - exchanged->scanned_again, step->bits, step->again, step->calls);
+        fprintf(f, "| %s | %d | %s | %.2f | %.2f | %.2f | (%.2f) | %.2f | %d of %d |\n", alone->workload, alone->ranks,
+                alone->split, alone->single_bits, alone->bits, exchanged->bits,
+                exchanged->bits - exchanged->scanned_again, step->bits, step->again, step->calls);
     }
     fclose(f);
 }
@@ -710,7 +748,8 @@ int main(int argc, char **argv) {
         } else if (i + 1 < argc && strcmp(argv[i], "--results") == 0) {
             stem = argv[i + 1];
         } else {
-            if (rank_of_world == 0) fprintf(stderr, "usage: mpirun -n RANKS %s [--data DIR] [--results STEM]\n", argv[0]);
+            if (rank_of_world == 0)
+                fprintf(stderr, "usage: mpirun -n RANKS %s [--data DIR] [--results STEM]\n", argv[0]);
             MPI_Finalize();
             return 2;
         }
@@ -748,9 +787,11 @@ int main(int argc, char **argv) {
     MPI_Bcast(&failed, 1, MPI_C_BOOL, 0, MPI_COMM_WORLD);
     if (rank_of_world == 0) {
         double worst[2] = {0};
-        for (int i = 0; i < n; i++) worst[0] = fmax(worst[0], rows[i].error_over_bound), worst[1] = fmax(worst[1], rows[i].lse_error_over_bound);
-        printf("context_parallel: %d runs on up to %d ranks, largest error / certificate %.2g, of lse %.2g: %s\n", n, ranks, worst[0], worst[1],
-               failed ? "FAILED" : "good");
+        for (int i = 0; i < n; i++)
+            worst[0] = fmax(worst[0], rows[i].error_over_bound),
+            worst[1] = fmax(worst[1], rows[i].lse_error_over_bound);
+        printf("context_parallel: %d runs on up to %d ranks, largest error / certificate %.2g, of lse %.2g: %s\n", n,
+               ranks, worst[0], worst[1], failed ? "FAILED" : "good");
         if (stem && !failed) {
             write_json(create(stem, "json"), rows, n);
             write_md(create(stem, "md"), rows, n);

@@ -238,6 +238,13 @@ static void rows_from_lanes(const lanes *x, int n, int width, float *rows) {
     }
 }
 
+/* lane r of x[i] = rows[r][i] for n rows, 0 in the other lanes. */
+static void lanes_from_rows(const float *rows, int n, int width, lanes *x) {
+    for (int i = 0; i < width; i++) {
+        for (int r = 0; r < LANES; r++) x[i].lane[r] = r < n ? rows[r * width + i] : 0.0f;
+    }
+}
+
 /* Turns the pairs (i, i + DIM / 2) of every head. */
 static void rope(const model *m, int position, float *rows, int n_heads) {
     const float *cosine = m->rope_cos[position], *sine = m->rope_sin[position];
@@ -249,6 +256,21 @@ static void rope(const model *m, int position, float *rows, int n_heads) {
             b[i] = bi * cosine[i] + ai * sine[i];
         }
     }
+}
+
+/* What follows a layer's attention, whose output is in y: x is the next layer's. */
+static void finish_layer(model *m) {
+    run(m, job_out);
+    rms_norm(m->x, m->layer->ffn_norm, m->y);
+    run(m, job_gate);
+    run(m, job_down);
+}
+
+/* Logits of the n sequences in x. */
+static void finish(model *m, int n, float *logits) {
+    rms_norm(m->x, m->norm, m->y);
+    run(m, job_logits);
+    rows_from_lanes(m->logits, n, VOCAB, logits);
 }
 
 void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn *attend, void *user, float *logits) {
@@ -267,17 +289,45 @@ void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn 
 
         attend(user, l, m->q_rows, m->k_rows, m->v_rows, m->out_rows);
 
-        for (int i = 0; i < HEADS * DIM; i++) {
-            for (int r = 0; r < LANES; r++) m->y[i].lane[r] = r < n ? m->out_rows[r * HEADS * DIM + i] : 0.0f;
-        }
-        run(m, job_out);
-        rms_norm(m->x, m->layer->ffn_norm, m->y);
-        run(m, job_gate);
-        run(m, job_down);
+        lanes_from_rows(m->out_rows, n, HEADS * DIM, m->y);
+        finish_layer(m);
     }
-    rms_norm(m->x, m->norm, m->y);
-    run(m, job_logits);
-    rows_from_lanes(m->logits, n, VOCAB, logits);
+    finish(m, n, logits);
+}
+
+void model_prefill(model *m, const uint8_t *tokens, int n, attend_prompt_fn *attend, void *user, float *logits) {
+    enum { Q = HEADS * DIM, KV = KV_HEADS * DIM };
+    float *x = allocate((size_t)n * (HIDDEN + 2 * Q + 2 * KV) * sizeof(float)); /* residual stream, then the rows */
+    float *q = x + n * HIDDEN, *out = q + n * Q, *k = out + n * Q, *v = k + n * KV;
+    for (int t = 0; t < n; t++) memcpy(x + t * HIDDEN, m->embed + tokens[t] * HIDDEN, HIDDEN * sizeof(float));
+    for (int l = 0; l < LAYERS; l++) {
+        m->layer = &m->layers[l];
+        /* As many tokens as there are lanes at a time. */
+        for (int t = 0; t < n; t += LANES) {
+            const int some = n - t < LANES ? n - t : LANES;
+            lanes_from_rows(x + t * HIDDEN, some, HIDDEN, m->x);
+            rms_norm(m->x, m->layer->attn_norm, m->y);
+            run(m, job_qkv);
+            rows_from_lanes(m->q, some, Q, q + t * Q);
+            rows_from_lanes(m->k, some, KV, k + t * KV);
+            rows_from_lanes(m->v, some, KV, v + t * KV);
+            for (int i = t; i < t + some; i++) {
+                rope(m, i, q + i * Q, HEADS);
+                rope(m, i, k + i * KV, KV_HEADS);
+            }
+        }
+        attend(user, l, n, q, k, v, out);
+        for (int t = 0; t < n; t += LANES) {
+            const int some = n - t < LANES ? n - t : LANES;
+            lanes_from_rows(x + t * HIDDEN, some, HIDDEN, m->x);
+            lanes_from_rows(out + t * Q, some, Q, m->y);
+            finish_layer(m);
+            rows_from_lanes(m->x, some, HIDDEN, x + t * HIDDEN);
+        }
+    }
+    lanes_from_rows(x + (n - 1) * HIDDEN, 1, HIDDEN, m->x);
+    finish(m, 1, logits);
+    free(x);
 }
 
 double negative_log_likelihood(const float *logits, uint8_t token) {

@@ -315,24 +315,29 @@ public:
     void shift(int64_t from, int64_t to, int64_t delta, const akv_rope *rope_per_layer) {
         check(akv_sequence_shift(cache_, id_, from, to, delta, rope_per_layer));
     }
-    // write(const void *bytes, size_t n) takes the bytes of a versioned, checksummed stream; what it throws ends it.
-    template <class F> void save(F &&write) const {
+    // write(const void *bytes, size_t n) takes the bytes of a stream with checksums; what it throws ends it.
+    template <class F> void save(F &&write, const akv_export_desc *part = nullptr) const {
         detail::callback<std::remove_reference_t<F>, const void *> to{&write, nullptr};
-        to.check(akv_sequence_export(cache_, id_, 0, &decltype(to)::call, &to));
+        to.check(akv_sequence_export(cache_, id_, part, &decltype(to)::call, &to));
     }
-    // read(void *bytes, size_t n) fills in n bytes of such a stream.
+    // read(void *bytes, size_t n) fills in n bytes of such a stream, none beyond its end.
     template <class F> static Sequence load(const Cache &cache, F &&read) {
-        detail::callback<std::remove_reference_t<F>, void *> from{&read, nullptr};
-        akv_sequence id = 0;
-        from.check(akv_sequence_import(cache.get(), &decltype(from)::call, &from, &id));
-        return Sequence(cache.get(), id);
+        return Sequence(cache.get(), load(cache.get(), 0, read));
     }
+    // Adds layers that this sequence lacks, since it was loaded from a part of them.
+    template <class F> void load_more(F &&read) { load(cache_, id_, read); }
     void dequantize_kv(int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value) const {
         check(akv_dequantize_kv(cache_, id_, layer, first, n, key, value, nullptr));
     }
 
 private:
     Sequence(akv_cache *cache, akv_sequence id) noexcept : cache_(cache), id_(id) {}
+    template <class F> static akv_sequence load(akv_cache *cache, akv_sequence into, F &read) {
+        detail::callback<F, void *> from{&read, nullptr};
+        akv_sequence id = 0;
+        from.check(akv_sequence_import(cache, into, &decltype(from)::call, &from, &id));
+        return id;
+    }
     akv_cache *cache_;
     akv_sequence id_ = 0;
 };

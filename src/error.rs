@@ -64,3 +64,18 @@ pub(crate) fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         Err(Error::Internal(text.unwrap_or_else(|| "panic".to_owned())))
     })
 }
+
+/// Room for `n` more elements, or an error instead of an abort.
+pub(crate) fn reserve<T>(vec: &mut Vec<T>, n: usize) -> Result<()> {
+    vec.try_reserve(n).map_err(|_| Error::Memory(format!("a table of {n} more entries")))
+}
+
+/// Items whose number is the caller's: memory for them is asked for, not taken for granted.
+pub(crate) fn collect<T>(items: impl ExactSizeIterator<Item = Result<T>>) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    reserve(&mut all, items.len())?;
+    for item in items {
+        all.push(item?);
+    }
+    Ok(all)
+}

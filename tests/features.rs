@@ -3,7 +3,7 @@
 
 mod common;
 
-use alignedkv::capi::{attention::*, batch::*, cache::*, context::*, sequence::*, status::*, types::*};
+use alignedkv::capi::{attention::*, batch::*, cache::*, context::*, sequence::*, slots::*, status::*, types::*};
 use common::Rng;
 use half::f16;
 use std::ffi::CStr;
@@ -501,7 +501,7 @@ fn trees(rng: &mut Rng, n: usize) -> Option<Vec<u64>> {
 
 #[test]
 fn trees_hide_tokens() {
-    cases(1, 60, |rng, asked, sequences, layer| asked.tree = trees(rng, n_rows(sequences, layer)));
+    cases(1, 40, |rng, asked, sequences, layer| asked.tree = trees(rng, n_rows(sequences, layer)));
 }
 
 /// A tree of drafts, as an engine would verify it: every row is what decoding its path alone would have been.
@@ -538,7 +538,7 @@ fn a_tree_is_its_paths() {
 /// What a window leaves at the start, with everything else.
 #[test]
 fn windows_keep_sinks() {
-    cases(3, 60, |rng, asked, sequences, layer| {
+    cases(3, 50, |rng, asked, sequences, layer| {
         (asked.window, asked.sink_tokens) = (1 + rng.below(260) as i32, [1, 4, 4, 100, 128, 130, 1030][rng.below(7)]);
         let n = n_rows(sequences, layer);
         if rng.below(3) == 0 {
@@ -621,7 +621,7 @@ fn cross_attention() {
 
 #[test]
 fn distances_are_added() {
-    cases(2, 60, |rng, asked, sequences, layer| {
+    cases(2, 40, |rng, asked, sequences, layer| {
         let slope = |rng: &mut Rng| [0.0, -0.5, 1.0, 0.01, 0.1][rng.below(5)];
         asked.slopes = Some((0..layer.n_q_heads).map(|_| slope(rng)).collect());
         asked.window = if rng.below(2) == 0 { 0 } else { 1 + rng.below(150) as i32 };
@@ -631,8 +631,11 @@ fn distances_are_added() {
     });
 }
 
+/// Rows or tokens, and heads.
+type Places = Vec<(usize, usize)>;
+
 /// Puts something that is no number into some rows; returns (token, kv head) of K or V, and (row, head) of q.
-fn spoil(rng: &mut Rng, layer: &akv_layer_desc, s: &mut Sequence) -> (Vec<(usize, usize)>, Vec<(usize, usize)>) {
+fn spoil(rng: &mut Rng, layer: &akv_layer_desc, s: &mut Sequence) -> (Places, Places) {
     let (heads, kv_heads) = (layer.n_q_heads as usize, layer.n_kv_heads as usize);
     let (mut bad, mut bad_q) = (Vec::new(), Vec::new());
     let no_number = |rng: &mut Rng| [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY][rng.below(4)];
@@ -832,6 +835,324 @@ fn nan_stays_with_its_rows() {
                     assert_eq!([nan(&mut k), nan(&mut v)], flags[head], "case {case} token {token}");
                 }
             }
+        }
+    }
+}
+
+/// V as a part of K, stored once: against float64, in every other respect as rows of their own.
+#[test]
+fn v_is_a_part_of_k() {
+    let mut rng = Rng::new(11);
+    for case in 0..40 {
+        // As DeepSeek has it, or smaller.
+        let (dim_k, dim_v, g) = match case % 10 {
+            0 => (576, 512, [16, 128][case / 10 % 2]),
+            _ => [(80, 64, 16), (64, 64, 4), (40, 24, 70), (24, 16, 3), (272, 256, 9)][rng.below(5)],
+        };
+        let layer = akv_layer_desc {
+            n_q_heads: g,
+            n_kv_heads: 1,
+            dim_k,
+            dim_v,
+            dtype_k: [AKV_F32, AKV_F16][rng.below(2)],
+            planes_k: 0,
+            v_is_prefix_of_k: 1,
+            ..zeroed()
+        };
+        let format = FORMATS[usize::from(case % 4 == 3)];
+        let exact_head = [0, AKV_NONE, 20][rng.below(3)];
+        let make = |isa, threads| Engine::new(layer, |c| (c.format, c.exact_head) = (format, exact_head), isa, threads);
+        let e = make(0, 1);
+        let lens = [1 + rng.below(20), [127, 128, 129, 300][rng.below(4)]];
+        let all = lens.map(|len| sequence(&mut rng, &layer, len, (1 + case % 3).min(len), false));
+        let mut asked = some_call(&mut rng, &layer);
+        asked.tree = if rng.below(3) == 0 { trees(&mut rng, n_rows(&[&all[0], &all[1]], &layer)) } else { None };
+        let all = [&all[0], &all[1]];
+        let told = format!("case {case}: format {format} {lens:?} head {exact_head} {layer:?} {asked:?}");
+        let got = e.run(&all, &asked.desc());
+        check(&e, &all, &asked, &got, &told);
+        check_parts(&e, &mut rng, &all, &asked, &told);
+        for isa in isas() {
+            assert_eq!(make(isa, 2).run(&all, &asked.desc()), got, "{told}: isa {isa}");
+        }
+        // Not much worse than K and V apart, which read the same digits.
+        for (bound, amplitude) in got.bound.iter().zip(&got.amplitude) {
+            assert!(*bound <= 0.02 * amplitude + 1e-30, "{told}: bound {bound}, A {amplitude}");
+        }
+
+        // Nothing of V is stored. (Without workspaces, which only attention takes.)
+        let e = make(0, 1);
+        let id = e.sequence();
+        ok(e.begin(&[id], &[all[1]], &[1]));
+        e.commit();
+        let mut usage = akv_usage { struct_size: size_of::<akv_usage>() as u32, ..zeroed() };
+        // SAFETY: an output.
+        unsafe { ok(akv_cache_usage(e.cache, &mut usage)) };
+        let bits = if (format, layer.dtype_k) == (AKV_FORMAT_RAW, AKV_F32) { 32 } else { 16 };
+        let tile = 128 * bits / 8 * dim_k as u64;
+        // Scale bytes, and some tables.
+        let most = usage.pages_used * (tile + 1024) + 10_000;
+        assert!((1..=most).contains(&(usage.bytes_used - usage.bytes_kept)), "{told}: {usage:?}, at most {most}");
+
+        // Read back, both are the same rows; a fork knows them too.
+        let mut fork = 0;
+        let (n, dk, dv) = (lens[1] - 1, dim_k as usize, dim_v as usize);
+        let (k, v) = (vec![0.0f32; n * dk], vec![0.0f32; n * dv]);
+        // SAFETY: ids, and outputs as large as said.
+        unsafe {
+            ok(akv_sequence_fork(e.cache, id, n as i64, &mut fork));
+            let (to_k, to_v) = (as_rows(&k, AKV_F32), as_rows(&v, AKV_F32));
+            ok(akv_dequantize_kv(e.cache, fork, 0, 0, n as i64, &to_k, &to_v, null_mut()));
+        }
+        let peak = all[1].k.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        for token in 0..n {
+            for c in 0..dk {
+                let (x, y) = (k[token * dk + c], all[1].k[token * dk + c]);
+                assert!((x - y).abs() <= 1e-4 * peak, "{told}: {x} {y}");
+                assert!(c >= dv || v[token * dv + c] == x, "{told}");
+            }
+        }
+    }
+    // What such layers are not.
+    let layer =
+        akv_layer_desc { n_q_heads: 16, n_kv_heads: 1, dim_k: 576, dim_v: 512, v_is_prefix_of_k: 1, ..zeroed() };
+    let e = Engine::new(layer, |_| (), 0, 1);
+    let supports = |change: &dyn Fn(&mut akv_layer_desc, &mut akv_cache_desc)| {
+        let (mut layer, struct_size) = (layer, size_of::<akv_cache_desc>() as u32);
+        let mut cache = akv_cache_desc { struct_size, n_layers: 1, ..zeroed() };
+        change(&mut layer, &mut cache);
+        cache.layers = &layer;
+        let mut path = 0;
+        // SAFETY: a valid descriptor and an output.
+        (unsafe { akv_supports(e.context, &cache, null(), &mut path) }, path)
+    };
+    assert_eq!(supports(&|_, _| ()), (AKV_OK, AKV_PATH_DENSE));
+    type Change = fn(&mut akv_layer_desc, &mut akv_cache_desc);
+    let cases: [(akv_status, &str, Change); 9] = [
+        (AKV_E_ARGUMENT, "dim_k is 584", |l, _| l.dim_k = 584),
+        (AKV_E_ARGUMENT, "dim_v is 512", |l, _| l.dim_k = 504),
+        (AKV_E_ARGUMENT, "n_q_heads is 129", |l, _| l.n_q_heads = 129),
+        (AKV_E_ARGUMENT, "dtype_v is 1", |l, _| l.dtype_v = AKV_F16),
+        (AKV_E_ARGUMENT, "planes_v is 2", |l, _| l.planes_v = 2),
+        (AKV_E_ARGUMENT, "v_is_prefix_of_k is 2", |l, _| l.v_is_prefix_of_k = 2),
+        (AKV_E_ARGUMENT, "v_is_prefix_of_k is 1", |l, c| {
+            (l.dtype_k, l.dtype_v, c.format) = (AKV_F16, AKV_F16, AKV_FORMAT_PUBLISHED)
+        }),
+        (AKV_E_UNSUPPORTED, "v_is_prefix_of_k is 1", |_, c| (c.placement, c.n_slots) = (AKV_SLOTS, 128)),
+        (AKV_E_ARGUMENT, "dim_k is 576", |l, _| l.v_is_prefix_of_k = 0),
+    ];
+    for (status, part, change) in cases {
+        fails(supports(&change).0, status, &[part]);
+    }
+    let s = sequence(&mut rng, &layer, 2, 1, false);
+    ok(e.begin(&[e.sequence()], &[&s], &[1]));
+    // SAFETY: two rows.
+    let status = unsafe { akv_quantize_kv(e.batch, 0, &as_rows(&s.k, AKV_F32), &as_rows(&s.k, AKV_F32), null_mut()) };
+    fails(status, AKV_E_ARGUMENT, &["value is not NULL"]);
+    e.commit();
+}
+
+/// A row's result, bit for bit, is that of its sequence and of what it sees: which other rows and sequences are in the call,
+/// and where they lie in it, does not show. (Whether there are more than 8 query rows does: they share decoded tiles.)
+#[test]
+fn rows_do_not_know_each_other() {
+    let mut rng = Rng::new(12);
+    for case in 0..60 {
+        let layer = some_layer(&mut rng);
+        let format = [AKV_FORMAT_ALIGNED, AKV_FORMAT_RAW][case % 2];
+        let exact_head = [0, AKV_NONE, 20][rng.below(3)];
+        let make = |n_threads| Engine::new(layer, |c| (c.format, c.exact_head) = (format, exact_head), 0, n_threads);
+        let engines = [make(1), make(3)];
+        let (heads, row) = (layer.n_q_heads as usize, (layer.n_q_heads * layer.dim_k) as usize);
+        let (most, sequences) = ([8, 8, 40][case % 3], 1 + rng.below(3));
+        let all: Vec<Sequence> = (0..sequences)
+            .map(|_| {
+                let len = [41, 128, 129, 200, 1100][rng.below(if case % 8 == 0 { 5 } else { 4 })];
+                let n_q = if most == 8 { 1 + rng.below(8) } else { 9 + rng.below(32) };
+                sequence(&mut rng, &layer, len, n_q, false)
+            })
+            .collect();
+        let ids = engines.each_ref().map(|e| {
+            let ids: Vec<_> = all.iter().map(|_| e.sequence()).collect();
+            ok(e.begin(&ids, &all.iter().collect::<Vec<_>>(), &vec![0; all.len()]));
+            e.commit();
+            ids
+        });
+        // Rows by what they see alone, so that any of them can be asked for: tokens kv_from..kv_to, and a tree.
+        let of = |s: &Sequence| s.q.len() / row;
+        let n: usize = all.iter().map(of).sum();
+        let (from, to) =
+            ((0..n).map(|_| rng.below(60) as i64).collect(), (0..n).map(|_| 30 + rng.below(1200) as i64).collect());
+        let slopes = (rng.below(3) == 0).then(|| vec![0.0; heads]);
+        let tree = trees(&mut rng, n);
+        let asked =
+            Asked { full: true, kv_from: Some(from), kv_to: Some(to), tree, slopes, ..some_call(&mut rng, &layer) };
+        let told = format!("case {case}: format {format} head {exact_head} {layer:?} {asked:?}");
+        let run = |e: usize, members: &[(usize, Vec<usize>)]| {
+            // Rows of each sequence, by their index in it.
+            let (mut q, mut rows) = (Vec::new(), Vec::new());
+            for (s, picked) in members {
+                let first: usize = all[..*s].iter().map(of).sum();
+                for &i in picked {
+                    q.extend_from_slice(&all[*s].q[i * row..(i + 1) * row]);
+                    rows.push(first + i);
+                }
+            }
+            let nothing: Vec<_> =
+                members.iter().map(|_| Sequence { k: vec![], v: vec![], positions: vec![], q: vec![] }).collect();
+            let some: Vec<_> = members.iter().map(|(s, _)| ids[e][*s]).collect();
+            let n_q: Vec<_> = members.iter().map(|(_, picked)| picked.len() as i32).collect();
+            ok(engines[e].begin(&some, &nothing.iter().collect::<Vec<_>>(), &n_q));
+            let pick = |x: &Option<Vec<i64>>| x.as_ref().map(|x| rows.iter().map(|&r| x[r]).collect());
+            let (kv_from, kv_to) = (pick(&asked.kv_from), pick(&asked.kv_to));
+            let tree = asked.tree.as_ref().map(|x| rows.iter().map(|&r| x[r]).collect());
+            let (status, got) = engines[e].attend(&q, &Asked { kv_from, kv_to, tree, ..asked.clone() }.desc());
+            ok(status);
+            engines[e].commit();
+            let dim_v = engines[e].dims().1;
+            let bits = (0..rows.len()).map(|i| got.bits(i * heads..(i + 1) * heads, dim_v));
+            rows.iter().copied().zip(bits).collect::<Vec<_>>()
+        };
+        let everything: Vec<_> = all.iter().enumerate().map(|(i, s)| (i, (0..of(s)).collect())).collect();
+        let want = run(0, &everything);
+        assert_eq!(run(1, &everything), want, "{told}: threads");
+        for round in 0..4 {
+            let mut members = Vec::new();
+            for (i, s) in all.iter().enumerate() {
+                if round > 0 && rng.below(2) == 0 {
+                    continue;
+                }
+                let mut picked: Vec<usize> = (0..of(s)).collect();
+                for k in (1..picked.len()).rev() {
+                    picked.swap(k, rng.below(k + 1));
+                }
+                let least = if most == 8 { 1 } else { 9 };
+                picked.truncate(least + rng.below(picked.len() + 1 - least));
+                members.push((i, picked));
+            }
+            if round % 2 == 1 {
+                members.reverse();
+            }
+            if members.is_empty() {
+                continue;
+            }
+            for (r, bits) in run(round % 2, &members) {
+                assert_eq!(bits, want[r].1, "{told}: row {r} among {members:?}");
+            }
+        }
+    }
+}
+
+/// Cells: what is no number goes with its cell, whoever writes, copies and forgets cells, until it is written over.
+#[test]
+fn nan_in_cells() {
+    const N: usize = 300;
+    let mut rng = Rng::new(13);
+    let layer = akv_layer_desc { n_q_heads: 2, n_kv_heads: 2, dim_k: 16, ..zeroed() };
+    for case in 0..40 {
+        let (format, policy) = (FORMATS[case % 2], [AKV_NAN_PROPAGATE, AKV_NAN_PROPAGATE, AKV_NAN_ZERO][case % 3]);
+        let (mut context, mut cache, mut mask) = (null_mut(), null_mut(), null_mut());
+        let struct_size = size_of::<akv_context_desc>() as u32;
+        let context_desc = akv_context_desc { struct_size, abi_version: AKV_ABI_VERSION, ..zeroed() };
+        let desc = akv_cache_desc {
+            struct_size: size_of::<akv_cache_desc>() as u32,
+            n_layers: 1,
+            layers: &layer,
+            format,
+            placement: AKV_SLOTS,
+            nan_policy: policy,
+            n_slots: N as u64,
+            ..zeroed()
+        };
+        // SAFETY: valid descriptors and outputs.
+        unsafe {
+            ok(akv_context_create(&context_desc, &mut context));
+            ok(akv_cache_create(context, &desc, &mut cache));
+            ok(akv_mask_create(context, 1, N as i64, &mut mask));
+        }
+        // By cell: of K and V whether it has a row, and which heads are bad.
+        let mut cells = vec![[(false, [false; 2]); 2]; N];
+        for _ in 0..25 {
+            let (first, n) = (rng.below(N), 1 + rng.below(40));
+            let n = n.min(N - first);
+            match rng.below(8) {
+                0 => {
+                    // SAFETY: a handle.
+                    unsafe { ok(akv_slots_invalidate(cache, 0, first as i64, n as i64)) };
+                    cells[first..first + n].fill([(false, [false; 2]); 2]);
+                }
+                1 | 2 => {
+                    let (n, to) = (n.min(N / 2), rng.below(N));
+                    let n = n.min(N - to);
+                    if first + n <= to || to + n <= first {
+                        // SAFETY: a handle.
+                        unsafe { ok(akv_slots_copy(cache, 0, first as i64, to as i64, n as i64)) };
+                        cells.copy_within(first..first + n, to);
+                    }
+                }
+                _ => {
+                    let slots: Vec<i64> = (0..n).map(|_| (first + rng.below(n)) as i64).collect();
+                    let sides = [1, 2, 3, 3][rng.below(4)];
+                    let mut rows = [rng.normals(n * 32), rng.normals(n * 32)];
+                    for (side, rows) in rows.iter_mut().enumerate().filter(|(side, _)| sides >> side & 1 == 1) {
+                        for (i, &slot) in slots.iter().enumerate() {
+                            let bad = [rng.below(30) == 0, rng.below(30) == 0];
+                            for head in (0..2).filter(|&head| bad[head]) {
+                                rows[(i * 2 + head) * 16 + rng.below(16)] = f32::NAN;
+                            }
+                            cells[slot as usize][side] = (true, bad);
+                        }
+                    }
+                    let [k, v] = rows.each_ref().map(|rows| as_rows(rows, AKV_F32));
+                    let [k, v] =
+                        [(&k, 1), (&v, 2)].map(|(rows, bit)| if sides & bit != 0 { &raw const *rows } else { null() });
+                    // SAFETY: as many rows as slots.
+                    unsafe { ok(akv_slots_write(cache, 0, slots.as_ptr(), n as i64, k, v, null_mut())) };
+                }
+            }
+            let few = 1 + rng.below(100);
+            let seen: Vec<bool> = (0..N).map(|_| rng.below(few) == 0).collect();
+            let bits: Vec<f16> = seen.iter().map(|&seen| if seen { f16::ZERO } else { f16::NEG_INFINITY }).collect();
+            let q = rng.normals(32);
+            let mut got = Output::new(2, 16);
+            let asked = akv_attention_desc {
+                struct_size: size_of::<akv_attention_desc>() as u32,
+                q: as_rows(&q, AKV_F32),
+                out: as_rows(&got.out, AKV_F32),
+                lse: got.state().lse,
+                mask,
+                ..zeroed()
+            };
+            let span = akv_span { stream: 0, n_q: 1, n_kv: N as i64 };
+            let (k, v) = (vec![0.0f32; N * 32], vec![0.0f32; N * 32]);
+            // SAFETY: as large as said.
+            unsafe {
+                ok(akv_mask_set(mask, 0, 1, N as i64, bits.as_ptr().cast(), 0, null_mut()));
+                ok(akv_slots_attention(cache, 0, &span, 1, &asked));
+                let (k, v) = (as_rows(&k, AKV_F32), as_rows(&v, AKV_F32));
+                ok(akv_slots_read(cache, 0, 0, N as i64, &k, &v, null_mut()));
+            }
+            for head in 0..2 {
+                let bad =
+                    |cell: &[(bool, [bool; 2]); 2]| cell[0].0 && cell[1].0 && (cell[0].1[head] || cell[1].1[head]);
+                let want =
+                    policy == AKV_NAN_PROPAGATE && cells.iter().zip(&seen).any(|(cell, &seen)| seen && bad(cell));
+                assert_eq!(got.out[head * 16].is_nan(), want, "case {case} head {head}");
+                assert_eq!(got.lse[head].is_nan(), want, "case {case} head {head}");
+                for (i, cell) in cells.iter().enumerate() {
+                    for (side, rows) in [&k, &v].into_iter().enumerate() {
+                        let want = policy == AKV_NAN_PROPAGATE && cell[side].0 && cell[side].1[head];
+                        let nan = rows[(i * 2 + head) * 16..][..16].iter().filter(|x| x.is_nan()).count();
+                        assert_eq!(nan, if want { 16 } else { 0 }, "case {case} cell {i} head {head} side {side}");
+                    }
+                }
+            }
+        }
+        // SAFETY: handles.
+        unsafe {
+            ok(akv_mask_destroy(mask));
+            ok(akv_cache_destroy(cache));
+            ok(akv_context_destroy(context));
         }
     }
 }

@@ -8,7 +8,7 @@ use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault
 use alignedkv::backend::cuda::{self, Workspace, params};
 use alignedkv::backend::{self, Mask, Mode};
 use alignedkv::cache::{Allocator, Hands, Job, Memory, SequenceView, SlotLayer};
-use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
+use alignedkv::format::{CENTRE, Dtype, Format, Layout, Rows, Shape, Source, TILE, aligned, scale};
 use common::*;
 use half::f16;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -718,14 +718,15 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
     if mask.is_some() {
         (told.mask_seen, told.mask_peak, told.mask_added) = (address(&seen), address(&peaks), address(&added));
     }
-    run_attention(s, told, q, rows, tiles, how, bent, seed)
+    run_attention(s, told, Some(&view), q, rows, tiles, how, bent, seed)
 }
 
-/// Runs the kernels of a call: `told` = what its rows see.
+/// Runs the kernels of a call: `told` = what its rows see; `view` = the sequence whose scores are checked.
 #[allow(clippy::too_many_arguments)]
 fn run_attention(
     s: &Shape,
     told: AttendParams,
+    view: Option<&SequenceView>,
     q: &[f32],
     rows: &[QueryRow],
     tiles: usize,
@@ -782,14 +783,18 @@ fn run_attention(
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
     call.stats = own;
     let grid = [splits, cuda::units(s), n_rows];
-    let (attend, dense_bytes) = (cuda::attend_shared_bytes(s), cuda::dense_shared_bytes(s));
+    let (scan, attend) = (cuda::scan_shared_bytes(s), cuda::attend_shared_bytes(s));
+    // A context of one split does not need the first: `akv_attend` scans it, too.
     for (name, runs, words, shared) in [
-        ("scan", scans && splits > 1, cuda::words(s), attend),
+        ("scan", scans, cuda::words(s), scan),
         ("attend", scans, cuda::words(s), attend),
-        ("dense", dense, cuda::dense_words(s), dense_bytes),
+        ("dense", dense, cuda::dense_words(s), cuda::dense_shared_bytes(s)),
     ] {
         if runs {
             launch(&format!("akv_{name}_{words}"), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
+        }
+        if let Some(view) = view.filter(|_| runs && name == "scan") {
+            check_scores(&call, s, view, rows, bent.mask);
         }
     }
     assert!(scratch.get()[..workspace.zeros].iter().all(|&byte| byte == 0));
@@ -952,7 +957,7 @@ fn attention_over_cells() {
         if is_index {
             (params.attached_k, params.attached_v) = ((&k.rows()).into(), (&v.rows()).into());
         }
-        let (got, stats) = run_attention(s, params, &q, &device_rows, tiles, how, bent, rng.next());
+        let (got, stats) = run_attention(s, params, None, &q, &device_rows, tiles, how, bent, rng.next());
         let tokens = stats.tokens + stats.tokens_exact + stats.tokens_attached;
         assert_eq!(tokens, want.stats.tokens, "{told}");
         if rows.iter().all(|row| !row.dense) {
@@ -971,6 +976,69 @@ fn attention_over_cells() {
         }
     }
     assert!(calls > 15 && 10 * alike >= 9 * calls, "{alike} of {calls} read the same digits as the CPU");
+}
+
+/// The scores of all tokens that are seen, as the scan leaves them: bit for bit those of the integers that the format and
+/// rounded q give, and those of the others minus infinity.
+fn check_scores(call: &AttendParams, s: &Shape, view: &SequenceView, rows: &[QueryRow], mask: Option<&Mask>) {
+    const LEVELS: f32 = 127.0 * 257.0;
+    const MAGIC: f32 = 12_582_912.0;
+    let (d, half, group) = (s.dim_k, s.dim_k / 2, s.group());
+    let unit_heads = group.min(cuda::UNIT_HEADS);
+    let parts = group.div_ceil(unit_heads);
+    for (row, &QueryRow { from, to, .. }) in
+        rows.iter().enumerate().filter(|(_, row)| row.sequence >= 0 && row.dense == 0)
+    {
+        let (from, to) = (from as usize, to as usize);
+        for tile in from / TILE..to.div_ceil(TILE).max(from / TILE) {
+            let seen: Vec<bool> = (TILE * tile..TILE * (tile + 1))
+                .map(|i| (from.max(view.n_exact)..to).contains(&i))
+                .enumerate()
+                .map(|(i, seen)| seen && mask.is_none_or(|mask| mask.seen(row, tile) >> i & 1 != 0))
+                .collect();
+            if !seen.contains(&true) {
+                continue;
+            }
+            for head in 0..s.n_q_heads {
+                let (kv_head, in_group) = (head / group, head % group);
+                let page = aligned::Tile::new(s, view.layout.part(view.page(tile), kv_head));
+                // SAFETY: the call's q and workspace; all of a row, and of a unit's tile, is there.
+                let (q, scores) = unsafe {
+                    let q =
+                        call.q.data as usize + row * call.q.stride_row as usize + head * call.q.stride_head as usize;
+                    let unit = (row * s.n_kv_heads + kv_head) * parts + in_group / unit_heads;
+                    let at = (unit * (call.max_tiles as usize + 1) + tile + 1) * unit_heads + in_group % unit_heads;
+                    let scores = call.scores as *const f32;
+                    (
+                        std::slice::from_raw_parts(q as *const f32, d),
+                        std::slice::from_raw_parts(scores.add(at * TILE), TILE),
+                    )
+                };
+                let folded: Vec<f32> = (0..d).map(|c| q[c] * call.scale * scale(page.k_scales[c])).collect();
+                let peak = folded.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let (step, inverse) = if peak < 1e-30 { (0.0, 0.0) } else { (peak / LEVELS, LEVELS / peak) };
+                let rounded: Vec<i32> = folded
+                    .iter()
+                    .map(|x| (x * inverse + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32)
+                    .collect();
+                let sum: i32 = rounded.iter().sum();
+                for (i, &seen) in seen.iter().enumerate() {
+                    let nibble = |c: usize| {
+                        let byte = page.k0[i / 16 * 16 * half + c % half / 4 * 64 + i % 16 * 4 + c % 4];
+                        i32::from(if c < half { byte & 15 } else { byte >> 4 })
+                    };
+                    let digits: i32 = (0..d).map(|c| (nibble(c) - 8) * rounded[c]).sum();
+                    let want = if seen { (digits as f32 + CENTRE[1] * sum as f32) * step } else { f32::NEG_INFINITY };
+                    assert_eq!(
+                        scores[i].to_bits(),
+                        want.to_bits(),
+                        "row {row} tile {tile} head {head} token {i}: {} {want}",
+                        scores[i]
+                    );
+                }
+            }
+        }
+    }
 }
 
 /// Rows read back are what the format says, in every dtype.

@@ -3,6 +3,7 @@ package alignedkv
 import (
 	"bytes"
 	"errors"
+	"io"
 	"math"
 	"math/rand"
 	"runtime"
@@ -220,25 +221,36 @@ func TestRemoveShiftExportImport(t *testing.T) {
 	before := read(sequence, n)
 	inverse := make([]float32, dim/2) // No channel turns.
 	var stream bytes.Buffer
-	if err := sequence.Export(&stream); !errors.Is(err, ErrUnsupported) {
-		check(t, err)
-		copied := must(cache.Import(bytes.NewReader(stream.Bytes())))(t)
-		same("imported", before, read(copied, n))
-		damaged := bytes.Clone(stream.Bytes())
-		damaged[len(damaged)/2] ^= 1
-		_, err = cache.Import(bytes.NewReader(damaged))
-		fails(t, err, ErrCorrupt, "")
-		broken := errors.New("no more")
-		if err := sequence.Export(failing{broken}); !errors.Is(err, broken) {
-			t.Errorf("a writer's error became %v", err)
-		}
-		if _, err := cache.Import(failing{broken}); !errors.Is(err, broken) {
-			t.Errorf("a reader's error became %v", err)
-		}
-		if _, err := cache.Import(failing{}); err == nil {
-			t.Error("a panic was lost")
-		}
+	check(t, sequence.Export(&stream))
+	copied := must(cache.Import(bytes.NewReader(stream.Bytes())))(t)
+	same("imported", before, read(copied, n))
+	damaged := bytes.Clone(stream.Bytes())
+	damaged[len(damaged)/2] ^= 1
+	_, err := cache.Import(bytes.NewReader(damaged))
+	fails(t, err, ErrCorrupt, "")
+	if _, err = cache.Import(bytes.NewReader(damaged[:100])); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		t.Errorf("a stream that was cut short: %v", err)
 	}
+	broken := errors.New("no more")
+	if err := sequence.Export(failing{broken}); !errors.Is(err, broken) {
+		t.Errorf("a writer's error became %v", err)
+	}
+	if _, err := cache.Import(failing{broken}); !errors.Is(err, broken) {
+		t.Errorf("a reader's error became %v", err)
+	}
+	if _, err := cache.Import(failing{}); err == nil {
+		t.Error("a panic was lost")
+	}
+	var some bytes.Buffer
+	if err := sequence.ExportPart(&some, Part{PlanesK: 1, PlanesV: 1}); !errors.Is(err, ErrUnsupported) {
+		check(t, err)
+	}
+	if some.Len() >= stream.Len() {
+		t.Errorf("one plane takes %d bytes, all take %d", some.Len(), stream.Len())
+	}
+	fails(t, sequence.ExportPart(&some, Part{FirstLayer: 7}), ErrArgument, "first_layer")
+	check(t, copied.Close())
+	fails(t, copied.Import(bytes.NewReader(stream.Bytes())), ErrHandle, "sequence")
 	if err := sequence.Shift(0, n, 10, []Rope{{Dims: dim, InvFreq: inverse}}); !errors.Is(err, ErrUnsupported) {
 		check(t, err)
 		same("shifted by no angle", before[n*kvHeads*dim:], read(sequence, n)[n*kvHeads*dim:])
@@ -263,6 +275,38 @@ func (f failing) Write([]byte) (int, error) {
 	return 0, f.err
 }
 func (f failing) Read([]byte) (int, error) { return f.Write(nil) }
+
+func TestLayersComeOneByOne(t *testing.T) {
+	r := rand.New(rand.NewSource(10))
+	layer := Layer{QHeads: qHeads, KVHeads: kvHeads, DimK: dim}
+	_, cache := open(t, CacheOptions{Layers: []Layer{layer, layer}})
+	sequence, batch := must(cache.NewSequence())(t), must(cache.NewBatch(Bounds{}))(t)
+	const n = 150
+	check(t, batch.Begin(Step{Sequences: []*Sequence{sequence}, New: []int32{n}}))
+	var parts [2]bytes.Buffer
+	for i := range parts { // While the step goes on.
+		check(t, batch.Append(i, RowsOf(normal(r, n*kvHeads*dim)), RowsOf(normal(r, n*kvHeads*dim))))
+		check(t, sequence.ExportPart(&parts[i], Part{FirstLayer: i, Layers: 1}))
+	}
+	check(t, batch.Commit())
+	other := must(cache.Import(&parts[0]))(t)
+	check(t, other.Import(&parts[1]))
+	if length := must(other.Len())(t); length != n {
+		t.Errorf("%d tokens came, expected %d", length, n)
+	}
+	for i := range parts {
+		var rows [2][]float32
+		for j, s := range []*Sequence{sequence, other} {
+			rows[j] = make([]float32, n*kvHeads*dim)
+			check(t, s.Read(i, 0, n, Rows{}, RowsOf(rows[j])))
+		}
+		for c := range rows[0] {
+			if rows[0][c] != rows[1][c] {
+				t.Fatalf("layer %d, element %d came as %g, and was %g", i, c, rows[1][c], rows[0][c])
+			}
+		}
+	}
+}
 
 func TestSlotsAndMasks(t *testing.T) {
 	r := rand.New(rand.NewSource(5))

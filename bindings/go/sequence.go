@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"runtime/cgo"
 	"sync/atomic"
+	"unsafe"
 )
 
 // Sequence is one row of tokens of a cache.
@@ -152,12 +153,27 @@ type stream struct {
 	err    error
 }
 
-// Export writes the sequence as a versioned, checksummed byte stream.
-func (s *Sequence) Export(w io.Writer) error {
+// Part is what of a sequence is exported. Zero: everything.
+type Part struct {
+	FirstLayer int
+	Layers     int // 0 = all from FirstLayer on.
+	// Digit planes that the importing side will have, from the first; 0 = all that are stored.
+	PlanesK, PlanesV int
+	// Digit planes that it has by an earlier export of the same tokens: only further ones are exported.
+	KnownK, KnownV int
+}
+
+// Export writes the sequence as a byte stream with version and checksums, which Import reads. An error of w is returned.
+func (s *Sequence) Export(w io.Writer) error { return s.ExportPart(w, Part{}) }
+
+// ExportPart writes some layers, with all tokens that they have by now, or some digit planes.
+func (s *Sequence) ExportPart(w io.Writer, part Part) error {
+	d := exportDesc{structSize: uint32(unsafe.Sizeof(exportDesc{})), firstLayer: clamp(part.FirstLayer), nLayers: clamp(part.Layers),
+		planesK: clamp(part.PlanesK), planesV: clamp(part.PlanesV), knownK: clamp(part.KnownK), knownV: clamp(part.KnownV)}
 	to := &stream{writer: w}
 	handle := cgo.NewHandle(to)
 	defer handle.Delete()
-	err := callSequenceExport(s.cache.handle.Load(), s.id.Load(), 0, writeFunction(), uintptr(handle))
+	err := callSequenceExport(s.cache.handle.Load(), s.id.Load(), &d, writeFunction(), uintptr(handle))
 	runtime.KeepAlive(s)
 	if to.err != nil {
 		return to.err
@@ -165,19 +181,35 @@ func (s *Sequence) Export(w io.Writer) error {
 	return err
 }
 
-// Import makes a sequence from such a stream; on an error there is none.
+// Import makes a sequence from a stream; on an error there is none. An error of r is returned. It reads no byte beyond
+// the stream's end.
 func (c *Cache) Import(r io.Reader) (*Sequence, error) {
-	from := &stream{reader: r}
-	handle := cgo.NewHandle(from)
-	defer handle.Delete()
-	var id uint64
-	err := callSequenceImport(c.handle.Load(), readFunction(), uintptr(handle), &id)
-	runtime.KeepAlive(c)
-	if from.err != nil {
-		err = from.err
-	}
+	id, err := c.read(r, 0)
 	if err != nil {
 		return nil, err
 	}
 	return newSequence(c, id), nil
+}
+
+// Import adds layers that the sequence lacks, since it was made from a part of them. On an error it is as before.
+func (s *Sequence) Import(r io.Reader) error {
+	id := s.id.Load()
+	if id == 0 {
+		return closed("akv_sequence_import", "the sequence")
+	}
+	_, err := s.cache.read(r, id)
+	runtime.KeepAlive(s)
+	return err
+}
+
+func (c *Cache) read(r io.Reader, into uint64) (id uint64, err error) {
+	from := &stream{reader: r}
+	handle := cgo.NewHandle(from)
+	defer handle.Delete()
+	err = callSequenceImport(c.handle.Load(), into, readFunction(), uintptr(handle), &id)
+	runtime.KeepAlive(c)
+	if from.err != nil {
+		err = from.err
+	}
+	return id, err
 }

@@ -62,11 +62,11 @@ package alignedkv
 // static outcome go_akv_sequence_length(uintptr_t cache, akv_sequence sequence, int32_t layer, int64_t *out) {
 //     return done(akv_sequence_length((const akv_cache *)cache, sequence, layer, out));
 // }
-// static outcome go_akv_sequence_export(uintptr_t cache, akv_sequence sequence, uint32_t flags, akv_write_fn write, uintptr_t user) {
-//     return done(akv_sequence_export((akv_cache *)cache, sequence, flags, write, (void *)user));
+// static outcome go_akv_sequence_export(uintptr_t cache, akv_sequence sequence, const akv_export_desc *desc, akv_write_fn write, uintptr_t user) {
+//     return done(akv_sequence_export((akv_cache *)cache, sequence, desc, write, (void *)user));
 // }
-// static outcome go_akv_sequence_import(uintptr_t cache, akv_read_fn read, uintptr_t user, akv_sequence *out) {
-//     return done(akv_sequence_import((akv_cache *)cache, read, (void *)user, out));
+// static outcome go_akv_sequence_import(uintptr_t cache, akv_sequence into, akv_read_fn read, uintptr_t user, akv_sequence *out) {
+//     return done(akv_sequence_import((akv_cache *)cache, into, read, (void *)user, out));
 // }
 // static outcome go_akv_dequantize_kv(uintptr_t cache, akv_sequence sequence, int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream, uint8_t *key_data, uint8_t *value_data) {
 //     akv_rows full_key;
@@ -353,6 +353,17 @@ type rope struct {
 	invFreq  *float32
 }
 
+type exportDesc struct {
+	structSize uint32
+	flags      uint32
+	firstLayer int32
+	nLayers    int32
+	planesK    int32
+	planesV    int32
+	knownK     int32
+	knownV     int32
+}
+
 type batchDesc struct {
 	structSize   uint32
 	nSequences   uint32
@@ -499,6 +510,15 @@ var (
 	_ [unsafe.Offsetof(rope{}.firstDim)]struct{}                = [unsafe.Offsetof(C.akv_rope{}.first_dim)]struct{}{}
 	_ [unsafe.Offsetof(rope{}.reserved)]struct{}                = [unsafe.Offsetof(C.akv_rope{}.reserved)]struct{}{}
 	_ [unsafe.Offsetof(rope{}.invFreq)]struct{}                 = [unsafe.Offsetof(C.akv_rope{}.inv_freq)]struct{}{}
+	_ [unsafe.Sizeof(exportDesc{})]struct{}                     = [C.sizeof_akv_export_desc]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.structSize)]struct{}        = [unsafe.Offsetof(C.akv_export_desc{}.struct_size)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.flags)]struct{}             = [unsafe.Offsetof(C.akv_export_desc{}.flags)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.firstLayer)]struct{}        = [unsafe.Offsetof(C.akv_export_desc{}.first_layer)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.nLayers)]struct{}           = [unsafe.Offsetof(C.akv_export_desc{}.n_layers)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.planesK)]struct{}           = [unsafe.Offsetof(C.akv_export_desc{}.planes_k)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.planesV)]struct{}           = [unsafe.Offsetof(C.akv_export_desc{}.planes_v)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.knownK)]struct{}            = [unsafe.Offsetof(C.akv_export_desc{}.known_k)]struct{}{}
+	_ [unsafe.Offsetof(exportDesc{}.knownV)]struct{}            = [unsafe.Offsetof(C.akv_export_desc{}.known_v)]struct{}{}
 	_ [unsafe.Sizeof(batchDesc{})]struct{}                      = [C.sizeof_akv_batch_desc]struct{}{}
 	_ [unsafe.Offsetof(batchDesc{}.structSize)]struct{}         = [unsafe.Offsetof(C.akv_batch_desc{}.struct_size)]struct{}{}
 	_ [unsafe.Offsetof(batchDesc{}.nSequences)]struct{}         = [unsafe.Offsetof(C.akv_batch_desc{}.n_sequences)]struct{}{}
@@ -695,16 +715,16 @@ func callSequenceLength(cache uintptr, sequence uint64, layer int32, out *int64)
 	return failure("akv_sequence_length", int32(o.status), unsafe.Pointer(o.text))
 }
 
-func callSequenceExport(cache uintptr, sequence uint64, flags uint32, write unsafe.Pointer, user uintptr) error {
-	o := C.go_akv_sequence_export(C.uintptr_t(cache), C.akv_sequence(sequence), C.uint32_t(flags), C.akv_write_fn(write), C.uintptr_t(user))
+func callSequenceExport(cache uintptr, sequence uint64, desc *exportDesc, write unsafe.Pointer, user uintptr) error {
+	o := C.go_akv_sequence_export(C.uintptr_t(cache), C.akv_sequence(sequence), (*C.akv_export_desc)(unsafe.Pointer(desc)), C.akv_write_fn(write), C.uintptr_t(user))
 	if o.status == akvOk {
 		return nil
 	}
 	return failure("akv_sequence_export", int32(o.status), unsafe.Pointer(o.text))
 }
 
-func callSequenceImport(cache uintptr, read unsafe.Pointer, user uintptr, out *uint64) error {
-	o := C.go_akv_sequence_import(C.uintptr_t(cache), C.akv_read_fn(read), C.uintptr_t(user), (*C.akv_sequence)(unsafe.Pointer(out)))
+func callSequenceImport(cache uintptr, into uint64, read unsafe.Pointer, user uintptr, out *uint64) error {
+	o := C.go_akv_sequence_import(C.uintptr_t(cache), C.akv_sequence(into), C.akv_read_fn(read), C.uintptr_t(user), (*C.akv_sequence)(unsafe.Pointer(out)))
 	if o.status == akvOk {
 		return nil
 	}

@@ -40,6 +40,8 @@ pub struct QueryRow {
     pub n: usize,
     /// True: all digits are read; false: as [`Mode`] says.
     pub dense: bool,
+    /// One of many of its sequence: sharing a decoded tile pays.
+    pub many: bool,
 }
 
 /// Tokens at the end of a sequence that a row can see or not, each by itself: what a speculative tree may hold.

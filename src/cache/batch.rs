@@ -146,11 +146,12 @@ impl Batch {
         let StepSequence { sequence: id, n_new, .. } = step;
         let sequence = self.cache.find(id)?;
         let claim = sequence.claim()?;
+        sequence.check_whole()?;
         let len = sequence.len.load(Relaxed);
         let new_len = len
             .checked_add(n_new)
             .ok_or_else(|| Error::Argument(format!("n_new {n_new}: sequence {id} has {len} tokens")))?;
-        within("max_kv", self.bounds.max_kv, new_len, &format!("tokens of sequence {id}"))?;
+        within("max_kv", self.bounds.max_kv, new_len, format_args!("tokens of sequence {id}"))?;
         Ok(Member { step, sequence, len, new_runs: false, _claim: claim })
     }
 
@@ -433,7 +434,7 @@ impl Member {
 }
 
 /// A capacity error unless `n` is within a bound.
-fn within(name: &str, bound: Option<usize>, n: usize, what: &str) -> Result<()> {
+fn within(name: &str, bound: Option<usize>, n: usize, what: impl std::fmt::Display) -> Result<()> {
     match bound {
         Some(bound) if n > bound => Err(Error::Capacity(format!("{name} {bound}: the step has {n} {what}"))),
         _ => Ok(()),

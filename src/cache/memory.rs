@@ -5,6 +5,7 @@ use super::region::Regions;
 use super::shared::Held;
 use crate::backend::cuda::Device;
 use crate::capi::types::{AKV_CPU, AKV_CUDA};
+pub(super) use crate::error::reserve;
 use crate::{Error, Result};
 use parking_lot::Mutex;
 use std::alloc::{alloc_zeroed, dealloc};
@@ -251,15 +252,15 @@ impl Memory {
     /// Gives waiting blocks back to the allocator until that is `bytes`. False if there were none.
     fn release(&self, bytes: u64) -> bool {
         let mut released = 0;
-        for class in self.free.lock().iter_mut() {
-            while released < bytes {
-                let Some(p) = class.pop() else { break };
-                // SAFETY: the block was in the list, hence nobody's.
-                unsafe { self.dealloc(class.kind, p, class.bytes) };
-                self.waiting.fetch_sub(class.bytes as u64, Relaxed);
-                self.give(class.bytes);
-                released += class.bytes as u64;
-            }
+        while released < bytes {
+            // The allocator is not called under the lock: it is the caller's.
+            let waiting = self.free.lock().iter_mut().find_map(|class| Some((class.pop()?, class.kind, class.bytes)));
+            let Some((p, kind, size)) = waiting else { break };
+            // SAFETY: the block was in the list, hence nobody's.
+            unsafe { self.dealloc(kind, p, size) };
+            self.waiting.fetch_sub(size as u64, Relaxed);
+            self.give(size);
+            released += size as u64;
         }
         released > 0
     }
@@ -343,11 +344,6 @@ impl Drop for Memory {
     fn drop(&mut self) {
         self.release(u64::MAX);
     }
-}
-
-/// Room for `n` more elements, or an error instead of an abort.
-pub(super) fn reserve<T>(vec: &mut Vec<T>, n: usize) -> Result<()> {
-    vec.try_reserve(n).map_err(|_| Error::Memory(format!("a table of {n} more entries")))
 }
 
 /// Bytes aligned to 64, zeroed when new, given back on drop.

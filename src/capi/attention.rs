@@ -1,17 +1,19 @@
 //! Attention, and merging partial attention.
 
 use super::batch::{Object, WORKSPACE_ALIGN, Workspaces};
-use super::check::{Bytes, Grid, array, count, descriptor, disjoint, optional, pointer, within, wrong, zero};
+use super::check::{Bytes, Field, Grid, array, count, descriptor, disjoint, optional, pointer, within, wrong, zero};
 use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::backend::cpu::{Cpu, State, merge};
 use crate::backend::cuda::Sight;
 use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, TREE, Threads};
-use crate::cache::{NanPolicy, Positions, Reader, SequenceView, StepSequence};
-use crate::format::{Clean, Format, Layout, MAX_DIM, Rows, Shape};
+use crate::cache::{NanPolicy, Positions, SequenceView};
+use crate::error::{collect, reserve};
+use crate::format::{Clean, Format, Layout, MAX_DIM, MAX_LATENT, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
+use std::fmt::Display;
 use std::ops::Deref;
 
 /// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
@@ -36,10 +38,10 @@ pub(super) struct Options {
 impl Options {
     /// `slots`: for akv_slots_attention.
     pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape, slots: bool) -> Result<Options> {
-        let at = |field: &str| format!("{name}->{field}");
+        let at = |field| Field(&name, "->", field);
         zero(at("flags"), d.flags)?;
-        Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
-        Grid::new(&d.out, &at("out"), shape.n_q_heads, shape.dim_v)?;
+        Grid::new(&d.q, at("q"), shape.n_q_heads, shape.dim_k)?;
+        Grid::new(&d.out, at("out"), shape.n_q_heads, shape.dim_v)?;
         if !d.scale.is_finite() {
             return Err(wrong(at("scale"), d.scale, "a finite factor, or 0 for 1 / sqrt(dim_k)"));
         }
@@ -67,13 +69,13 @@ impl Options {
                 return Err(wrong(at("alibi_slopes"), "not NULL", "NULL without a mask, whose values they multiply"));
             }
         }
-        let not_here = |field: &str| {
+        let not_here = |field| {
             let call = if slots { "akv_slots_attention: its mask says it all" } else { "akv_aligned_attention" };
             Err(wrong(at(field), "not NULL", format_args!("NULL in {call}")))
         };
         let others = [("kv_from", d.kv_from.is_null()), ("kv_to", d.kv_to.is_null()), ("tree", d.tree.is_null())];
         match others.iter().find(|(_, null)| !null) {
-            Some((field, _)) if slots => return not_here(field),
+            Some(&(field, _)) if slots => return not_here(field),
             _ if !slots && !d.mask.is_null() => return not_here("mask"),
             _ => {}
         }
@@ -95,7 +97,7 @@ impl Options {
                 }
             }
         }
-        let all_dense = mode == Mode::Exact || format == Format::Raw;
+        let all_dense = mode == Mode::Exact || format == Format::Raw || shape.v_is_prefix;
         let paths = match format {
             _ if all_dense => AKV_PATH_DENSE,
             Format::Published => AKV_PATH_DENSE | AKV_PATH_PUBLISHED,
@@ -160,11 +162,11 @@ impl Team {
 }
 
 /// Memory of an optional output of `n` floats: none if it is NULL.
-fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
+fn floats(p: *mut f32, n: Option<usize>, name: impl Display) -> Result<Bytes> {
     if p.is_null() {
         return Ok(Bytes { from: 0, to: 0 });
     }
-    Bytes::new(pointer(p, name)?, n, name)
+    Bytes::new(pointer(p, &name)?, n, name)
 }
 
 /// What each query row does not see, whatever else is said: `[rows]` each.
@@ -223,8 +225,9 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
     sequences: &[(usize, usize, P)],
     sight: Sight,
     limits: Limits,
-) -> Vec<QueryRow> {
-    let mut rows = Vec::with_capacity(sequences.iter().map(|s| s.1).sum());
+) -> Result<Vec<QueryRow>> {
+    let mut rows = Vec::new();
+    reserve(&mut rows, sequences.iter().map(|s| s.1).sum())?;
     for (sequence, (len, n_q, positions)) in sequences.iter().enumerate() {
         let (len, n_q) = (*len, *n_q);
         let dense = sight.dense || n_q > MAX_PROGRESSIVE;
@@ -242,22 +245,26 @@ pub(super) fn query_rows<P: Deref<Target = Positions>>(
             let kv_from = limits.kv_from.map_or(0, |bound| bound[r] as usize);
             let kv_to = limits.kv_to.map_or(usize::MAX, |bound| bound[r] as usize);
             let mut row = QueryRow::new(sequence, start.max(kv_from), end.min(kv_to), dense);
-            row.position = position;
+            (row.position, row.many) = (position, n_q > MAX_PROGRESSIVE);
             let head = sight.head.min(start).min(row.to);
             if kv_from < head {
                 row.head = (kv_from, head);
                 row.n += head - kv_from;
             }
+            row.n -= positions.removed_within(row.from, row.to) + positions.removed_within(row.head.0, row.head.1);
             if let Some(tree) = limits.tree {
                 row.hidden = !tree[r];
                 let token = |i: &usize| (len + i).wrapping_sub(TREE);
-                let seen = |t: &usize| (row.from..row.to).contains(t) || (row.head.0..row.head.1).contains(t);
+                let seen = |t: &usize| {
+                    let within = (row.from..row.to).contains(t) || (row.head.0..row.head.1).contains(t);
+                    within && positions.removed_within(*t, t + 1) == 0
+                };
                 row.n -= (0..TREE).filter(|i| row.hidden >> i & 1 == 1).map(|i| token(&i)).filter(seen).count();
             }
             rows.push(row);
         }
     }
-    rows
+    Ok(rows)
 }
 
 /// Fails for outputs that are misaligned, or share bytes with one another, with q or with the workspace.
@@ -483,16 +490,20 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     // SAFETY: the caller's contract.
     let limits = unsafe { Limits::new(desc, step.n_q) }?;
     let prepared = batch.batch.read(layer);
-    let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
-    let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
-    let of_step: Vec<_> =
-        views.iter().zip(readers).map(|(view, (step, reader))| (view.len, step.n_q, reader.positions())).collect();
-    let sight = frame.options.sight();
-    let checked = check_tokens(&of_step, sight, desc);
-    let rows = query_rows(&of_step, sight, limits);
-    let positions: Vec<_> = readers.iter().map(|(_, reader)| reader.positions()).collect();
-    let scene = Scene { sequences: &views, rows: &rows, mask: None, positions: Some(&positions) };
-    let scene = prepared.as_ref().map_err(Clone::clone).and_then(|_| checked.map(|()| scene));
+    let seen = prepared.as_ref().map_err(Clone::clone).and_then(|readers| {
+        let (readers, sight) = (readers.iter(), frame.options.sight());
+        let views = collect(readers.clone().map(|(_, reader)| Ok(reader.view())))?;
+        let positions = collect(readers.clone().map(|(_, reader)| Ok(reader.positions())))?;
+        let of_step = collect(readers.map(|(step, reader)| Ok((reader.n_tokens(), step.n_q, reader.positions()))))?;
+        check_tokens(&of_step, sight, desc)?;
+        Ok((views, query_rows(&of_step, sight, limits)?, positions))
+    });
+    let scene = seen.as_ref().map_err(Clone::clone).map(|(sequences, rows, positions)| Scene {
+        sequences,
+        rows,
+        mask: None,
+        positions: Some(positions),
+    });
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, scene, &batch.workspaces) }
 }
@@ -540,18 +551,18 @@ fn state_arrays(s: &akv_state, out: usize, others: usize) -> [(&'static str, *mu
 fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
     let sizes = n.checked_mul(dim).filter(|&n| n <= isize::MAX as usize / 4);
     let n_out = sizes.ok_or_else(|| wrong("rows", n, "states that fit the address space"))?;
-    let check = |state: &akv_state, name: &str| -> Result<[Bytes; 6]> {
+    let check = |state: &akv_state, name: &dyn Display| -> Result<[Bytes; 6]> {
         let mut all = [Bytes { from: 0, to: 0 }; 6];
         for (i, (field, p, n)) in state_arrays(state, n_out, n).into_iter().enumerate() {
-            let name = format!("{name}{field}");
+            let name = Field(name, "", field);
             if i < 2 {
-                pointer(p, &name)?;
+                pointer(p, name)?;
             }
-            all[i] = floats(p, Some(n), &name)?;
+            all[i] = floats(p, Some(n), name)?;
         }
         Ok(all)
     };
-    let outputs = check(out, "out->")?;
+    let outputs = check(out, &"out->")?;
     for i in 0..6 {
         if let Some(j) = (0..i).find(|&j| outputs[i].overlaps(&outputs[j])) {
             let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
@@ -563,7 +574,7 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
         }
     }
     for (s, state) in states.iter().enumerate() {
-        let inputs = check(state, &format!("states[{s}]."))?;
+        let inputs = check(state, &format_args!("states[{s}]."))?;
         for (i, output) in outputs.iter().enumerate() {
             // An element is read by all states before it is written, so the same array may be both.
             if let Some(j) = (0..6).find(|&j| output.overlaps(&inputs[j]) && !(i == j && *output == inputs[j])) {
@@ -582,8 +593,9 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
 /// # Safety
 /// What `states` and `out` point to is as documented, and checked.
 unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
-    let mut parts: Vec<State> = Vec::with_capacity(states.len());
-    let mut buffer = [0.0; MAX_DIM];
+    let mut parts: Vec<State> = Vec::new();
+    reserve(&mut parts, states.len())?;
+    let mut buffer = [0.0; MAX_LATENT];
     for i in 0..n {
         parts.clear();
         for s in states {
@@ -622,14 +634,17 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
 }
 
 /// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-/// token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
-/// alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
+/// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
 /// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
-/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-/// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
-/// number of threads.
+/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT,
+/// AKV_FORMAT_RAW and layers with v_is_prefix_of_k take the dense path. On the CPU a row's result, bit for bit, depends
+/// on its sequence and on whether that has more than 8 query rows: not on the other rows, the other sequences of the
+/// batch, or the number of threads.
 ///
-/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+/// Cross-attention: with AKV_FULL, no window and no alibi_slopes nothing depends on where a row is, and n_q may be
+/// larger than len. Otherwise more query rows than tokens are AKV_E_ARGUMENT.
+///
+/// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 /// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
 /// workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
 /// AKV_E_INTERNAL: they are undefined.
@@ -651,7 +666,8 @@ pub unsafe extern "C" fn akv_aligned_attention(
 
 /// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 /// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-/// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+/// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. On
+/// the CPU what is NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -672,7 +688,8 @@ pub unsafe extern "C" fn akv_merge_states(
         let stream = unsafe { context.stream("stream", stream) }?;
         let n = within("n", n, 1..=i32::MAX)? as usize;
         let (rows, heads) = (count("rows", rows)?, count("heads", heads.into())?);
-        let dim = within("dim", dim, 1..=MAX_DIM as i32)? as usize;
+        let max_dim = if context.device.is_some() { MAX_DIM } else { MAX_LATENT };
+        let dim = within("dim", dim, 1..=max_dim as i32)? as usize;
         let elements =
             rows.checked_mul(heads).ok_or_else(|| wrong("rows", rows, "states that fit the address space"))?;
         // SAFETY: the caller's contract.
@@ -702,6 +719,7 @@ mod tests {
         planes_k: 4,
         planes_v: 4,
         window: 100,
+        v_is_prefix: false,
     };
 
     fn options(format: Format, change: impl Fn(&mut akv_attention_desc)) -> Result<Options> {

@@ -27,6 +27,9 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
         let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
     }
+    if let Some(i) = config.layers.iter().position(|layer| layer.v_is_prefix) {
+        return Err(not_built(format_args!("{name}->layers[{i}].v_is_prefix_of_k"), 1, format_args!("0 {on_cuda}")));
+    }
     if config.nan != NanPolicy::Error {
         let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));
@@ -102,7 +105,7 @@ pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, u
 pub(super) fn begin(batch: &Batch, tables: &mut Tables, stream: Stream) -> Result<usize> {
     let plan = batch.plan()?;
     batch.lengths(|sequences| {
-        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, Limits::default())))
+        tables.begin(&plan, stream, |sight| query_rows(sequences, sight, Limits::default()).map(device_rows))
     })??;
     Ok(plan.n_appends)
 }
@@ -284,7 +287,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             ));
         }
         None => {
-            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, limits)))?;
+            let rows = batch.batch.lengths(|s| query_rows(s, sight, limits).map(device_rows))??;
             // SAFETY: the workspace has room for them.
             unsafe { device.upload(room.rows(start), bytes_of(&rows), stream) }?;
             (room.rows(start), rows.len())

@@ -11,6 +11,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Stream};
 use crate::backend::{AnyMask, Mask, QueryRow};
 use crate::cache::{Hands, NanPolicy, SequenceView, SlotLayer, launcher};
+use crate::error::{collect, reserve};
 use crate::format::{Clean, Dtype, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
@@ -83,7 +84,7 @@ unsafe fn write(
     stream: Stream,
 ) -> Result<()> {
     let index = cache.layer(layer)?;
-    let place = format!("layer {index}");
+    let place = |error: Error| error.at(format_args!("layer {index}"));
     let mut cells = cache.cache.write_slots(index)?;
     let on = cache.context.device.as_deref();
     let n = count("n", n)?;
@@ -106,7 +107,7 @@ unsafe fn write(
         }
         let changed = || slots.iter().map(|&slot| slot as usize);
         for (name, rows) in [("attached key", &k), ("attached value", &v)] {
-            layout.check_rows(name, rows, changed()).map_err(|error| error.at(&place))?;
+            layout.check_rows(name, rows, changed()).map_err(place)?;
         }
         return cells.write(slots, None, None, &mut Hands::Host);
     }
@@ -133,7 +134,7 @@ unsafe fn write(
     let [k, v] = pairs.map(|(name, rows, clean)| (name, rows.map(|rows| clean.as_ref().map_or(rows, Clean::rows))));
     for (name, rows) in [k, v] {
         if let Some(rows) = rows {
-            layout.check_rows(name, &rows, 0..n).map_err(|error| error.at(&place))?;
+            layout.check_rows(name, &rows, 0..n).map_err(place)?;
         }
     }
     cells.write(slots, k.1, v.1, &mut Hands::Host)?;
@@ -240,25 +241,24 @@ unsafe fn attend(
     let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
     let prepared: Result<(Option<RwLockReadGuard<AnyMask>>, RwLockReadGuard<SlotLayer>)> =
         mask.and_then(|mask| cells.map(|cells| (mask, cells)));
-    let (mut views, mut rows) = (Vec::new(), Vec::new());
-    if let Ok((mask, cells)) = &prepared {
+    let seen = prepared.as_ref().map_err(Clone::clone).and_then(|(mask, cells)| {
         let mask = mask.as_deref().and_then(AnyMask::host);
+        let (mut views, mut rows) = (Vec::new(), Vec::new());
+        reserve(&mut views, n_spans)?;
+        reserve(&mut rows, n_q)?;
         for (i, span) in spans.iter().enumerate() {
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
             for _ in 0..span.n_q {
-                rows.push(query_row(&view, i, mask, rows.len(), dense));
+                let row = query_row(&view, i, mask, rows.len(), dense);
+                rows.push(QueryRow { many: span.n_q as usize > MAX_PROGRESSIVE, ..row });
             }
             views.push(view);
         }
-    }
-    let scene = match &prepared {
-        Ok((mask, _)) => {
-            let mask = mask.as_deref().and_then(AnyMask::host);
-            Ok(Scene { sequences: &views, rows: &rows, mask, positions: None })
-        }
-        Err(error) => Err(error.clone()),
-    };
+        Ok((views, rows, mask))
+    });
+    let scene = seen.as_ref().map_err(Clone::clone);
+    let scene = scene.map(|(sequences, rows, mask)| Scene { sequences, rows, mask: *mask, positions: None });
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, scene, &cache.workspaces) }
 }
@@ -359,8 +359,7 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // All locks before the first change.
-        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
-        for mut cells in cells? {
+        for mut cells in collect(layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)))? {
             let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
             cells.invalidate(first, n);
         }
@@ -380,9 +379,10 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from: i64, to: i64, n: i64) -> akv_status {
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
-        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
         // What can fail comes before the first change.
-        let (mut cells, mut spares) = (cells?, Vec::new());
+        let mut cells = collect(layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)))?;
+        let mut spares = Vec::new();
+        reserve(&mut spares, cells.len())?;
         for cells in &cells {
             if cells.is_index() {
                 let expected = "expected AKV_SLOTS";

@@ -351,8 +351,15 @@ namespace AlignedKV
             using (var use = Handle.Hold()) call.Run(use.Value, layer, Shape(layer), queries, spans, true, out stats);
         }
 
-        /// <summary>Makes a sequence from an exported stream; if that throws, there is none.</summary>
-        public unsafe Sequence Import(Stream stream)
+        /// <summary>
+        /// Makes a sequence from an exported stream, of which no byte beyond its end is read. If that throws, there is none.
+        /// </summary>
+        public Sequence Import(Stream stream)
+        {
+            return new Sequence(this, Import(stream, 0));
+        }
+
+        internal unsafe ulong Import(Stream stream, ulong into)
         {
             Exception failure = null;
             Native.akv_sequence_import_read_delegate read = delegate(void* user, void* bytes, UIntPtr n)
@@ -374,12 +381,12 @@ namespace AlignedKV
             ulong id = 0;
             using (var use = Handle.Hold())
             {
-                int status = Native.akv_sequence_import((akv_cache*)use.Value, read, null, &id);
+                int status = Native.akv_sequence_import((akv_cache*)use.Value, into, read, null, &id);
                 GC.KeepAlive(read);
                 if (failure != null) throw new IOException("the stream could not be read", failure);
                 Library.Check(status);
             }
-            return new Sequence(this, id);
+            return id;
         }
     }
 }

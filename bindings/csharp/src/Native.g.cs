@@ -142,14 +142,14 @@ namespace AlignedKV
         /// </summary>
         internal const int AKV_NAN_ERROR = 0;
         /// <summary>
-        ///  It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of that
-        ///  KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's head
-        ///  does. The rest is as if these were 0. Read back, such rows are NaN. 32 bytes per tile and KV head. Not with
-        ///  AKV_ATTACHED.
+        ///  It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of
+        ///  that KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's
+        ///  head does. The rest is as if these were 0. Read back, such rows are NaN. It costs 32 bytes per tile and KV head.
+        ///  On the CPU, not with AKV_ATTACHED.
         /// </summary>
         internal const int AKV_NAN_PROPAGATE = 1;
         /// <summary>
-        ///  It counts as 0, and is stored so. Not with AKV_ATTACHED.
+        ///  It counts as 0, and is stored so. On the CPU, not with AKV_ATTACHED.
         /// </summary>
         internal const int AKV_NAN_ZERO = 2;
         /// <summary>
@@ -331,7 +331,11 @@ namespace AlignedKV
         internal static extern int akv_sequence_truncate(akv_cache* cache, ulong sequence, long n_tokens);
 
         /// <summary>
-        ///  Removes the tokens at positions `from_position &lt;= p &lt; to_position`. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Removes the tokens at positions `from_position &lt;= p &lt; to_position`: no query row sees them any more, and pages of which
+        ///  nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+        ///  n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+        ///  cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+        ///  AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -360,28 +364,51 @@ namespace AlignedKV
         internal static extern int akv_sequence_length(akv_cache* cache, ulong sequence, int layer, long* @out);
 
         /// <summary>
-        ///  Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
+        ///  the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+        ///  batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
+        ///  stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
+        ///  max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
+        ///  work of the CUDA context.
+        ///
+        ///  With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+        ///  others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+        ///  sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+        ///  cut (others are left alone; forks that share tiles do not get them).
+        ///
+        ///  Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
+        ///  AKV_E_BUSY (a layer is being written).
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
         /// </summary>
         [DllImport(__DllName, EntryPoint = "akv_sequence_export", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
-        internal static extern int akv_sequence_export(akv_cache* cache, ulong sequence, uint flags, akv_sequence_export_write_delegate write, void* user);
+        internal static extern int akv_sequence_export(akv_cache* cache, ulong sequence, akv_export_desc* desc, akv_sequence_export_write_delegate write, void* user);
 
         /// <summary>
-        ///  Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
+        ///  Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
+        ///  heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+        ///  `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+        ///  smaller exact_tail of both). Otherwise the stream brings layers that
+        ///  sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+        ///  used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+        ///
+        ///  Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
+        ///  AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
+        ///  AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+        ///  come.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
         /// </summary>
         [DllImport(__DllName, EntryPoint = "akv_sequence_import", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
-        internal static extern int akv_sequence_import(akv_cache* cache, akv_sequence_import_read_delegate read, void* user, ulong* @out);
+        internal static extern int akv_sequence_import(akv_cache* cache, ulong into, akv_sequence_import_read_delegate read, void* user, ulong* @out);
 
         /// <summary>
         ///  Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
         ///  as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
         ///  `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-        ///  nothing written, if a value is too large for the dtype.
+        ///  nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -410,7 +437,8 @@ namespace AlignedKV
         ///  akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
         ///  capture.
         ///
-        ///  Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+        ///  Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY,
+        ///  AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -474,9 +502,9 @@ namespace AlignedKV
 
         /// <summary>
         ///  Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
-        ///  n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-        ///  (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
-        ///  is appended, and the call may be made again.
+        ///  n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
+        ///  dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+        ///  All rows are checked first: on error nothing is appended, and the call may be made again.
         ///
         ///  Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
         ///
@@ -488,14 +516,17 @@ namespace AlignedKV
 
         /// <summary>
         ///  Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
-        ///  token len - n_q + j, where len counts the step's new tokens. Cross-attention: with AKV_FULL, no window and no
-        ///  alibi_slopes nothing depends on where a row is, and n_q may be larger than len. Sequences with up to 8 query rows take the progressive
+        ///  token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
         ///  path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
-        ///  its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-        ///  AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
-        ///  number of threads.
+        ///  its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT,
+        ///  AKV_FORMAT_RAW and layers with v_is_prefix_of_k take the dense path. On the CPU a row's result, bit for bit, depends
+        ///  on its sequence and on whether that has more than 8 query rows: not on the other rows, the other sequences of the
+        ///  batch, or the number of threads.
         ///
-        ///  Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv, and for more query rows than tokens but as above), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
+        ///  Cross-attention: with AKV_FULL, no window and no alibi_slopes nothing depends on where a row is, and n_q may be
+        ///  larger than len. Otherwise more query rows than tokens are AKV_E_ARGUMENT.
+        ///
+        ///  Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
         ///  AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
         ///  workspace): outputs are untouched. AKV_E_RANGE (scores beyond binary32, outputs beyond out's dtype) and
         ///  AKV_E_INTERNAL: they are undefined.
@@ -509,7 +540,8 @@ namespace AlignedKV
         /// <summary>
         ///  Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
         ///  their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-        ///  but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+        ///  but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. On
+        ///  the CPU what is NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -760,7 +792,7 @@ namespace AlignedKV
     {
         /// <summary>
         ///  Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
-        ///  up to 64.
+        ///  up to 64 (128 where v_is_prefix_of_k).
         /// </summary>
         public int n_q_heads;
         /// <summary>
@@ -768,11 +800,11 @@ namespace AlignedKV
         /// </summary>
         public int n_kv_heads;
         /// <summary>
-        ///  Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
+        ///  Channels of q and K (head_dim): a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k).
         /// </summary>
         public int dim_k;
         /// <summary>
-        ///  Channels of V and of the output: a multiple of 8 from 16 to 256; 0 = dim_k.
+        ///  Channels of V and of the output: a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k); 0 = dim_k.
         /// </summary>
         public int dim_v;
         /// <summary>
@@ -794,7 +826,8 @@ namespace AlignedKV
         public int planes_v;
         /// <summary>
         ///  Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
-        ///  whose masks say it.
+        ///  whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
+        ///  their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
         /// </summary>
         public int window;
         /// <summary>
@@ -806,7 +839,10 @@ namespace AlignedKV
         /// </summary>
         public int share_with;
         /// <summary>
-        ///  Non-zero: V is the first dim_v channels of K (MLA). Not built yet.
+        ///  1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
+        ///  query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the
+        ///  dense path, which reads all stored planes of K. AKV_APPEND on the CPU only, not AKV_FORMAT_PUBLISHED. 0: V has
+        ///  rows of its own.
         /// </summary>
         public int v_is_prefix_of_k;
     }
@@ -976,6 +1012,48 @@ namespace AlignedKV
         ///  `[n_dims / 2]` radians per position, any scaling folded in.
         /// </summary>
         public float* inv_freq;
+    }
+
+    /// <summary>
+    ///  What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+    /// </summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal unsafe partial struct akv_export_desc
+    {
+        /// <summary>
+        ///  sizeof(akv_export_desc).
+        /// </summary>
+        public uint struct_size;
+        /// <summary>
+        ///  0.
+        /// </summary>
+        public uint flags;
+        /// <summary>
+        ///  First layer.
+        /// </summary>
+        public int first_layer;
+        /// <summary>
+        ///  Layers; 0 = all from first_layer on.
+        /// </summary>
+        public int n_layers;
+        /// <summary>
+        ///  Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+        ///  are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+        /// </summary>
+        public int planes_k;
+        /// <summary>
+        ///  The same of V.
+        /// </summary>
+        public int planes_v;
+        /// <summary>
+        ///  Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+        ///  and then known_v is 0, too.
+        /// </summary>
+        public int known_k;
+        /// <summary>
+        ///  The same of V.
+        /// </summary>
+        public int known_v;
     }
 
     /// <summary>
@@ -1189,8 +1267,8 @@ namespace AlignedKV
         /// </summary>
         public int window;
         /// <summary>
-        ///  First tokens of a sequence that its rows see in spite of a window (attention sinks); 0 = none. Not for
-        ///  AKV_FORMAT_PUBLISHED.
+        ///  First tokens of a sequence that its rows see in spite of a window (attention sinks), on the CPU; 0 = none. Not
+        ///  for AKV_FORMAT_PUBLISHED.
         /// </summary>
         public int sink_tokens;
         /// <summary>
@@ -1198,9 +1276,9 @@ namespace AlignedKV
         /// </summary>
         public int reserved;
         /// <summary>
-        ///  `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences): head h adds alibi_slopes[h]
-        ///  * (position of the token - position of the query row) to a score, after the cap; NULL = nothing. Not for
-        ///  AKV_FORMAT_PUBLISHED.
+        ///  `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences, on the CPU): to a score of
+        ///  head h, after the cap, is added alibi_slopes[h] times the distance, the token's position less the query row's;
+        ///  NULL = nothing. Not for AKV_FORMAT_PUBLISHED.
         /// </summary>
         public float* alibi_slopes;
         /// <summary>
@@ -1222,12 +1300,12 @@ namespace AlignedKV
         /// </summary>
         public long* kv_to;
         /// <summary>
-        ///  `[sum of n_q]`, for speculative trees: of the last 64 tokens of its sequence, the step's new ones included, row r sees
-        ///  only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last token, bit 63 - i the
-        ///  token i before it; the row's own token has a bit like any other, bits of tokens that are not there do not count, and
-        ///  tokens before the last 64 are seen as ever. With a tree of n tokens whose node j is the step's new token j, a row sees
-        ///  what came before and the nodes in the bits `path` if tree[r] is path &lt;&lt; (64 - n) | UINT64_MAX &gt;&gt; n. NULL = none. Not
-        ///  for AKV_FORMAT_PUBLISHED.
+        ///  `[sum of n_q]`, for speculative trees (on the CPU): of the last 64 tokens of its sequence, the step's new ones
+        ///  included, row r sees only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last
+        ///  token, bit 63 - i the token i before it; the row's own token has a bit like any other, bits of tokens that are not
+        ///  there do not count, and tokens before the last 64 are seen as ever. If the step's n new tokens (below 64) are a
+        ///  tree, each after its parent, then the row of node r sees what came before and the nodes j with bit j set in `path`
+        ///  by tree[r] = path &lt;&lt; (64 - n) | UINT64_MAX &gt;&gt; n. NULL = none. Not for AKV_FORMAT_PUBLISHED.
         /// </summary>
         public ulong* tree;
         /// <summary>

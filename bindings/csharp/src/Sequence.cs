@@ -26,6 +26,23 @@ namespace AlignedKV
         public float[] InvFreq;
     }
 
+    /// <summary>What of a sequence is exported. The default: everything.</summary>
+    public struct Part
+    {
+        /// <summary>First layer.</summary>
+        public int FirstLayer;
+        /// <summary>Layers; 0 = all from FirstLayer on.</summary>
+        public int Layers;
+        /// <summary>Digit planes of K, from the first, that the importing side will have; 0 = all that are stored.</summary>
+        public int PlanesK;
+        /// <summary>The same of V.</summary>
+        public int PlanesV;
+        /// <summary>Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported.</summary>
+        public int KnownK;
+        /// <summary>The same of V.</summary>
+        public int KnownV;
+    }
+
     /// <summary>One row of tokens of a cache.</summary>
     public sealed class Sequence : IDisposable
     {
@@ -145,8 +162,14 @@ namespace AlignedKV
             }
         }
 
-        /// <summary>Writes the sequence as a versioned, checksummed byte stream.</summary>
-        public unsafe void Export(Stream stream)
+        /// <summary>Adds layers that the sequence lacks, since it was made from a part of them.</summary>
+        public void Import(Stream stream)
+        {
+            using (var use = Handle.Hold()) Cache.Import(stream, (ulong)(long)use.Value);
+        }
+
+        /// <summary>Writes the sequence, or a part of it, as a byte stream with version and checksums.</summary>
+        public unsafe void Export(Stream stream, Part part = default(Part))
         {
             Exception failure = null;
             Native.akv_sequence_export_write_delegate write = delegate(void* user, void* bytes, UIntPtr n)
@@ -164,9 +187,14 @@ namespace AlignedKV
                     return 1;
                 }
             };
+            var d = new akv_export_desc
+            {
+                struct_size = (uint)sizeof(akv_export_desc), first_layer = part.FirstLayer, n_layers = part.Layers,
+                planes_k = part.PlanesK, planes_v = part.PlanesV, known_k = part.KnownK, known_v = part.KnownV,
+            };
             using (var use = Handle.Hold())
             {
-                int status = Native.akv_sequence_export((akv_cache*)Handle.Cache, (ulong)(long)use.Value, 0, write, null);
+                int status = Native.akv_sequence_export((akv_cache*)Handle.Cache, (ulong)(long)use.Value, &d, write, null);
                 GC.KeepAlive(write);
                 if (failure != null) throw new IOException("the stream could not be written", failure);
                 Library.Check(status);

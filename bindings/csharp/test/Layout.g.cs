@@ -18,6 +18,8 @@ namespace AlignedKV
                 "pages_used 32", "pages_free 40", "pages_shared 48", "tokens 56");
             Lies<akv_rows>(32, "data 0", "stride_row 8", "stride_head 16", "dtype 24", "reserved 28");
             Lies<akv_rope>(24, "pairing 0", "n_dims 4", "first_dim 8", "reserved 12", "inv_freq 16");
+            Lies<akv_export_desc>(32, "struct_size 0", "flags 4", "first_layer 8", "n_layers 12", "planes_k 16", "planes_v 20",
+                "known_k 24", "known_v 28");
             Lies<akv_batch_desc>(64, "struct_size 0", "n_sequences 4", "sequences 8", "n_new 16", "n_q 24", "positions 32",
                 "max_sequences 40", "max_q 44", "max_kv 48", "max_threads 56", "reserved 60");
             Lies<akv_threads>(24, "ith 0", "nth 4", "barrier 8", "user 16");

@@ -211,18 +211,22 @@ namespace AlignedKV
                 float[] before = new float[k.Length], after = new float[k.Length];
                 sequence.Read(0, 0, n, before, default(Rows));
                 var stream = new MemoryStream();
-                if (Built(delegate { sequence.Export(stream); }))
-                {
-                    stream.Position = 0;
-                    using (var copied = cache.Import(stream)) copied.Read(0, 0, n, after, default(Rows));
-                    for (int i = 0; i < before.Length; i++)
-                        if (before[i] != after[i]) { Check(false, "imported rows differ"); break; }
-                    var damaged = stream.ToArray();
-                    damaged[damaged.Length / 2] ^= 1;
-                    Fails(Status.Corrupt, "", delegate { cache.Import(new MemoryStream(damaged)); });
-                    Fails<IOException>("read", delegate { cache.Import(new MemoryStream(damaged, 0, damaged.Length / 2)); });
-                    Fails<IOException>("written", delegate { sequence.Export(new MemoryStream(new byte[10])); });
-                }
+                sequence.Export(stream);
+                stream.Position = 0;
+                using (var copied = cache.Import(stream)) copied.Read(0, 0, n, after, default(Rows));
+                bool same = stream.Position == stream.Length;
+                for (int i = 0; i < before.Length; i++) same &= before[i] == after[i];
+                Check(same, "imported rows");
+                var damaged = stream.ToArray();
+                damaged[damaged.Length / 2] ^= 1;
+                Fails(Status.Corrupt, "", delegate { cache.Import(new MemoryStream(damaged)); });
+                Fails<IOException>("read", delegate { cache.Import(new MemoryStream(damaged, 0, 100)); });
+                Fails<IOException>("written", delegate { sequence.Export(new MemoryStream(new byte[10])); });
+                var some = new MemoryStream();
+                Built(delegate { sequence.Export(some, new Part { PlanesK = 1, PlanesV = 1 }); });
+                Check(some.Length < stream.Length, "one plane takes less than all");
+                Fails(Status.Argument, "first_layer", delegate { sequence.Export(some, new Part { FirstLayer = 7 }); });
+                Fails(Status.Argument, "", delegate { sequence.Import(new MemoryStream(stream.ToArray())); }); // it lacks no layer
                 var still = new Rope { Dims = Dim, InvFreq = new float[Dim / 2] };
                 if (Built(delegate { sequence.Shift(0, n, 10, still); })) Check(sequence.Length == n, "shifted");
                 Fails<ArgumentException>("perLayer", delegate { sequence.Shift(0, n, 10); });

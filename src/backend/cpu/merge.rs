@@ -11,7 +11,7 @@
 //!
 //! A part whose normaliser is NaN makes the whole NaN.
 
-use crate::format::MAX_DIM;
+use crate::format::MAX_LATENT;
 
 /// Inputs of [`merge`]: `[rows * heads]` each (`out` times dim).
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +60,7 @@ pub fn merge(states: &[State], index: usize, dim: usize, out: &mut [f32]) -> Mer
     }
     let sum: f64 = states.iter().map(|s| (lse(s) - max).exp()).sum();
     let seen = || states.iter().filter(|s| lse(s) > f64::NEG_INFINITY).map(|s| (s, (lse(s) - max).exp() / sum));
-    let mut total = [0.0f64; MAX_DIM];
+    let mut total = [0.0f64; MAX_LATENT];
     for (s, w) in seen() {
         for (total, x) in total.iter_mut().zip(s.row(index, dim)) {
             *total += w * x;

@@ -24,7 +24,7 @@ pub use merge::{Merged, State, merge};
 use super::{Attention, Stats, Threads};
 use crate::alignment::Sums;
 use crate::error::caught;
-use crate::format::{Dtype, Layout, MAX_DIM};
+use crate::format::{Dtype, Layout, MAX_LATENT};
 use crate::{Error, Result};
 use parking_lot::{Mutex, MutexGuard};
 use pool::{Pool, SpinBarrier};
@@ -140,7 +140,7 @@ fn finish(w: &mut Worker, unit: &Unit) {
     for at in 0..n {
         let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
         let sums = &w.scratch.total[at];
-        let mut out = [0.0f32; MAX_DIM];
+        let mut out = [0.0f32; MAX_LATENT];
         let out = &mut out[..dv];
         let mut peak = 0.0f32;
         if sums.sum > 0.0 {

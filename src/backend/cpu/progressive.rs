@@ -368,7 +368,7 @@ fn align<S: Simd>(w: &mut Worker, unit: &Unit, view: &SequenceView, t: &Tile, ti
         return Reads::SCANNED;
     }
     let (most_k, most_v) = match view.attached {
-        None => (w.call.shape.planes_k, w.call.shape.planes_v),
+        None => (t.known_k(), t.known_v()),
         Some(_) => (PLANES, PLANES),
     };
     let whole = view.attached.is_some();

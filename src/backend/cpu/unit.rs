@@ -47,7 +47,7 @@ impl Unit {
             let first = call.rows[row];
             let format = call.sequences[first.sequence].layout.format;
             let path = match format {
-                _ if first.dense || call.mode == Mode::Exact => Path::Dense,
+                _ if first.dense || call.mode == Mode::Exact || shape.v_is_prefix => Path::Dense,
                 Format::Aligned => Path::Progressive,
                 Format::Published => Path::Published,
                 Format::Raw => Path::Dense,
@@ -336,7 +336,7 @@ impl Stats {
     pub fn count_dense(&mut self, view: &SequenceView, exact: bool, n: usize) {
         let (s, n64) = (&view.layout.shape, n as u64);
         self.tokens += n64;
-        let (dk, dv) = (s.dim_k as u64, s.dim_v as u64);
+        let (dk, dv) = (s.dim_k as u64, s.stored_v() as u64);
         if exact || view.layout.format != Format::Aligned || view.attached.is_some() {
             let (k, v) = (n64 * dk * s.dtype_k.size() as u64, n64 * dv * s.dtype_v.size() as u64);
             self.bytes_k += k;
@@ -356,7 +356,8 @@ impl Stats {
     /// Scale bytes of a tile of which `n` tokens are seen.
     pub fn count_scales(&mut self, view: &SequenceView, n: usize) {
         // The tile's meta data go with K's scales.
-        let (k, v) = ((view.layout.shape.dim_k + Meta::BYTES) as u64, n as u64);
+        let shape = &view.layout.shape;
+        let (k, v) = ((shape.dim_k + Meta::BYTES) as u64, if shape.v_is_prefix { 0 } else { n as u64 });
         self.bytes_k += k;
         self.bytes_v += v;
         self.bytes_scales += k + v;

@@ -5,7 +5,10 @@ use super::device::{Device, Stream};
 use super::params::{
     AttendParams, MAX_SPANS, Partial, QueryRow, Report, ReportParams, Scanned, Span, SpansParams, Stats, Sums, View,
 };
-use super::{ATTEND_THREADS, CELLS_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, units};
+use super::{
+    ATTEND_THREADS, CELLS_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, scan_shared_bytes,
+    units,
+};
 use crate::Result;
 use crate::format::{Shape, TILE};
 
@@ -181,7 +184,7 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
                 cells.launch(device, &mut params, workspace, start, (first, n), stream)?;
             }
             if call.scans && splits > 1 {
-                device.launch(scan, grid, attend_shared_bytes(shape), &params, stream)?;
+                device.launch(scan, grid, scan_shared_bytes(shape), &params, stream)?;
             }
             if call.scans {
                 device.launch(attend, grid, attend_shared_bytes(shape), &params, stream)?;

@@ -9,6 +9,7 @@
 //! | `report` | what these found, for benches/results |
 
 pub mod api;
+pub mod barrier;
 pub mod counts;
 pub mod dice;
 pub mod fuzz;

@@ -1,9 +1,9 @@
 //! Heaps that count, and run dry when they are told to.
 
-use std::alloc::{GlobalAlloc, Layout, System, alloc, dealloc};
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU64, Ordering::Relaxed};
 
 /// The process's heap: counts blocks, and fails one allocation of a thread that asked for it.
 pub struct Heap;
@@ -13,9 +13,10 @@ static BLOCKS: AtomicI64 = AtomicI64::new(0);
 thread_local! {
     /// Allocations of this thread until one fails; below 0: none does.
     static UNTIL_FAILURE: Cell<i64> = const { Cell::new(-1) };
-    /// Bytes of the one that failed.
-    static FAILED: Cell<usize> = const { Cell::new(0) };
 }
+
+/// Where the size of the allocation that failed is written: memory that outlives the process, if it comes to that.
+static FAILED: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
 
 // SAFETY: the system's allocator, but for a NULL now and then.
 unsafe impl GlobalAlloc for Heap {
@@ -55,7 +56,10 @@ unsafe impl GlobalAlloc for Heap {
 fn fails(bytes: usize) -> bool {
     let left = UNTIL_FAILURE.try_with(|left| left.replace(left.get().max(0) - 1)).unwrap_or(-1);
     if left == 0 {
-        FAILED.set(bytes);
+        // SAFETY: NULL, or a word that lives for ever.
+        if let Some(failed) = unsafe { FAILED.load(Relaxed).as_ref() } {
+            failed.store(bytes as u64, Relaxed);
+        }
     }
     left == 0
 }
@@ -66,18 +70,16 @@ impl Heap {
         BLOCKS.load(Relaxed)
     }
 
-    /// Runs `f`, in which this thread's `n`th allocation from now (0: the next) fails. True if there was one; and its size.
-    pub fn failing<T>(n: i64, f: impl FnOnce() -> T) -> (T, Option<usize>) {
-        FAILED.set(0);
+    /// Runs `f`, in which this thread's `n`th allocation from now (0: the next) fails. True if it came to that.
+    pub fn failing<T>(n: i64, f: impl FnOnce() -> T) -> (T, bool) {
         UNTIL_FAILURE.set(n);
         let result = f();
-        let reached = UNTIL_FAILURE.replace(-1) < 0;
-        (result, reached.then(|| FAILED.get()))
+        (result, UNTIL_FAILURE.replace(-1) < 0)
     }
 
-    /// Size of the allocation that failed last, for whoever comes after an abort.
-    pub fn failed_bytes() -> usize {
-        FAILED.get()
+    /// Has the size of failed allocations written there.
+    pub fn tell_failures(to: &'static AtomicU64) {
+        FAILED.store((&raw const *to).cast_mut(), Relaxed);
     }
 }
 
@@ -127,7 +129,7 @@ pub unsafe extern "C" fn hook_alloc(
     hooks.bytes.fetch_add(bytes as i64, Relaxed);
     // SAFETY: the size is not 0, and the block is as long as it says.
     unsafe {
-        let p = alloc(Layout::from_size_align_unchecked(bytes, align));
+        let p = System.alloc(Layout::from_size_align_unchecked(bytes, align));
         p.write_bytes(0xa5, bytes);
         p.cast()
     }
@@ -144,7 +146,7 @@ pub unsafe extern "C" fn hook_dealloc(user: *mut c_void, p: *mut c_void, bytes: 
         let hooks = &*user.cast::<Hooks>();
         hooks.blocks.fetch_sub(1, Relaxed);
         hooks.bytes.fetch_sub(bytes as i64, Relaxed);
-        dealloc(p.cast(), Layout::from_size_align_unchecked(bytes, 64));
+        System.dealloc(p.cast(), Layout::from_size_align_unchecked(bytes, 64));
     }
 }
 

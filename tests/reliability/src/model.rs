@@ -225,6 +225,7 @@ const PRECISION: [f32; 5] = [3e-5, 9e-2, 6e-3, 4e-4, 3e-5];
 
 /// New tokens after `last`, most often at consecutive positions. True if they are.
 pub fn new_tokens(dice: &mut Dice, n: usize, last: Option<i64>) -> (Vec<Token>, bool) {
+    let dice = &mut Dice::Seeded(dice.bits());
     let gaps = dice.one_in(4);
     let mut position = last.map_or(0, |p| p + 1);
     let mut tokens = Vec::with_capacity(n);

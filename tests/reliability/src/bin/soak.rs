@@ -3,12 +3,12 @@
 //!
 //!     soak [--seconds N] [--threads N] [--sequences N] [--seed N] [--plant FAULT] [--json PATH]
 
+use alignedkv_reliability::barrier::{Barrier, together};
 use alignedkv_reliability::counts::{Counts, add, found};
 use alignedkv_reliability::dice::Dice;
 use alignedkv_reliability::memory::{Heap, Hooks, resident_mib};
 use alignedkv_reliability::model::Setup;
 use alignedkv_reliability::traffic::{Plan, Plant, run, within};
-use parking_lot::{Condvar, Mutex};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -62,21 +62,6 @@ fn options(arguments: &[String]) -> Result<Options, String> {
 /// One kind of cache by one thread, then by many; then the next kind.
 const CYCLE: usize = 12;
 
-/// Lets so many threads wait at once: the tables of waiting threads grow now, not in the middle.
-fn wait_together(n: usize) {
-    let (waiting, all) = (Mutex::new(0), Condvar::new());
-    std::thread::scope(|scope| {
-        for _ in 0..n {
-            scope.spawn(|| {
-                let mut waiting = waiting.lock();
-                *waiting += 1;
-                all.notify_all();
-                all.wait_while(&mut waiting, |waiting| *waiting < n);
-            });
-        }
-    });
-}
-
 fn worker(o: &Options) -> ExitCode {
     let hooks: &'static Hooks = Box::leak(Box::default());
     let counts = Counts::default();
@@ -93,7 +78,8 @@ fn worker(o: &Options) -> ExitCode {
         plant: o.plant,
     };
     // What is allocated once and stays, in the library and here, is there after a first round.
-    wait_together(16 * o.threads);
+    let all = Barrier::new(16 * o.threads);
+    together(16 * o.threads, |_| all.wait()); // tables of waiting threads, above all
     let warm = Counts::default();
     for i in 0..2 {
         let setup = Setup::kind(0, 50, 300);

@@ -2,12 +2,12 @@
 
 use super::{Plant, TEAM, Worker};
 use crate::api::*;
+use crate::barrier::{Barrier, together};
 use crate::counts::{Counts, add, found};
 use crate::dice::Dice;
 use crate::model::*;
 use crate::truth::{Ask, Truth, sight};
 use std::ptr::{null, null_mut};
-use std::sync::Barrier;
 use std::sync::atomic::AtomicU64;
 
 /// What an attention call writes.
@@ -162,7 +162,7 @@ impl Worker<'_, '_> {
             Plant::Race => {
                 static WORD: AtomicU64 = AtomicU64::new(0);
                 // SAFETY: none, which is the point: threads write it at once.
-                unsafe { *WORD.as_ptr() += 1 };
+                unsafe { *std::hint::black_box(WORD.as_ptr()) += 1 };
             }
             _ => {}
         }
@@ -211,21 +211,14 @@ impl Worker<'_, '_> {
             unsafe { &*user.cast::<Barrier>() }.wait();
         }
         let (call, address, batch) = (&raw const desc as usize, &raw const barrier as usize, batch.0 as usize);
-        let statuses: Vec<akv_status> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..nth)
-                .map(|ith| {
-                    scope.spawn(move || {
-                        let (ith, nth, user) = (ith as i32, nth as i32, address as *mut std::ffi::c_void);
-                        let threads = akv_threads { ith, nth, barrier: Some(wait), user };
-                        // SAFETY: the descriptor and what it points to outlive the scope.
-                        unsafe {
-                            let desc = akv_attention_desc { threads: &threads, ..*(call as *const akv_attention_desc) };
-                            akv_aligned_attention(batch as *mut akv_batch, layer as i32, &desc)
-                        }
-                    })
-                })
-                .collect();
-            threads.into_iter().map(|t| t.join().unwrap_or(AKV_E_INTERNAL)).collect()
+        let statuses = together(nth, |ith| {
+            let (ith, nth, user) = (ith as i32, nth as i32, address as *mut std::ffi::c_void);
+            let threads = akv_threads { ith, nth, barrier: Some(wait), user };
+            // SAFETY: the descriptor and what it points to outlive the threads.
+            unsafe {
+                let desc = akv_attention_desc { threads: &threads, ..*(call as *const akv_attention_desc) };
+                akv_aligned_attention(batch as *mut akv_batch, layer as i32, &desc)
+            }
         });
         let all_ok = statuses.iter().all(|&s| s == AKV_OK);
         for status in statuses {

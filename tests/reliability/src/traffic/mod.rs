@@ -5,6 +5,7 @@ mod attention;
 mod crowd;
 
 use crate::api::*;
+use crate::barrier::together;
 use crate::counts::{Counts, add, found};
 use crate::dice::Dice;
 use crate::memory::Hooks;
@@ -113,15 +114,9 @@ pub fn run(setup: &Setup, plan: &Plan, dice: Dice, hooks: &'static Hooks, counts
     if plan.threads == 1 {
         Worker::new(&world, dice).work();
     } else {
-        std::thread::scope(|scope| {
-            let thread = |i| {
-                let world = &world;
-                let seed = plan.seed.wrapping_mul(1000).wrapping_add(i as u64);
-                scope.spawn(move || Worker::new(world, Dice::Seeded(seed)).work())
-            };
-            let threads: Vec<_> = (0..plan.threads).map(thread).collect();
-            // A scope does not wait until a thread has given back all it had; joining does.
-            threads.into_iter().for_each(|t| drop(t.join()));
+        together(plan.threads, |i| {
+            let seed = plan.seed.wrapping_mul(1000).wrapping_add(i as u64);
+            Worker::new(&world, Dice::Seeded(seed)).work();
         });
     }
     hooks.fail_one_in.store(0, Relaxed);
