@@ -73,6 +73,7 @@ test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a st
 	AKV_STANDIN_INIT=4242 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/no_cuda 'error 4242 (unknown to the driver)'
 	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention_managed
+	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/slots_managed
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/snapshot_managed
 	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
@@ -87,7 +88,7 @@ gpu-bundle: | setup-test ## a folder for a machine with a GPU and a driver: run-
 	rm -rf $(BUNDLE)
 	mkdir -p $(BUNDLE)/benches/gpu $(BUNDLE)/benches/peers $(BUNDLE)/tests/oracle $(BUNDLE)/examples/data
 	cp $(RELEASE)/libalignedkv.so $(BUNDLE)/libalignedkv.so.0
-	cp $(BUILD)/ctests/cuda $(BUILD)/ctests/attention_managed benches/gpu/run-tests benches/gpu/run-bench $(BUNDLE)
+	cp $(BUILD)/ctests/cuda $(BUILD)/ctests/attention_managed $(BUILD)/ctests/slots_managed benches/gpu/run-tests benches/gpu/run-bench $(BUNDLE)
 	cp benches/gpu/decode.py $(BUNDLE)/benches/gpu
 	cp benches/peers/inputs.py $(BUNDLE)/benches/peers
 	cp tests/oracle/abi.py $(BUNDLE)/tests/oracle

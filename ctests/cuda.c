@@ -360,6 +360,216 @@ static void errors(void) {
     engine_free(&e), engine_free(&unbounded);
 }
 
+/* ---- cells: written, overwritten, forgotten and copied; masks with ALiBi; the engine's own rows */
+
+enum { STREAMS = 2, SLOTS = 400, ALL = STREAMS * SLOTS, MAX_ROWS = 10, MAX_WRITTEN = 300 };
+
+typedef struct {
+    akv_context *context;
+    akv_cache *cache;
+    akv_mask *mask;
+    int on_device;
+    address k, v, q, out, lse, bound, stats, f16, slopes, sinks, read, workspace; /* on the device */
+    size_t workspace_bytes;
+    void *exec;
+} cells;
+
+static uint16_t own_k[ALL * KV], own_v[ALL * KV], mask_of[MAX_ROWS * SLOTS];
+static float slopes[QH], sinks[QH], lse_of[3][2 * MAX_ROWS * QH], read_of[2][ALL * KV];
+
+static void cells_new(cells *c, int placement, int on_device) {
+    akv_context_desc context = {.struct_size = sizeof context, .abi_version = AKV_ABI_VERSION, .backend = on_device ? AKV_CUDA : AKV_CPU};
+    akv_layer_desc layer = {.n_q_heads = QH, .n_kv_heads = HEADS, .dim_k = DIM, .dtype_k = AKV_F16, .dtype_v = AKV_F16};
+    akv_cache_desc desc = {.struct_size = sizeof desc, .n_layers = 1, .layers = &layer, .placement = placement, .n_streams = STREAMS, .n_slots = SLOTS};
+    memset(c, 0, sizeof *c);
+    c->on_device = on_device;
+    OK(akv_context_create(&context, &c->context));
+    OK(akv_supports(c->context, &desc, NULL, NULL));
+    OK(akv_cache_create(c->context, &desc, &c->cache));
+    OK(akv_mask_create(c->context, MAX_ROWS, SLOTS, &c->mask));
+    if (on_device) {
+        size_t align;
+        OK(akv_slots_workspace(c->cache, SLOTS, 0, &c->workspace_bytes, &align));
+        c->k = device(sizeof own_k), c->v = device(sizeof own_v), c->q = device(MAX_ROWS * Q * 4), c->out = device(MAX_ROWS * Q * 4);
+        c->lse = device(sizeof lse_of[0]), c->bound = device(MAX_ROWS * QH * 4), c->stats = device(sizeof(akv_stats)), c->f16 = device(sizeof mask_of);
+        c->slopes = device(sizeof slopes), c->sinks = device(sizeof sinks), c->read = device(sizeof read_of[0]), c->workspace = device(c->workspace_bytes);
+        upload(c->slopes, slopes, sizeof slopes), upload(c->sinks, sinks, sizeof sinks);
+    }
+    akv_rows key = {.data = on_device ? (void *)(uintptr_t)c->k : own_k, .dtype = AKV_F16}, value = {.data = on_device ? (void *)(uintptr_t)c->v : own_v, .dtype = AKV_F16};
+    if (placement == AKV_ATTACHED) OK(akv_attach_rows(c->cache, 0, &key, &value));
+}
+
+static void cells_free(cells *c) {
+    if (c->exec) CU(cu.exec_destroy(c->exec));
+    OK(akv_mask_destroy(c->mask));
+    OK(akv_cache_destroy(c->cache));
+    OK(akv_context_destroy(c->context));
+    address all[] = {c->k, c->v, c->q, c->out, c->lse, c->bound, c->stats, c->f16, c->slopes, c->sinks, c->read, c->workspace};
+    for (size_t i = 0; c->on_device && i < sizeof all / sizeof *all; i++) CU(cu.release(all[i]));
+}
+
+/* Rows `k[0]`, `v[0]` to `n` slots, K, V or both; rows of the engine's own are there already. */
+static void cells_write(cells *c, int placement, const int64_t *slots, int n, int which) {
+    akv_rows key = {.data = k[0], .dtype = AKV_F16}, value = {.data = v[0], .dtype = AKV_F16};
+    if (placement == AKV_ATTACHED) {
+        for (int i = 0; c->on_device && i < n; i++) {
+            size_t at = (size_t)slots[i] * KV;
+            upload(c->k + at * 2, own_k + at, KV * 2), upload(c->v + at * 2, own_v + at, KV * 2);
+        }
+    } else if (c->on_device) {
+        upload(c->k, k[0], (size_t)n * KV * 2), upload(c->v, v[0], (size_t)n * KV * 2);
+        key.data = (void *)(uintptr_t)c->k, value.data = (void *)(uintptr_t)c->v;
+    }
+    int own = placement == AKV_ATTACHED;
+    long allocations = cu.allocations ? cu.allocations() : 0, waits = cu.waits ? cu.waits() : 0;
+    OK(akv_slots_write(c->cache, 0, slots, n, own || which == 2 ? NULL : &key, own || which == 1 ? NULL : &value, c->on_device ? stream : NULL));
+    if (cu.waits) CHECK(cu.allocations() == allocations && cu.waits() == waits, "writing allocates or waits");
+}
+
+static void cells_mask(cells *c, int rows, int n_kv) {
+    if (c->on_device) upload(c->f16, mask_of, (size_t)rows * (size_t)n_kv * 2);
+    OK(akv_mask_set(c->mask, 0, rows, n_kv, c->on_device ? (void *)(uintptr_t)c->f16 : mask_of, 0, c->on_device ? stream : NULL));
+}
+
+static void cells_attend(cells *c, int which, akv_attention_desc a, const akv_span *spans, int with_workspace) {
+    a.struct_size = sizeof a;
+    if (a.mask) a.mask = c->mask;
+    if (c->on_device) {
+        a.stream = stream;
+        a.q.data = (void *)(uintptr_t)c->q, a.out.data = (void *)(uintptr_t)c->out, a.lse = (float *)(uintptr_t)c->lse, a.lse_bound = a.lse + MAX_ROWS * QH, a.bound = (float *)(uintptr_t)c->bound;
+        a.stats = (akv_stats *)(uintptr_t)c->stats;
+        if (a.alibi_slopes) a.alibi_slopes = (float *)(uintptr_t)c->slopes;
+        if (a.sink_logits) a.sink_logits = (float *)(uintptr_t)c->sinks;
+        if (with_workspace) a.workspace = (void *)(uintptr_t)c->workspace, a.workspace_bytes = c->workspace_bytes;
+    } else {
+        a.q.data = q[0], a.out.data = out_of[which][0], a.lse = lse_of[which], a.lse_bound = a.lse + MAX_ROWS * QH, a.bound = bound_of[which][0], a.stats = &stats_of[which][0];
+    }
+    OK(akv_slots_attention(c->cache, 0, spans, STREAMS, &a));
+}
+
+static void cells_results(cells *c, int which, int rows) {
+    size_t n = (size_t)rows;
+    download(out_of[which][0], c->out, n * Q * 4), download(lse_of[which], c->lse, sizeof lse_of[which]), download(bound_of[which][0], c->bound, n * QH * 4);
+    download(&stats_of[which][0], c->stats, sizeof(akv_stats));
+}
+
+static void cells_compare(int placement, int t, int rows, int dense) {
+    akv_stats *a = &stats_of[0][0], *b = &stats_of[2][0];
+    double read = (double)b->bytes_k + (double)b->bytes_v, other = (double)a->bytes_k + (double)a->bytes_v;
+    if (!dense) CHECK(fabs(other - read) <= 0.02 * read, "cells %d, step %d: reads %g bytes, the CPU %g", placement, t, other, read);
+    CHECK(a->tokens == b->tokens && a->path == b->path && a->dense_rows == b->dense_rows, "cells %d, step %d: %d tokens, the CPU %d", placement, t, (int)a->tokens, (int)b->tokens);
+    for (int i = 0; i < rows * QH; i++) {
+        double allowed = (double)bound_of[0][0][i] + (double)bound_of[2][0][i], x = lse_of[0][i], y = lse_of[2][i], apart_by = (double)lse_of[0][MAX_ROWS * QH + i] + (double)lse_of[2][MAX_ROWS * QH + i];
+        CHECK(isfinite(allowed), "cells %d, step %d: bound %g", placement, t, allowed);
+        CHECK(x == y || fabs(x - y) <= apart_by, "cells %d, step %d: lse %g, the CPU's %g", placement, t, x, y);
+        for (int ch = 0; ch < DIM; ch++) {
+            double apart = fabs((double)out_of[0][0][i * DIM + ch] - (double)out_of[2][0][i * DIM + ch]);
+            CHECK(apart <= allowed, "cells %d, step %d, row %d: apart by %g, bounds add up to %g", placement, t, i / QH, apart, allowed);
+        }
+    }
+}
+
+static void cells_read(cells *c, int which, int first, int n) {
+    akv_rows rows = {.data = c->on_device ? (void *)(uintptr_t)c->read : read_of[0], .dtype = AKV_F32};
+    OK(akv_slots_read(c->cache, 0, first, n, which ? NULL : &rows, which ? &rows : NULL, c->on_device ? stream : NULL));
+    if (c->on_device) download(read_of[1], c->read, (size_t)n * KV * 4);
+}
+
+static void use_cells(int placement) {
+    cells c[2];
+    for (int h = 0; h < QH; h++) slopes[h] = ldexpf(1, -h), sinks[h] = (float)normal();
+    cells_new(&c[0], placement, 1), cells_new(&c[1], placement, 0);
+    for (int t = 0; t < 24; t++) {
+        int64_t slots[MAX_WRITTEN];
+        int n = t == 0 ? MAX_WRITTEN : between(1, t % 5 ? 4 : 150), first = between(0, ALL - n), what = t < 4 ? 9 : between(0, 9);
+        for (int i = 0; i < n; i++) slots[i] = t % 3 ? between(0, ALL - 1) : first + i;
+        rows_of_step(n);
+        for (int i = 0; placement == AKV_ATTACHED && i < n; i++)
+            memcpy(own_k + slots[i] * KV, k[0] + i * KV, KV * 2), memcpy(own_v + slots[i] * KV, v[0] + i * KV, KV * 2);
+        int part = t < 4 ? 0 : between(0, 2);
+        for (int i = 0; i < 2; i++) {
+            cells_write(&c[i], placement, slots, n, part);
+            if (what == 0) OK(akv_slots_invalidate(c[i].cache, -1, first, n));
+            if (what == 1 && placement == AKV_SLOTS) OK(akv_slots_copy(c[i].cache, 0, first % 200, 400 + first % 150, 130));
+            if (what == 2 && placement == AKV_SLOTS) OK(akv_slots_copy(c[i].cache, -1, SLOTS, 0, SLOTS));
+        }
+        /* What the rows see: nothing of some stretches, with something added or not. */
+        akv_span spans[STREAMS] = {{.stream = 1, .n_q = between(0, 2), .n_kv = between(0, SLOTS)}, {.stream = 0, .n_q = t % 8 == 7 ? 9 : 1, .n_kv = SLOTS - t}};
+        int rows = spans[0].n_q + spans[1].n_q, n_kv = SLOTS - t % 2;
+        if (rows > MAX_ROWS) spans[0].n_q = 0, rows = spans[1].n_q;
+        for (int r = 0; r < rows; r++)
+            for (int i = 0, hidden = between(0, 5); i < n_kv; i++)
+                mask_of[r * n_kv + i] = i / 70 == hidden || between(0, 9) == 0 ? 0xfc00 : t % 4 < 2 ? 0 : f16_of((float)-(i % 97) / 16);
+        akv_attention_desc a = {.mode = t % 2, .mask = t % 6 == 5 ? NULL : c->mask, .logit_softcap = t % 7 == 3 ? 8.0f : 0};
+        if (a.mask && t % 3 == 0) a.alibi_slopes = slopes;
+        if (t % 5 == 2) a.sink_logits = sinks;
+        upload(c->q, q[0], (size_t)rows * Q * 4);
+        for (int i = 0; i < 2; i++) cells_mask(&c[i], rows, n_kv);
+        cells_attend(&c[0], 0, a, spans, t % 2), cells_attend(&c[1], 2, a, spans, 0);
+        cells_results(&c[0], 0, rows);
+        cells_compare(placement, t, rows, spans[1].n_q > 8);
+        for (int which = 0; placement == AKV_SLOTS && t % 4 == 3 && which < 2; which++) {
+            cells_read(&c[0], which, 0, ALL), cells_read(&c[1], which, 0, ALL);
+            CHECK(!differ(read_of[0], read_of[1], sizeof read_of[0]), "step %d: cells read back differ", t);
+        }
+    }
+    OK(akv_poll(c->context, NULL, NULL, NULL));
+
+    /* A captured call sees cells that were written since, and the mask that was set; not what nobody has told the device. */
+    akv_span spans[STREAMS] = {{.stream = 0, .n_q = 2, .n_kv = SLOTS}, {.stream = 1, .n_q = 1, .n_kv = SLOTS}};
+    akv_attention_desc a = {.mask = c->mask};
+    akv_rows key = {.data = (void *)(uintptr_t)c->k, .dtype = AKV_F16};
+    void *graph = NULL;
+    int64_t slot = 5;
+    cells_mask(c, 3, SLOTS);
+    cells_write(c, placement, &slot, 1, 0);
+    CU(cu.begin(stream, 0));
+    cells_attend(c, 0, a, spans, 1);
+    a.struct_size = sizeof a, a.stream = stream, a.q.data = (void *)(uintptr_t)c->q, a.out.data = (void *)(uintptr_t)c->out;
+    FAILS(akv_slots_attention(c->cache, 0, spans, STREAMS, &a), AKV_E_UNSUPPORTED, "desc->workspace");
+    FAILS(akv_slots_write(c->cache, 0, &slot, 1, placement == AKV_SLOTS ? &key : NULL, NULL, stream), AKV_E_UNSUPPORTED, "captured");
+    OK(akv_slots_invalidate(c->cache, 0, 6, 1));
+    a.workspace = (void *)(uintptr_t)c->workspace, a.workspace_bytes = c->workspace_bytes;
+    FAILS(akv_slots_attention(c->cache, 0, spans, STREAMS, &a), AKV_E_UNSUPPORTED, "akv_slots_write of no cells");
+    CU(cu.end(stream, &graph));
+    CU(cu.instantiate(&c->exec, graph, 0));
+    CU(cu.graph_destroy(graph));
+    for (int t = 0; t < 3; t++) {
+        slot = between(0, SLOTS - 1);
+        for (int i = 0; i < 3 * SLOTS; i++) mask_of[i] = between(0, 3) ? f16_of((float)(i % 3)) : 0xfc00;
+        cells_mask(c, 3, SLOTS);
+        cells_write(c, placement, &slot, 1, 0);
+        CU(cu.launch(c->exec, stream));
+        cells_results(c, 0, 3);
+        memcpy(out_of[1], out_of[0], 3 * Q * 4);
+        a.workspace = NULL, a.workspace_bytes = 0, a.stream = NULL;
+        cells_attend(c, 0, a, spans, 0);
+        cells_results(c, 0, 3);
+        CHECK(!differ(out_of[0], out_of[1], 3 * Q * 4), "replay %d: other outputs than the call's", t);
+    }
+
+    /* What only the device finds out. */
+    uint64_t row = 0;
+    OK(akv_poll(c->context, NULL, NULL, NULL));
+    slot = 277;
+    store(placement == AKV_SLOTS ? (uint8_t *)&v[0][DIM + 3] : (uint8_t *)&own_v[slot * KV + DIM + 3], AKV_F16, INFINITY);
+    cells_write(c, placement, &slot, 1, 0);
+    CU(cu.stream_synchronize(stream));
+    FAILS(akv_poll(c->context, NULL, NULL, &row), AKV_E_NONFINITE, "value: slot 277, layer 0, head 1");
+    CHECK(row == 277, "row %d", (int)row);
+    store((uint8_t *)&mask_of[SLOTS + 9], AKV_F16, NAN);
+    cells_mask(c, 3, SLOTS);
+    CU(cu.stream_synchronize(stream));
+    FAILS(akv_poll(c->context, NULL, NULL, NULL), AKV_E_ARGUMENT, "mask: row 1, cell 9");
+    OK(akv_poll(c->context, NULL, NULL, NULL));
+    if (placement == AKV_SLOTS) {
+        cells_read(c, 1, 277, 1);
+        CHECK(read_of[1][DIM + 3] == 0 && isfinite(read_of[1][DIM + 2]), "what cannot be stored is %g", (double)read_of[1][DIM + 3]);
+    }
+    CU(cu.synchronize());
+    cells_free(&c[0]), cells_free(&c[1]);
+}
+
 /* The caller's memory, of which there is none left at the nth call. */
 static long live, blocks, fails_at;
 
@@ -422,6 +632,8 @@ int main(void) {
     CU(cu.stream(&stream, 0));
     decode();
     errors();
+    use_cells(AKV_SLOTS);
+    use_cells(AKV_ATTACHED);
     allocators();
     CU(cu.stream_destroy(stream));
     CU(cu.pop(&context));

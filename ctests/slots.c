@@ -1,6 +1,7 @@
 /* An engine whose cells are the truth: tokens of two sequences go to whatever cells are free, a mask says who sees what,
  * and the same mask serves all layers. With rows in the library (AKV_SLOTS) and rows of the engine's own (AKV_ATTACHED);
- * with threads that share a call, and with threads that get in each other's way.
+ * with threads that share a call, and with threads that get in each other's way. On CUDA (AKV_BACKEND=cuda) memory is what
+ * the host and the device share (AKV_TEST_MANAGED), and no threads share a call.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -39,13 +40,20 @@ typedef struct {
     int64_t slot[MAX_Q];
 } step;
 
-static float q[MAX_Q * Q_HEADS * DIM], out[MAX_Q * Q_HEADS * DIM_V], lse[MAX_Q * Q_HEADS], bound[MAX_Q * Q_HEADS], lse_bound[MAX_Q * Q_HEADS];
+enum { OUT_BYTES = MAX_Q * Q_HEADS * DIM_V * sizeof(float) };
+static float *q, *out, *lse, *bound, *lse_bound;
+static uint16_t *new_k, *new_v; /* rows of a step */
 
 static void *count_allocation(void *user, size_t bytes, size_t align, int32_t backend, void *stream) {
     void *p = NULL;
     COUNT(((engine *)user)->allocations);
-    CHECK(backend == AKV_CPU && stream == NULL, "host memory was asked for");
+    CHECK((backend == AKV_CUDA) == on_cuda() && stream == NULL, "memory of another backend was asked for");
+#ifdef AKV_TEST_MANAGED
+    (void)align;
+    return p = malloc(bytes);
+#else
     return posix_memalign(&p, align < sizeof p ? sizeof p : align, bytes) ? NULL : p;
+#endif
 }
 
 static void free_allocation(void *user, void *p, size_t bytes, int32_t backend, void *stream) {
@@ -107,7 +115,7 @@ static step engine_begin(engine *e, int n) {
 
 /* A model's K and V of the step's tokens in a layer go to their cells. */
 static void engine_write(engine *e, int layer, const step *s) {
-    static uint16_t k[MAX_Q * HEADS * DIM], v[MAX_Q * HEADS * DIM_V];
+    uint16_t *k = new_k, *v = new_v;
     for (int r = 0; r < s->n; r++) {
         for (int i = 0; i < HEADS * DIM; i++) e->k[layer][s->slot[r] * HEADS * DIM + i] = k[r * HEADS * DIM + i] = f16_of((float)normal());
         for (int i = 0; i < HEADS * DIM_V; i++) e->v[layer][s->slot[r] * HEADS * DIM_V + i] = v[r * HEADS * DIM_V + i] = f16_of((float)normal());
@@ -206,11 +214,16 @@ static void engine_attend(engine *e, int layer, const step *s, int nth) {
     pthread_barrier_t barrier;
     member m[8];
     size_t bytes, align;
-    void *workspace = NULL;
     OK(akv_slots_workspace(e->cache, CELLS, nth, &bytes, &align));
-    REQUIRE(posix_memalign(&workspace, align, bytes) == 0, "%zu bytes", bytes);
+    char *memory = allocate(bytes + align), *workspace = memory + (align - (uintptr_t)memory % align) % align;
     long before = e->allocations;
     desc.workspace = workspace, desc.workspace_bytes = bytes;
+    if (on_cuda()) {
+        OK(akv_slots_attention(e->cache, layer, &span, 1, &desc));
+        CHECK(e->allocations == before, "attention with a workspace took memory");
+        free(memory);
+        return;
+    }
     pthread_barrier_init(&barrier, NULL, (unsigned)nth);
     for (int i = 0; i < nth; i++) {
         m[i] = (member){.e = e, .layer = layer, .s = s, .desc = desc, .threads = {.ith = i, .nth = nth, .barrier = meet, .user = &barrier}};
@@ -220,7 +233,7 @@ static void engine_attend(engine *e, int layer, const step *s, int nth) {
     for (int i = 0; i < nth; i++) CHECK(m[i].status == AKV_OK, "thread %d of %d: %s", i, nth, akv_status_string(m[i].status));
     CHECK(e->allocations == before, "attention with a workspace took memory");
     pthread_barrier_destroy(&barrier);
-    free(workspace);
+    free(memory);
 }
 
 static void generate(int placement, int n_threads) {
@@ -234,7 +247,7 @@ static void generate(int placement, int n_threads) {
             engine_write(e, layer, &s);
             engine_attend(e, layer, &s, 0);
             check_step(e, layer, &s, "alone");
-            memcpy(alone, out, sizeof alone);
+            memcpy(alone, out, OUT_BYTES);
             int nth = 1 + i % 4;
             engine_attend(e, layer, &s, nth);
             CHECK(memcmp(alone, out, (size_t)(s.n * Q_HEADS * DIM_V) * sizeof *out) == 0, "%d threads: other bits", nth);
@@ -258,7 +271,7 @@ static void under_way(int placement) {
     step s = engine_begin(e, 40);
     for (int layer = 0; layer < LAYERS; layer++) engine_write(e, layer, &s);
     engine_attend(e, 0, &s, 0);
-    memcpy(again, out, sizeof again);
+    memcpy(again, out, OUT_BYTES);
 
     pthread_t thread;
     pthread_barrier_t barrier;
@@ -279,7 +292,7 @@ static void under_way(int placement) {
 
     akv_rows key = {.data = e->k[0], .dtype = AKV_F16}, value = {.data = e->v[0], .dtype = AKV_F16};
     const akv_rows *k = placement == AKV_SLOTS ? &key : NULL, *v = placement == AKV_SLOTS ? &value : NULL;
-    float *elsewhere = allocate(sizeof out);
+    float *elsewhere = allocate(OUT_BYTES);
 #define BUSY(call, word)                                                                                        \
     do {                                                                                                        \
         akv_status status_ = (call);                                                                            \
@@ -381,12 +394,16 @@ static void in_each_others_way(int placement) {
 
 int main(void) {
     alarm(540); /* a hang is a failure */
+    q = allocate(MAX_Q * Q_HEADS * DIM * sizeof *q), out = allocate(OUT_BYTES);
+    lse = allocate(MAX_Q * Q_HEADS * sizeof *lse), bound = allocate(MAX_Q * Q_HEADS * sizeof *bound), lse_bound = allocate(MAX_Q * Q_HEADS * sizeof *lse_bound);
+    new_k = allocate(MAX_Q * HEADS * DIM * sizeof *new_k), new_v = allocate(MAX_Q * HEADS * DIM_V * sizeof *new_v);
     for (int i = 0; i < MAX_Q * Q_HEADS * DIM; i++) q[i] = (float)normal() * 2;
     for (int placement = AKV_SLOTS; placement <= AKV_ATTACHED; placement++) {
         generate(placement, 0);
-        generate(placement, 3);
-        under_way(placement);
+        if (!on_cuda()) generate(placement, 3);
+        if (!on_cuda()) under_way(placement);
         in_each_others_way(placement);
     }
+    free(q), free(out), free(lse), free(bound), free(lse_bound), free(new_k), free(new_v);
     return finish("slots");
 }

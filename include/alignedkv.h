@@ -53,14 +53,15 @@
  *   akv_sequence_export(cache, sequence, NULL, to_file, file);     then akv_sequence_destroy: its pages are free
  *   akv_sequence_import(cache, 0, from_file, file, &sequence);     in any cache of these layers, bit for bit
  *
- * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND, AKV_FORMAT_ALIGNED)
+ * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_FORMAT_ALIGNED)
  *
- *   Rows, outputs, sink_logits, statistics, states and workspaces are device memory; kv_from, kv_to and all else is the
- *   host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
+ *   Rows (attached ones too), outputs, sink_logits, alibi_slopes, a mask's f16, statistics, states and workspaces are device
+ *   memory; kv_from, kv_to, slots, spans and all else is the host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
  *   the caller's, by one stream or by events: memory that a call gives back is used again by later ones. Calls without
- *   a stream that have to move rows (fork, truncate, abort) wait for all work of the CUDA context: make them while no
- *   stream is captured. What only the device finds out (NaN in K, V or q, overflow) is akv_poll's to tell; such K and V
- *   are stored as 0. Groups of more than 16 heads are read in parts.
+ *   a stream that have to move rows (fork, truncate, abort, akv_slots_copy) wait for all work of the CUDA context: make them
+ *   while no stream is captured. What only the device finds out (NaN in K, V, q or a mask, overflow) is akv_poll's to tell;
+ *   such K and V are stored as 0 (rows that are attached stay what they are), such cells of a mask are hidden. Groups of more
+ *   than 16 heads are read in parts.
  *   Steps within all three bounds of a batch (max_sequences, max_q, max_kv; at most max_q new tokens) can be captured:
  *
  *   akv_batch_begin(batch, &step, stream);                     outside capture
@@ -68,9 +69,14 @@
  *   akv_batch_replayed(batch);                                 says so; the other calls of this step are not made
  *   akv_batch_commit(batch);
  *
- * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
- *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; on CUDA removing and
- *   shifting tokens, and importing what was removed from or a part of the digit planes.
+ *   Of cells, akv_mask_set and akv_slots_attention can be captured, the latter with a workspace. A replay sees the cells as
+ *   they are then, and the mask as it was last set, with the spans that were captured. akv_slots_write decides on the host
+ *   which tiles open, grow and close: make it outside of capture, in the order of the device's work. akv_slots_invalidate
+ *   and akv_attach_rows wait for nothing: the layer's next call with a stream that is not captured tells the device of them.
+ *
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): layers that share rows; MLA in cells. On CUDA also
+ *   other formats, MLA, trees, ALiBi of sequences, sink_tokens, NaN policies but AKV_NAN_ERROR, removing and shifting tokens,
+ *   and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -839,7 +845,8 @@ akv_status akv_merge_states(struct akv_context *context,
 // later certificate.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is
-// running).
+// running). On CUDA rows that cannot be stored are akv_poll's to tell, a stream that is captured is AKV_E_UNSUPPORTED, and
+// after AKV_E_DEVICE what the slots hold is undefined.
 akv_status akv_slots_write(struct akv_cache *cache,
                            int32_t layer,
                            const int64_t *slots,
@@ -850,8 +857,8 @@ akv_status akv_slots_write(struct akv_cache *cache,
 
 // Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
 // stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
-// written, if a value is too large for the dtype; AKV_E_BUSY while the layer is written. AKV_SLOTS only (attached rows
-// are the caller's).
+// written, if a value is too large for the dtype (on CUDA infinity is written, and akv_poll tells of it); AKV_E_BUSY while
+// the layer is written. AKV_SLOTS only (attached rows are the caller's). On CUDA outside of capture.
 akv_status akv_slots_read(struct akv_cache *cache,
                           int32_t layer,
                           int64_t first,
@@ -867,8 +874,13 @@ akv_status akv_slots_invalidate(struct akv_cache *cache, int32_t layer, int64_t 
 // Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
 // streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
 // with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
-// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied.
-akv_status akv_slots_copy(struct akv_cache *cache, int32_t layer, int64_t from, int64_t to, int64_t n);
+// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied. On CUDA it waits for all work
+// of the CUDA context, before and after.
+akv_status akv_slots_copy(struct akv_cache *cache,
+                          int32_t layer,
+                          int64_t from,
+                          int64_t to,
+                          int64_t n);
 
 // Names the engine's own rows of a layer (AKV_ATTACHED): `[n_streams * n_slots][n_kv_heads][dim]`, in the layer's
 // dtypes. Only read, in akv_slots_write and akv_slots_attention, and only where cells have been written; valid until
@@ -884,7 +896,7 @@ akv_status akv_attach_rows(struct akv_cache *cache,
 // mask). Cells without both K and V are never seen. Spans of up to 8 rows take the progressive path, longer ones the
 // dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 //
-// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
+// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace); on CUDA so does a stream that is captured.
 //
 // Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows,
 // so that it can read more than the rows alone would have been.
@@ -898,7 +910,8 @@ akv_status akv_slots_attention(struct akv_cache *cache,
                                const struct akv_attention_desc *desc);
 
 // Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
-// `max_kv` cells and on up to `max_threads` threads (0 = the context's).
+// `max_kv` cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number
+// of query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
 akv_status akv_slots_workspace(const struct akv_cache *cache,
                                int64_t max_kv,
                                int32_t max_threads,
@@ -908,6 +921,8 @@ akv_status akv_slots_workspace(const struct akv_cache *cache,
 // Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches
 // as share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
 //
+// On CUDA all of its memory is taken here: 276 bytes for each row and 128 cells.
+//
 // Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
 akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_t max_kv, struct akv_mask **out);
 
@@ -915,7 +930,8 @@ akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_
 // (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
 // if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
 // layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
-// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
+// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
+// and akv_poll tells of them.
 akv_status akv_mask_set(struct akv_mask *mask,
                         int64_t first_row,
                         int64_t rows,

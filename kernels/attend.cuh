@@ -27,7 +27,7 @@ struct List {
 // A warp's part of the shared memory.
 struct Work {
     List k, v;
-    float weights[4][TILE];         // e times the V scale, of four heads
+    float weights[4][TILE];         // e times the V scale, of four heads; e alone of rows as the engine has them
     float factors[4], unread[4];    // of their outputs so far, and of the tile's mean
 };
 
@@ -106,6 +106,61 @@ DEVICE_CALL void refine_keys(const AttendParams &p, i32 t, i32 n) {
             }
             if (mine[0]) u.scores(t, h)[token[0]] = score[0];
             if (mine[1]) u.scores(t, h)[token[1]] = score[1];
+        }
+    }
+    sync_warp();
+}
+
+// Scores of the listed tokens from the engine's own rows.
+DEVICE_CALL void read_keys(const AttendParams &p, i32 t, i32 n, i32 words) {
+    const Unit u(p);
+    const Memory m(u, words);
+    const Queries q = m.q();
+    const List &list = m.work(warp()).k;
+    const i32 d = p.shape.dim_k;
+    ROLLED
+    for (i32 i = 0; i < n; i++) {
+        const i32 token = list.token(i);
+        const u64 row = u.given_k(t * TILE + token);
+        float x[MAX_DIM / 32];
+        UNROLLED
+        for (i32 j = 0; j < MAX_DIM / 32; j++) {
+            const i32 c = lane() + 32 * j;
+            x[j] = c < d ? load_element(row, p.shape.dtype_k, c) : 0.0f;
+        }
+        ROLLED
+        for (i32 h = 0; h < u.heads; h++) {
+            float dot = 0.0f;
+            UNROLLED
+            for (i32 j = 0; j < MAX_DIM / 32; j++) {
+                const i32 c = lane() + 32 * j;
+                if (c < d) dot = fma_rn(q.channel(h, c, d / 2), x[j], dot);
+            }
+            dot = warp_sum(dot);
+            if (lane() == 0) u.scores(t, h)[token] = dot;
+        }
+    }
+    sync_warp();
+}
+
+// Adds V of the listed tokens, from the engine's own rows, to the outputs of four heads.
+DEVICE_CALL void add_rows(const AttendParams &p, i32 t, i32 n, i32 first, i32 words) {
+    const Unit u(p);
+    const Memory m(u, words);
+    const Work &work = m.work(warp());
+    const i32 dv = p.shape.dim_v;
+    ROLLED
+    for (i32 c = lane(); c < dv; c += 32) {
+        float acc[4] = {};
+        ROLLED
+        for (i32 i = 0; i < n; i++) {
+            const i32 token = work.v.token(i);
+            const float x = load_element(u.given_v(t * TILE + token), p.shape.dtype_v, c);
+            for (i32 h = 0; h < 4; h++) acc[h] = fma_rn(work.weights[h][token], x, acc[h]);
+        }
+        UNROLLED
+        for (i32 h = 0; h < 4; h++) {
+            if (first + h < u.heads) m.outs(warp(), first + h)[c] += acc[h];
         }
     }
     sync_warp();
@@ -195,9 +250,15 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
         }
     }
     bool more = false;
+    const bool attached = u.attached();
     for (i32 i = 0; i < 4; i++) {
-        planes_k[i] = planes_k[i] < tile.planes_k ? planes_k[i] : tile.planes_k;
-        planes_v[i] = planes_v[i] < tile.planes_v ? planes_v[i] : tile.planes_v;
+        if (attached) {
+            planes_k[i] = planes_k[i] > 1 ? PLANES : 1;
+            planes_v[i] = planes_v[i] > 0 ? PLANES : 0;
+        } else {
+            planes_k[i] = planes_k[i] < tile.planes_k ? planes_k[i] : tile.planes_k;
+            planes_v[i] = planes_v[i] < tile.planes_v ? planes_v[i] : tile.planes_v;
+        }
         more |= planes_k[i] > 1 || planes_v[i] > 0;
     }
     for (i32 p = 0; p <= PLANES; p++) {
@@ -236,7 +297,8 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
 
     const i32 n_k = work.k.fill(planes_k, 1), n_v = work.v.fill(planes_v, 0);
     sync_warp();
-    if (n_k > 0) refine_keys<S>(u.p, t, n_k);
+    if (n_k > 0 && attached) read_keys(u.p, t, n_k, m.words);
+    else if (n_k > 0) refine_keys<S>(u.p, t, n_k);
     ROLLED
     for (i32 first = 0; first < u.heads; first += 4) {
         ROLLED
@@ -256,7 +318,8 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
             max = warp_max(max);
             // Classes of K: a lane each.
             const i32 planes = lane() < PLANES ? lane() + 1 : 1;
-            const float bound = error.bound(planes), class_spread = spread_of(bound), class_square = square_of(error.rms(planes));
+            const bool known = attached && planes > 1;  // but for rounding
+            const float bound = known ? error.bound_of_rows() : error.bound(planes), class_spread = spread_of(bound), class_square = known ? 0.0f : square_of(error.rms(planes));
             float most = 0.0f, sum = 0.0f, sum_vs = 0.0f, spread = 0.0f, spread_vs = 0.0f, value = 0.0f, square = 0.0f, rest = 0.0f;
             for (i32 p = 1; p <= PLANES; p++) {
                 bool present = false;
@@ -266,12 +329,12 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
             }
             for (i32 i = 0; i < 4; i++) {
                 const float grow = shuffle(class_spread, planes_k[i] - 1), rough = shuffle(class_square, planes_k[i] - 1);
-                const float e = max == -infinity() ? 0.0f : exp(s[i] - max), x = e * scale_of(v_scales >> 8 * i & 255), l = left(planes_v[i]);
+                const float e = max == -infinity() ? 0.0f : exp(s[i] - max), x = e * scale_of(v_scales >> 8 * i & 255), l = attached && planes_v[i] > 0 ? 0.0f : left(planes_v[i]);
                 sum += e, sum_vs += x;
                 spread += e * grow, spread_vs += x * grow;
                 value += x * l, square += x * x * (rough + l * l * (1.0f / 3.0f));
                 if (planes_v[i] == 0) rest += e;
-                work.weights[hh][4 * lane() + i] = x;
+                work.weights[hh][4 * lane() + i] = attached ? e : x;
             }
             sum = warp_sum(sum), sum_vs = warp_sum(sum_vs), spread = warp_sum(spread), spread_vs = warp_sum(spread_vs);
             value = warp_sum(value), square = warp_sum(square), rest = warp_sum(rest);
@@ -291,11 +354,12 @@ DEVICE void attend_tile(const Unit &u, const Memory &m, i32 t, Counts &counts) {
         }
         sync_warp();
         Values values(tile);
-        values.add(tile, work.v, n_v, work.weights);
+        if (!attached) values.add(tile, work.v, n_v, work.weights);
         UNROLLED
         for (i32 hh = 0; hh < 4; hh++) {
             if (first + hh < u.heads) values.flush(tile, hh, m.outs(warp(), first + hh), work.factors[hh], work.unread[hh]);
         }
+        if (attached) add_rows(u.p, t, n_v, first, m.words);
     }
 }
 
@@ -314,7 +378,7 @@ DEVICE_CALL void attend_exact(const AttendParams &p, Sums *of_heads, float *outs
                 if (!(seen >> i & 1)) continue;
                 const i32 row = 32 * w + i;
                 const float e = exp(u.logit(u.scores(-1, h)[row], 0, row, h) - scanned.max);
-                u64 v = u.view.head_v + (i64(row) * s.n_kv_heads + u.kv_head) * s.dim_v * size_of_dtype(s.dtype_v);
+                const u64 v = u.given_v(row);
                 for (i32 c = lane(); c < s.dim_v; c += 32) out[c] = fma_rn(e, load_element(v, s.dtype_v, c), out[c]);
             }
         }

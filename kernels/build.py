@@ -181,7 +181,7 @@ def tile_loop(kernel, code, labels):
 
 def threads(kernel):
     """Threads of a block, as the sources launch it."""
-    return {"akv_encode": 256, "akv_merge": 64, "akv_dequantize": 64, "akv_poke": 256, "akv_report": 32}.get(kernel, 128)
+    return {"akv_encode": 256, "akv_write": 256, "akv_adopt": 256, "akv_merge": 64, "akv_dequantize": 64, "akv_poke": 256, "akv_report": 32}.get(kernel, 128)
 
 
 def allowances():

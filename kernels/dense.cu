@@ -90,28 +90,49 @@ struct Team {
 
 // Tokens of one KV head as rows in a dtype.
 struct Given {
-    u64 rows;
-    i32 stride, dtype, dim, n;
+    u64 rows, written;  // the latter: const u32 [4], or 0 = all of them
+    i64 stride;
+    i32 dtype, dim, n;
 
-    // Those that are kept as given.
-    DEVICE static Given exact(const Unit &u, bool values) {
+    // Those of a tile that are kept as given, or that the engine keeps.
+    DEVICE static Given of(const Unit &u, i32 tile, bool exact, bool values) {
         const Shape &s = u.p.shape;
-        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k, row = dim * size_of_dtype(dtype);
-        const u64 head = values ? u.view.head_v : u.view.head_k;
-        return {head + u.kv_head * row, s.n_kv_heads * row, dtype, dim, u.view.n_exact < TILE ? u.view.n_exact : TILE};
+        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k;
+        const i64 stride = u.attached() ? (values ? u.p.attached_v : u.p.attached_k).stride_row : i64(s.n_kv_heads) * dim * size_of_dtype(dtype);
+        const i32 n_exact = u.view.n_exact < TILE ? u.view.n_exact : TILE;
+        return {values ? u.given_v(tile * TILE) : u.given_k(tile * TILE), u.view.written ? u.view.written + 16 * tile : 0, stride, dtype, dim, exact ? n_exact : TILE};
     }
-    DEVICE float load(i32 i, i32 c) const { return i < n && c < dim ? load_element(rows + i64(i) * stride, dtype, c) : 0.0f; }
+    DEVICE bool has(i32 i) const { return i < n && (!written || reinterpret_cast<const u32 *>(written)[i / 32] >> i % 32 & 1); }
+    DEVICE float load(i32 i, i32 c) const { return c < dim && has(i) ? load_element(rows + i * stride, dtype, c) : 0.0f; }
 };
 
 // Tokens start.. in shared memory; what there is not is 0.
 template <i32 S>
-DEVICE void load_given(const Given &given, i32 start) {
+DEVICE_CALL void load_given(const AttendParams &p, i32 tile, bool exact, bool values, i32 start) {
     using M = DenseMemory<S>;
+    const Unit u(p);
+    const Given given = Given::of(u, tile, exact, values);
     ROLLED
     for (i32 at = thread(); at < M::TOKENS * M::DIM; at += ATTEND_THREADS) {
         const i32 i = at / M::DIM, c = at % M::DIM;
         M::tokens()[i * M::STRIDE + c] = given.load(start + i, c);
     }
+}
+
+// What k_unit and v_unit are of them.
+DEVICE_CALL float given_k_unit(const AttendParams &p, i32 tile, bool exact, i32 c) {
+    const Unit u(p);
+    const Given rows = Given::of(u, tile, exact, false);
+    float unit = 0.0f;
+    for (i32 i = 0; i < rows.n; i++) unit = larger(unit, magnitude(rows.load(i, c)));
+    return unit * (1.0f / PEAK);
+}
+DEVICE_CALL float given_v_unit(const AttendParams &p, i32 tile, bool exact, i32 row) {
+    const Unit u(p);
+    const Given rows = Given::of(u, tile, exact, true);
+    float peak = 0.0f;
+    for (i32 c = lane(); c < rows.dim; c += 32) peak = larger(peak, magnitude(rows.load(row, c)));
+    return warp_max(peak) * (1.0f / PEAK);
 }
 
 // The same of a page's digits, by the scales in k_unit or v_unit.
@@ -252,20 +273,20 @@ DEVICE void dense_split(const AttendParams &p) {
         asked[r].max = -infinity();
     }
     float out[4 * S][4] = {};
-    u32 n_paged = 0, n_exact = 0, n_tiles = 0;
+    u32 n_paged = 0, n_exact = 0, n_attached = 0, n_tiles = 0;
 
-    // The rows that are kept as given come first, as a tile of their own.
+    // The rows that are kept as given come first, as a tile of their own. Where the engine keeps rows, all are given.
     const bool exact = u.split == 0 && u.view.n_exact > 0 && team.from < u.view.n_exact;
     ROLLED
     for (i32 at = exact ? first - 1 : first; at < last; at++) {
-        const bool given = at < first;
-        const i32 tile_index = given ? 0 : at;
+        const bool head = at < first, given = head || u.attached();
+        const i32 tile_index = head ? 0 : at;
         const Tile tile = u.tile(tile_index);
         // Which of the tokens start.. a row sees.
         auto seen = [&](const Asked &a, i32 start) {
             if (a.index < 0) return 0u;
             const u32 seen = u.seen(a.row, a.index, tile_index, start / 32), exact = u.exact_bits(start / 32);
-            return (given ? seen & exact : at == 0 ? seen & ~exact : seen) >> start % 32 & ~0u >> (32 - TOKENS);
+            return (head ? seen & exact : at == 0 ? seen & ~exact : seen) >> start % 32 & ~0u >> (32 - TOKENS);
         };
         // A bit for every TOKENS tokens: the warp wants them.
         u32 wanted = 0;
@@ -275,9 +296,7 @@ DEVICE void dense_split(const AttendParams &p) {
         for (i32 c = thread(); c < DIM; c += ATTEND_THREADS) {
             float unit = 0.0f;
             if (given) {
-                const Given rows = Given::exact(u, false);
-                for (i32 i = 0; i < rows.n; i++) unit = larger(unit, magnitude(rows.load(i, c)));
-                unit *= 1.0f / PEAK;
+                unit = given_k_unit(p, tile_index, head, c);
             } else if (c < s.dim_k) {
                 unit = scale_of(tile.k_scales[c]);
             }
@@ -294,13 +313,10 @@ DEVICE void dense_split(const AttendParams &p) {
             const bool mine = wanted >> start / TOKENS & 1;
             sync_block();
             if (given) {
-                load_given<S>(Given::exact(u, false), start);
-                const Given rows = Given::exact(u, true);
+                load_given<S>(p, tile_index, head, false, start);
                 for (i32 i = warp(); i < TOKENS; i += ATTEND_WARPS) {
-                    float peak = 0.0f;
-                    for (i32 c = lane(); c < s.dim_v; c += 32) peak = larger(peak, magnitude(rows.load(start + i, c)));
-                    peak = warp_max(peak);
-                    if (lane() == 0) M::v_unit()[i] = peak * (1.0f / PEAK);
+                    const float unit = given_v_unit(p, tile_index, head, start + i);
+                    if (lane() == 0) M::v_unit()[i] = unit;
                 }
             } else {
                 load_digits<S, false>(tile, start);
@@ -346,7 +362,7 @@ DEVICE void dense_split(const AttendParams &p) {
                 }
             }
             sync_block();
-            if (given) load_given<S>(Given::exact(u, true), start);
+            if (given) load_given<S>(p, tile_index, head, true, start);
             else load_digits<S, true>(tile, start);
             sync_block();
             if (mine) dense_values<S>(s.dim_v, e, factor, out);
@@ -376,7 +392,7 @@ DEVICE void dense_split(const AttendParams &p) {
             note(sums, a.n, v_peak * PEAK);
             if (!(reach < infinity()) || a.max == infinity()) u.report(FAULT_OVERFLOW, FAULT_IN_OUT, a.index, a.head);
             if (a.head == 0) {
-                n_exact += given ? a.n : 0, n_paged += given ? 0 : a.n;
+                n_exact += head ? a.n : 0, n_attached += given && !head ? a.n : 0, n_paged += given ? 0 : a.n;
                 n_tiles += given ? 0 : 1;
             }
         }
@@ -391,6 +407,7 @@ DEVICE void dense_split(const AttendParams &p) {
             atomic_add(&stats->tiles, u64(n_tiles));
         }
         if (n_exact) atomic_add(&stats->tokens_exact, u64(n_exact));
+        if (n_attached) atomic_add(&stats->tokens_attached, u64(n_attached));
         if (thread() == 0 && u.split == 0 && block_y() == 0) atomic_add(&stats->rows[PATH_DENSE], u64(team.n));
     }
     sync_block();

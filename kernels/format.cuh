@@ -146,6 +146,8 @@ DEVICE void store_element(u64 row, i32 dtype, i32 i, float x) {
         reinterpret_cast<u16 *>(row)[i] = dtype == F16 ? float_to_half(x) : float_to_bf16(x);
     }
 }
+// Where V begins in a block of `n` rows as given, of all KV heads.
+DEVICE i64 kept_offset(const Shape &s, i32 n) { return (i64(n) * s.n_kv_heads * s.dim_k * size_of_dtype(s.dtype_k) + 63) / 64 * 64; }
 DEVICE u64 row_of(const Rows &rows, i64 row, i32 head) { return rows.data + row * rows.stride_row + head * rows.stride_head; }
 
 }  // namespace akv

@@ -30,13 +30,14 @@ struct Rows {
     i32 reserved;
 };
 
-// A sequence in one layer.
+// A sequence, or a stream of cells, in one layer.
 struct View {
     u64 pages;   // const u64 [tile]: addresses of its pages
     u64 head_k;  // the first n_exact rows as given, [row][n_kv_heads][dim_k]
     u64 head_v;
     u64 written;  // const u32 [tile][4]: cells with rows; 0 = all
-    u64 id;       // of the sequence, for faults
+    u64 id;       // of the sequence, for faults; 0 = a stream
+    i64 first;    // slot of its first cell, among the engine's own rows
     i32 len;
     i32 n_exact;  // at most len
 };
@@ -74,6 +75,57 @@ struct EncodeParams {
     i32 reserved;
 };
 
+// Cells of a tile that are written: cell c takes row source + from[c] of the caller's. Before that, the tile whose rows were
+// kept where its own go now may have to be encoded from them as a whole.
+struct CellWrite {
+    u64 page;
+    u64 kept;       // block of TILE rows as given, K and then V; 0: the caller's are the tile's own, from row `source` on
+    u64 head;       // block of `exact_head` such rows, for the first `skip` cells; or 0
+    u64 written;    // u32 [4]: cells with rows, for attention; or 0
+    u64 closed;     // the other tile's page, or 0
+    i64 source;
+    i64 slot;       // of the tile's first cell, for faults
+    u32 cells[4];   // that are written
+    u32 others[4];  // other cells with K
+    u32 known[4];   // those whose K is at hand
+    u32 seen[4];    // goes to `written`
+    i32 skip, closed_skip;
+    i32 exact_head;
+    u32 what;       // WRITE_*
+    u8 from[128];
+};
+
+enum {
+    WRITE_BLANK = 1,    // nothing is in the page yet
+    WRITE_K = 2,        // K of the cells
+    WRITE_K_ALL = 4,    // K of all cells, as if appended
+    WRITE_V = 8,
+    WRITE_V_ALL = 16,
+    CLOSE_K = 32,       // the same of the closed tile
+    CLOSE_V = 64,
+};
+
+enum { MAX_WRITES = 12 };  // they travel with the kernel's parameters, of which there are at most 4 KiB
+
+// Blocks: a write in x, a KV head in y. Writes of a launch have no memory in common.
+struct WriteParams {
+    Shape shape;
+    Rows k, v;  // data 0: not written
+    u64 fault;
+    i32 layer;
+    i32 reserved;
+    CellWrite writes[MAX_WRITES];
+};
+
+// What a cell that was copied by value has from the one that it is a copy of. Blocks in y are KV heads.
+struct AdoptParams {
+    Shape shape;
+    u64 from, to;  // pages
+    i32 from_row, to_row;
+    i32 key;    // non-zero: its K is known as stored there, and no better here
+    i32 value;  // non-zero: its V is what is stored there
+};
+
 // The first fault of launched work. In memory of the host, which clears it.
 struct Fault {
     u32 claimed;  // non-zero: by the first
@@ -87,7 +139,7 @@ struct Fault {
 };
 
 enum { FAULT_NONFINITE = 1, FAULT_RANGE = 2, FAULT_OVERFLOW = 3 };
-enum { FAULT_IN_K = 0, FAULT_IN_V = 1, FAULT_IN_Q = 2, FAULT_IN_OUT = 3 };
+enum { FAULT_IN_K = 0, FAULT_IN_V = 1, FAULT_IN_Q = 2, FAULT_IN_OUT = 3, FAULT_IN_MASK = 4 };
 
 // One tile's scan, for one query head.
 struct alignas(16) Scanned {
@@ -115,6 +167,7 @@ struct Sums {
 struct AttendParams {
     Shape shape;
     Rows q, out;
+    Rows attached_k, attached_v;  // the engine's own, by slots, where pages are an index beside them; data 0 = pages have all
     u64 views;  // const View [sequence]
     u64 rows;   // const QueryRow [blocks in z]
     u64 sinks;   // const float [n_q_heads] or 0
@@ -147,6 +200,7 @@ struct Stats {
     u64 planes_k[5], planes_v[5];  // tokens by planes read
     u64 tokens;        // seen through pages
     u64 tokens_exact;  // seen through rows as given
+    u64 tokens_attached;  // seen through the engine's own rows alone
     u64 tiles, means;  // pairs of a tile and a KV head, with a token that is seen; those whose mean of V is read
     u64 rows[3];       // query rows by PATH_*
 };
@@ -189,7 +243,48 @@ struct DequantizeParams {
     u64 fault;
     i32 first, n;
     i32 layer;
-    i32 reserved;
+    i32 clamps;  // non-zero: what a dtype cannot hold is its largest number, and no fault
+    // Cells, of one tile: its page (0: those of the view), rows kept as given, which of them are, cells with rows.
+    u64 page, kept;
+    u32 fresh_k[4], fresh_v[4], written_k[4], written_v[4];
+};
+
+// A mask's rows from f16: what is seen, the largest magnitude that is added, and what is. Blocks are tiles, row by row.
+struct MaskParams {
+    u64 f16;     // const u16 [row][stride bytes], n_kv of them
+    i64 stride;
+    u64 seen;    // u32 [row][tiles][4]
+    u64 peak;    // float [row][tiles]
+    u64 added;   // u16 [row][tiles][TILE]
+    u64 fault;
+    i64 first_row;  // for faults
+    i32 n_kv, tiles;
+};
+
+// Query rows that lie one after another, of one stream.
+struct Span {
+    i32 stream, rows;
+    i32 n_kv;
+    i32 dense;  // non-zero: they read all digits, and the first is this one among those of the span that do
+};
+
+enum { MAX_SPANS = 64 };
+
+// What attention is told of cells, from what the device knows of them: a View for each span, a QueryRow for each row.
+struct SpansParams {
+    u64 pages;    // const u64 [stream][tile]
+    u64 written;  // const u32 [stream][tile][4]
+    u64 heads;    // const u64 [stream]: rows kept as given
+    u64 n_exact;  // const u32 [stream]: how many they are
+    u64 seen;     // the mask's, of the first of these rows; or 0
+    u64 views;    // View [span]
+    u64 rows;     // QueryRow [row]
+    i64 n_slots;  // of a stream
+    i64 head_v;   // where V begins in rows kept as given
+    i32 tiles, mask_tiles;
+    i32 first_span;  // what the first is called
+    i32 n_spans;
+    Span spans[MAX_SPANS];
 };
 
 // Writes value[i] to address[i].
@@ -203,12 +298,13 @@ struct PokeParams {
 };
 
 // No struct has padding; Rust asserts the same sizes.
-static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 48, "");
+static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 56, "");
 static_assert(sizeof(QueryRow) == 24 && sizeof(Append) == 72 && sizeof(EncodeParams) == 120, "");
 static_assert(sizeof(Fault) == 40 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
-static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 296 && sizeof(Stats) == 136, "");
-static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 168, "");
-
+static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 360 && sizeof(Stats) == 144, "");
+static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 256, "");
+static_assert(sizeof(CellWrite) == 264 && sizeof(WriteParams) == 3280 && sizeof(AdoptParams) == 64, "");
+static_assert(sizeof(MaskParams) == 64 && sizeof(SpansParams) == 1112, "");
 static_assert(sizeof(Report) == 144 && sizeof(ReportParams) == 56 && sizeof(PokeParams) == 16, "");
 
 }  // namespace akv

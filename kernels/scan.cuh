@@ -142,7 +142,7 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned
 // Largest magnitude of V of a row as given, as if in units of a scale; its address on every lane.
 DEVICE float exact_unit(const Unit &u, i32 row) {
     const Shape &s = u.p.shape;
-    u64 v = u.view.head_v + (i64(row) * s.n_kv_heads + u.kv_head) * s.dim_v * size_of_dtype(s.dtype_v);
+    const u64 v = u.given_v(row);
     float peak = 0.0f;
     for (i32 c = lane(); c < s.dim_v; c += 32) peak = larger(peak, magnitude(load_element(v, s.dtype_v, c)));
     return warp_max(peak) * (1.0f / PEAK);
@@ -163,7 +163,7 @@ DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
             for (i32 i = 0; i < 32; i++) {
                 if (!(seen >> i & 1)) continue;
                 const i32 row = 32 * w + i;
-                u64 k = u.view.head_k + (i64(row) * s.n_kv_heads + u.kv_head) * d * size_of_dtype(s.dtype_k);
+                const u64 k = u.given_k(row);
                 float dot = 0.0f;
                 for (i32 n = 0; n < MAX_DIM / 32; n++) {
                     i32 c = lane() + 32 * n;
@@ -241,7 +241,7 @@ DEVICE void scan_split(const AttendParams &p) {
     // Lanes have a tile each.
     const i32 tile = u.first + i32(lane());
     const u64 pages = tile < u.last ? u.page(tile) : 0;
-    const bool plain = p.shape.dim_k == 32 * S && !u.bends() && tile < u.last && u.sees_all(tile);
+    const bool plain = p.shape.dim_k == 32 * S && tile < u.last && !u.bends(tile) && u.sees_all(tile);
     // Bits of the plain ones, and above them of the others: one register.
     static_assert(SPLIT == 8 && ATTEND_WARPS == 4, "a warp's turns are bits 4 apart");
     constexpr u32 TURNS = 0x11;

@@ -10,7 +10,8 @@ KERNEL(akv_poke, 256, 1, PokeParams) {
     *reinterpret_cast<u64 *>(poke.address) = poke.value;
 }
 
-// The formulas of src/backend/cpu: digits, scale bytes (the tile's meta data with K's, its mean with V's), rows as given.
+// The formulas of src/backend/cpu: digits, scale bytes (the tile's meta data with K's, its mean with V's), rows as given. A
+// shape without planes of V is that of an index: whoever reads more than that reads rows of the engine's own.
 KERNEL(akv_report, 32, 1, ReportParams) {
     if (thread() != 0) return;
     Stats &stats = *reinterpret_cast<Stats *>(p.stats);
@@ -20,15 +21,16 @@ KERNEL(akv_report, 32, 1, ReportParams) {
     Report r = {};
     r.bytes_exact = stats.tokens_exact * (row_k + row_v);
     r.bytes_scales = scales_k + scales_v;
-    r.bytes_k = scales_k + stats.tokens_exact * row_k;
-    r.bytes_v = scales_v + stats.tokens_exact * row_v;
+    r.bytes_k = scales_k + (stats.tokens_exact + stats.tokens_attached) * row_k;
+    r.bytes_v = scales_v + (stats.tokens_exact + stats.tokens_attached) * row_v;
+    const bool attached = s.planes_v == 0;
     for (i32 planes = 0; planes <= PLANES; planes++) {
         r.planes_k[planes] = stats.planes_k[planes];
         r.planes_v[planes] = stats.planes_v[planes];
-        r.bytes_k += stats.planes_k[planes] * planes * (s.dim_k / 2);
-        r.bytes_v += stats.planes_v[planes] * planes * (s.dim_v / 2);
+        r.bytes_k += stats.planes_k[planes] * (attached && planes > 1 ? s.dim_k / 2 + row_k : planes * (s.dim_k / 2));
+        r.bytes_v += stats.planes_v[planes] * (attached && planes > 0 ? row_v : planes * (s.dim_v / 2));
     }
-    r.tokens = stats.tokens + stats.tokens_exact;
+    r.tokens = stats.tokens + stats.tokens_exact + stats.tokens_attached;
     r.dense_rows = stats.rows[PATH_DENSE];
     r.backend = p.backend;
     for (i32 path = 0; path < 3; path++) r.path |= stats.rows[path] ? 1 << path : 0;

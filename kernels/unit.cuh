@@ -45,6 +45,18 @@ struct Unit {
         last = (split + 1) * SPLIT < tiles ? (split + 1) * SPLIT : tiles;
     }
 
+    // Rows that the engine keeps itself: the pages are an index beside them, and finer digits are those of whole rows.
+    DEVICE bool attached() const { return p.attached_k.data != 0; }
+    // Rows as given, of the exact head or the engine's own.
+    DEVICE u64 given_k(i32 token) const {
+        if (attached()) return row_of(p.attached_k, view.first + token, kv_head);
+        return view.head_k + (i64(token) * p.shape.n_kv_heads + kv_head) * p.shape.dim_k * size_of_dtype(p.shape.dtype_k);
+    }
+    DEVICE u64 given_v(i32 token) const {
+        if (attached()) return row_of(p.attached_v, view.first + token, kv_head);
+        return view.head_v + (i64(token) * p.shape.n_kv_heads + kv_head) * p.shape.dim_v * size_of_dtype(p.shape.dtype_v);
+    }
+
     DEVICE i32 index_of(i32 row_index) const {
         const i32 group = p.shape.n_q_heads / p.shape.n_kv_heads;
         return row_index * p.shape.n_kv_heads * ((group + UNIT_HEADS - 1) / UNIT_HEADS) + block_y();
@@ -94,8 +106,11 @@ struct Unit {
 
     DEVICE float slope(i32 head) const { return p.slopes ? reinterpret_cast<const float *>(p.slopes)[first_head + head] : 1.0f; }
 
-    // True if the softmax sees other scores than K and q give.
+    // True if the softmax may see other scores than K and q give, and if it does in a tile.
     DEVICE bool bends() const { return p.softcap != 0.0f || p.mask_added != 0; }
+    DEVICE bool bends(i32 t) const {
+        return p.softcap != 0.0f || (p.mask_added && reinterpret_cast<const float *>(p.mask_peak)[i64(row_index) * p.mask_tiles + t] > 0.0f);
+    }
     // What the softmax sees of the score of a token: capped, and with what the mask adds.
     DEVICE float logit(float score, i32 t, i32 token, i32 head) const { return logit(score, row_index, t, token, head); }
     DEVICE float logit(float score, i32 row_index, i32 t, i32 token, i32 head) const {

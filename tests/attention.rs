@@ -125,6 +125,7 @@ fn rows_as_given() {
             softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
             mask: masked.then_some(&mask),
             sinks: (rng.below(3) == 0).then_some(&sinks),
+            slopes: None,
         };
         let q: Vec<f32> = rng.normals(n_q * s.n_q_heads * d).iter().map(|x| 2.0 * x).collect();
         let run = Single::new(Format::Raw, s, 0);

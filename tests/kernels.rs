@@ -6,8 +6,8 @@ mod common;
 use alignedkv::backend::cpu::Isa;
 use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
 use alignedkv::backend::cuda::{self, Workspace, params};
-use alignedkv::backend::{Mask, Mode};
-use alignedkv::cache::SequenceView;
+use alignedkv::backend::{self, Mask, Mode};
+use alignedkv::cache::{Allocator, Hands, Job, Memory, SequenceView, SlotLayer};
 use alignedkv::format::{CENTRE, Dtype, Format, Layout, Rows, Shape, Source, TILE, aligned, scale};
 use common::*;
 use half::f16;
@@ -83,13 +83,7 @@ fn address<T>(x: &[T]) -> u64 {
 }
 
 fn rows_of(rows: &Rows) -> params::Rows {
-    params::Rows {
-        data: rows.address(0, 0) as u64,
-        stride_row: rows.address(1, 0) as i64 - rows.address(0, 0) as i64,
-        stride_head: rows.address(0, 1) as i64 - rows.address(0, 0) as i64,
-        dtype: rows.dtype() as i32,
-        reserved: 0,
-    }
+    rows.into()
 }
 
 /// Zeroed bytes that start on a cache line, nothing after them: sanitizers notice what goes beyond.
@@ -276,6 +270,141 @@ fn faults_of_rows() {
     }
 }
 
+/// Does on the CPU, by the kernels, what a device is given.
+fn run_job(job: &Job, seed: u64) -> alignedkv::Result<()> {
+    let heads = |shape: &params::Shape| shape.n_kv_heads as usize;
+    match job {
+        Job::Write(call, n) => {
+            let grid = [*n, heads(&call.shape), 1];
+            launch("akv_write", grid, cuda::ENCODE_THREADS, cuda::ENCODE_SHARED_BYTES, *call, seed).unwrap();
+        }
+        Job::Read(call) => {
+            launch("akv_dequantize", [call.n as usize, heads(&call.shape), 1], 64, 0, *call, seed).unwrap();
+        }
+        Job::Adopt(call) => {
+            let grid = [1, heads(&call.shape), 1];
+            launch("akv_adopt", grid, cuda::ENCODE_THREADS, cuda::CELLS_SHARED_BYTES, *call, seed).unwrap();
+        }
+        // SAFETY: blocks of the cells, which do not overlap.
+        Job::Copy { to, from, bytes } => unsafe {
+            std::ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
+        },
+    }
+    Ok(())
+}
+
+/// Cells that are written in any order, overwritten, forgotten and copied are the CPU's byte for byte after every call, and
+/// are read back as the CPU reads them.
+#[test]
+fn cells() {
+    let mut rng = Rng::new(12);
+    let mut reopened = 0;
+    for case in 0..28 {
+        let (dk, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
+        let mut s = shape(1, 1 + rng.below(2), dk, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        s.dtype_v = DTYPES[rng.below(3)];
+        let is_index = case % 4 == 3;
+        let layout = if is_index { Layout::index(s) } else { Layout::new(Format::Aligned, s) };
+        let (n_streams, n_slots) = (1 + rng.below(2), [50, 300, 128, 640][rng.below(4)]);
+        let (all, exact_head) = (n_streams * n_slots, [0, 4, 30][rng.below(3)]);
+        let memory = [(); 2].map(|()| Memory::new(Allocator::default(), 0));
+        let mut layers =
+            [0, 1].map(|i| SlotLayer::new(&memory[i], 0, layout, n_streams, n_slots, exact_head, is_index).unwrap());
+        // The engine's own rows, for all slots.
+        let rows = |rng: &mut Rng, n: usize, scale: f32| {
+            let mut make = |heads: usize, dim: usize, dtype: Dtype| {
+                let mut x: Vec<f32> = rng.normals(n * heads * dim).iter().map(|x| x * scale).collect();
+                round(&mut x, dtype);
+                Packed::new(&x, heads, dim, dtype)
+            };
+            [make(s.n_kv_heads, dk, s.dtype_k), make(s.n_kv_heads, dv, s.dtype_v)]
+        };
+        let own = rows(&mut rng, all, 1.0);
+        if is_index {
+            for layer in &mut layers {
+                // SAFETY: rows of all slots, which live longer than the layers are used.
+                let own =
+                    own.each_ref().map(|rows| unsafe { std::mem::transmute::<Rows<'_>, Rows<'static>>(rows.rows()) });
+                layer.attach(own[0], own[1]);
+            }
+        }
+        for step in 0..24 {
+            let told =
+                format!("case {case}: {s:?} index {is_index} {n_streams} x {n_slots} head {exact_head} step {step}");
+            let work = |layer: &mut SlotLayer, seeds: &mut Rng, on_device: bool| {
+                let mut launch = |job: &Job| run_job(job, seeds.next());
+                let mut hands = if on_device { Hands::Device(&mut launch) } else { Hands::Host };
+                let mut rng = Rng::new((100 * case + step) as u64);
+                let n = 1 + rng.below(all);
+                let first = rng.below(all - n + 1);
+                match rng.below(8) {
+                    0 => layer.invalidate(first, n),
+                    1 if !is_index && all > 1 => {
+                        // Whole tiles of another stream, or any.
+                        let n = 1 + rng.below(all / 2);
+                        let (from, to) = match n_streams {
+                            2 if rng.below(2) == 0 => (0, n_slots),
+                            _ => (rng.below(all / 2 - n + 1), all / 2 + rng.below(all.div_ceil(2) - n + 1)),
+                        };
+                        let n = n.min(to.abs_diff(from));
+                        let mut spare = layer.spare_row().unwrap();
+                        layer.copy(from, to, n, &mut spare, &mut hands).unwrap();
+                    }
+                    kind => {
+                        let n = [1, 3, 40, n][rng.below(4)].min(all);
+                        let start = rng.below(all - n + 1);
+                        // A stretch, or anywhere, some more than once.
+                        let slots: Vec<i64> =
+                            (0..n).map(|i| if kind < 5 { start + i } else { rng.below(all) } as i64).collect();
+                        let scale = 10f32.powi(rng.below(3) as i32);
+                        let x = rows(&mut rng, n, scale);
+                        let (k, v) = [(true, true), (true, false), (false, true)][rng.below(3)];
+                        let (k, v) = (k.then_some(x[0].rows()), v.then_some(x[1].rows()));
+                        let (k, v) = if is_index { (None, None) } else { (k, v) };
+                        layer.write(&slots, k, v, &mut hands).unwrap();
+                    }
+                }
+            };
+            work(&mut layers[0], &mut rng, false);
+            work(&mut layers[1], &mut rng, true);
+            let [host, device] = &layers;
+            for stream in 0..n_streams {
+                let (a, b) = (host.view(stream, n_slots), device.view(stream, n_slots));
+                assert_eq!(a.n_exact, b.n_exact, "{told}");
+                for tile in 0..n_slots.div_ceil(TILE) {
+                    let differs = a.page(tile).iter().zip(b.page(tile)).position(|(a, b)| a != b);
+                    assert_eq!(differs, None, "{told} stream {stream} tile {tile} of {}", a.page(tile).len());
+                    assert_eq!(a.written(tile), b.written(tile), "{told}");
+                    let slack =
+                        alignedkv::format::aligned::Tile::new(&layout.shape, layout.part(a.page(tile), 0)).meta.slack;
+                    reopened += usize::from(slack > 0.0 && a.written(tile) != 0);
+                }
+            }
+            if is_index || step % 4 != 3 {
+                continue;
+            }
+            let packed = |dim: usize| vec![f32::NAN; all * s.n_kv_heads * dim];
+            let (mut k, mut v) = (packed(dk), packed(dv));
+            let into = |x: &mut Vec<f32>, dim: usize| params::Rows {
+                data: x.as_mut_ptr() as u64,
+                stride_row: (4 * s.n_kv_heads * dim) as i64,
+                stride_head: (4 * dim) as i64,
+                ..params::Rows::default()
+            };
+            let (to_k, to_v) = (into(&mut k, dk), into(&mut v, dv));
+            device.read_on_device(0, all, Some(to_k), Some(to_v), &mut |job| run_job(job, 1)).unwrap();
+            let (mut want_k, mut want_v) = (vec![0.0; dk], vec![0.0; dv]);
+            for (slot, head) in (0..all).flat_map(|slot| (0..s.n_kv_heads).map(move |head| (slot, head))) {
+                host.read(slot, head, &mut want_k, &mut want_v);
+                let at = slot * s.n_kv_heads + head;
+                assert_eq!(&k[at * dk..][..dk], &want_k[..], "{told} slot {slot}");
+                assert_eq!(&v[at * dv..][..dv], &want_v[..], "{told} slot {slot}");
+            }
+        }
+    }
+    assert!(reopened > 100, "only {reopened} tiles had lost anything");
+}
+
 /// Rows `[token][head]` of K and V, of a kind each head, as the layer's dtypes hold them; and a row of q.
 fn rows_of_kind(rng: &mut Rng, kind: usize, n: usize, s: &Shape) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let (d, dv) = (s.dim_k, s.dim_v);
@@ -342,6 +471,7 @@ fn attention() {
             softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
             sinks: (rng.below(3) == 0).then_some(&sinks[..]),
             mask: masked.as_ref(),
+            slopes: None,
         };
         let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} {:?} {ranges:?} {how:?}", s.dtype_k);
         let want = match run.attend_bent(&cpu, &q, &ranges, how, bent) {
@@ -456,6 +586,7 @@ fn dense_attention() {
             softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
             sinks: (rng.below(3) == 0).then_some(&sinks[..]),
             mask: masked.as_ref(),
+            slopes: None,
         };
         let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} rows {n_rows} {:?} {how:?}", s.dtype_k);
         let Ok(want) = run.attend_bent(&cpu, &q, &ranges, how, bent) else { continue };
@@ -559,7 +690,7 @@ fn bits(o: &Output) -> Vec<u32> {
 /// A call as [`Single::attend_bent`], by the kernels. (Sequence 1 is another name of 0.)
 fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
     let s = &run.shape;
-    let (n_rows, heads) = (rows.len(), s.n_q_heads);
+    let n_rows = rows.len();
     let reader = run.cache.read(run.sequence, 0).unwrap();
     let view = reader.view();
     let tiles = view.len.div_ceil(TILE);
@@ -572,9 +703,38 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
         head_v,
         written: 0,
         id: 0,
+        first: 0,
         len: view.len as i32,
         n_exact: view.n_exact as i32,
     }; 2];
+    let at = || (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile)));
+    let mask = bent.mask;
+    let seen: Vec<u128> = at().map(|(row, tile)| mask.map_or(0, |mask| mask.seen(row, tile))).collect();
+    let added: Vec<_> = at().map(|(row, tile)| mask.and_then(|mask| mask.added(row, tile))).collect();
+    let peaks: Vec<f32> = added.iter().map(|added| added.map_or(0.0, |(_, peak)| peak)).collect();
+    let added: Vec<[f16; TILE]> = added.iter().map(|added| added.map_or([f16::ZERO; TILE], |(x, _)| *x)).collect();
+    let mut told =
+        AttendParams { views: address(&views), mask_tiles: tiles as i32, shape: s.into(), ..AttendParams::default() };
+    if mask.is_some() {
+        (told.mask_seen, told.mask_peak, told.mask_added) = (address(&seen), address(&peaks), address(&added));
+    }
+    run_attention(s, told, Some(&view), q, rows, tiles, how, bent, seed)
+}
+
+/// Runs the kernels of a call: `told` = what its rows see; `view` = the sequence whose scores are checked.
+#[allow(clippy::too_many_arguments)]
+fn run_attention(
+    s: &Shape,
+    told: AttendParams,
+    view: Option<&SequenceView>,
+    q: &[f32],
+    rows: &[QueryRow],
+    tiles: usize,
+    how: How,
+    bent: Bent,
+    seed: u64,
+) -> (Output, Stats) {
+    let (n_rows, heads) = (rows.len(), s.n_q_heads);
     let nothing = || vec![f32::NAN; n_rows * heads];
     let mut o = Output {
         out: vec![f32::NAN; n_rows * heads * s.dim_v],
@@ -585,16 +745,6 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
         amplitude: nothing(),
         stats: Default::default(),
     };
-    let at = || (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile)));
-    let mask = bent.mask;
-    let seen: Vec<u128> = at().map(|(row, tile)| mask.map_or(0, |mask| mask.seen(row, tile))).collect();
-    let added: Vec<_> = at().map(|(row, tile)| mask.and_then(|mask| mask.added(row, tile))).collect();
-    let peaks: Vec<f32> = added.iter().map(|added| added.map_or(0.0, |(_, peak)| peak)).collect();
-    let added: Vec<[f16; TILE]> = added.iter().map(|added| added.map_or([f16::ZERO; TILE], |(x, _)| *x)).collect();
-    let (mask_seen, mask_peak, mask_added) = match mask {
-        Some(_) => (address(&seen), address(&peaks), address(&added)),
-        None => (0, 0, 0),
-    };
     let (dense, scans) = (rows.iter().any(|row| row.dense != 0), rows.iter().any(|row| row.dense == 0));
     let workspace = Workspace::new(s, n_rows, tiles, scans, 0);
     assert_eq!(workspace.chunk, n_rows);
@@ -604,7 +754,6 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
     let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
     let stride = (s.dim_v * 4) as i64;
     let mut call = AttendParams {
-        shape: s.into(),
         q: rows_of(&q.rows()),
         out: params::Rows {
             data: o.out.as_mut_ptr() as u64,
@@ -612,13 +761,9 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
             stride_head: stride,
             ..Default::default()
         },
-        views: address(&views),
         rows: address(rows),
         sinks: bent.sinks.map_or(0, address),
-        mask_seen,
-        mask_peak,
-        mask_added,
-        mask_tiles: tiles as i32,
+        slopes: bent.slopes.map_or(0, address),
         lse: o.lse.as_mut_ptr() as u64,
         bound: o.bound.as_mut_ptr() as u64,
         lse_bound: o.lse_bound.as_mut_ptr() as u64,
@@ -632,7 +777,7 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
         softcap: bent.softcap,
         tolerance: how.tolerance,
         n_rows: n_rows as i32,
-        ..AttendParams::default()
+        ..told
     };
     let own = call.stats;
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
@@ -648,13 +793,189 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
         if runs {
             launch(&format!("akv_{name}_{words}"), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
         }
-        if runs && name == "scan" {
-            check_scores(&call, s, &view, rows, bent.mask);
+        if let Some(view) = view.filter(|_| runs && name == "scan") {
+            check_scores(&call, s, view, rows, bent.mask);
         }
     }
     assert!(scratch.get()[..workspace.zeros].iter().all(|&byte| byte == 0));
     assert_eq!(fault[0].status, 0);
     (o, stats[0])
+}
+
+/// Attention over cells, in pages or beside the engine's own rows: what the kernels make of a mask and of spans is what the
+/// host makes of them, and so are the results.
+#[test]
+fn attention_over_cells() {
+    let cpu = cpu(Isa::best(), 1);
+    let mut rng = Rng::new(14);
+    let (mut alike, mut calls) = (0, 0);
+    for case in 0..48 {
+        let (d, dv, is_index) = (DIMS[case % 9], DIMS[rng.below(9)], case % 2 == 1);
+        let given =
+            shape([1, 2, 4, 5, 8][rng.below(5)], 1 + rng.below(2), d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        let layout = if is_index { Layout::index(given) } else { Layout::new(Format::Aligned, given) };
+        let s = &layout.shape;
+        let n_slots = [60, 200, 300, 1200][case % 4];
+        let exact_head = [0, 4, 30][rng.below(3)];
+        let memory = Memory::new(Allocator::default(), 0);
+        let mut layer = SlotLayer::new(&memory, 0, layout, 2, n_slots, exact_head, is_index).unwrap();
+        let (mut k, mut v) =
+            (rng.normals(2 * n_slots * s.n_kv_heads * d), rng.normals(2 * n_slots * s.n_kv_heads * dv));
+        round(&mut k, s.dtype_k);
+        round(&mut v, s.dtype_v);
+        let slots: Vec<i64> = (0..2 * n_slots as i64).filter(|_| rng.below(4) > 0).collect();
+        // Rows that nobody has written are not numbers.
+        for slot in (0..2 * n_slots).filter(|slot| is_index && !slots.contains(&(*slot as i64))) {
+            k[slot * s.n_kv_heads * d..][..s.n_kv_heads * d].fill(f32::NAN);
+            v[slot * s.n_kv_heads * dv..][..s.n_kv_heads * dv].fill(f32::NAN);
+        }
+        let (k, v) = (Packed::new(&k, s.n_kv_heads, d, s.dtype_k), Packed::new(&v, s.n_kv_heads, dv, s.dtype_v));
+        if is_index {
+            // SAFETY: rows of all slots, which live longer than the layer is used.
+            let own = [&k, &v].map(|rows| unsafe { std::mem::transmute::<Rows<'_>, Rows<'static>>(rows.rows()) });
+            layer.attach(own[0], own[1]);
+            layer.write(&slots, None, None, &mut Hands::Host).unwrap();
+        } else {
+            layer.write(&slots, Some(k.rows()), Some(v.rows()), &mut Hands::Host).unwrap();
+        }
+
+        // The mask, from f16.
+        let spans = [(1, 1 + rng.below(2), 1 + rng.below(n_slots)), (0, [1, 9][rng.below(2)], n_slots)];
+        let n_rows = spans[0].1 + spans[1].1;
+        let (n_kv, adds) = (n_slots - rng.below(3).min(n_slots - 1), rng.below(2) == 1);
+        let f16s: Vec<Vec<u16>> = (0..n_rows)
+            .map(|_| {
+                let hidden = rng.below(6);
+                let bits = |i: usize| if adds { f16::from_f32(-((i % 50) as f32) / 8.0).to_bits() } else { 0 };
+                (0..n_kv).map(|i| if i / 100 == hidden || rng.below(9) == 0 { 0xfc00 } else { bits(i) }).collect()
+            })
+            .collect();
+        let mut mask = Mask::new(n_rows, n_slots).unwrap();
+        mask.set(0, f16s.iter().map(|row| &row[..])).unwrap();
+        let tiles = n_slots.div_ceil(TILE);
+        let (mut seen, mut peak) = (vec![0u128; n_rows * tiles], vec![f32::NAN; n_rows * tiles]);
+        let mut added = vec![[f16::NAN; TILE]; n_rows * tiles];
+        let (flat, mut fault) = (f16s.concat(), [Fault::default()]);
+        let call = params::MaskParams {
+            f16: address(&flat),
+            stride: 2 * n_kv as i64,
+            seen: seen.as_mut_ptr() as u64,
+            peak: peak.as_mut_ptr() as u64,
+            added: added.as_mut_ptr() as u64,
+            fault: fault.as_mut_ptr() as u64,
+            first_row: 0,
+            n_kv: n_kv as i32,
+            tiles: tiles as i32,
+        };
+        launch("akv_mask", [n_rows * tiles, 1, 1], 128, cuda::CELLS_SHARED_BYTES, &call, rng.next()).unwrap();
+        for (row, tile) in (0..n_rows).flat_map(|row| (0..tiles).map(move |tile| (row, tile))) {
+            let at = row * tiles + tile;
+            assert_eq!(seen[at], mask.seen(row, tile), "case {case}");
+            match mask.added(row, tile) {
+                Some((x, most)) => assert_eq!((&added[at], peak[at]), (x, most), "case {case}"),
+                None => assert_eq!((added[at], peak[at]), ([f16::ZERO; TILE], 0.0), "case {case}"),
+            }
+        }
+
+        // What the rows see.
+        let all: Vec<_> = (0..2).map(|stream| layer.view(stream, n_slots)).collect();
+        let each = || all.iter().flat_map(|view| (0..tiles).map(move |tile| (view, tile)));
+        let pages: Vec<u64> = each().map(|(view, tile)| address(view.page(tile))).collect();
+        let written: Vec<u128> = each().map(|(view, tile)| view.written(tile)).collect();
+        let head = |view: &SequenceView| view.exact.filter(|_| !is_index).map_or(0, |(k, _)| k.address(0, 0) as u64);
+        let heads: Vec<u64> = all.iter().map(head).collect();
+        let n_exact: Vec<u32> = all.iter().map(|view| view.n_exact as u32).collect();
+        let mut device_views = [View::default(); 2];
+        let mut device_rows = vec![QueryRow::default(); n_rows];
+        let mut call = params::SpansParams {
+            pages: address(&pages),
+            written: address(&written),
+            heads: address(&heads),
+            n_exact: address(&n_exact),
+            seen: address(&seen),
+            views: device_views.as_mut_ptr() as u64,
+            rows: device_rows.as_mut_ptr() as u64,
+            n_slots: n_slots as i64,
+            head_v: layout.kept_offset(exact_head) as i64,
+            tiles: tiles as i32,
+            mask_tiles: tiles as i32,
+            first_span: 0,
+            n_spans: 2,
+            spans: [params::Span::default(); params::MAX_SPANS],
+        };
+        let mut rows = Vec::new();
+        let views: Vec<_> = spans.iter().map(|&(stream, _, n_kv)| layer.view(stream, n_kv)).collect();
+        for (i, &(stream, n, n_kv)) in spans.iter().enumerate() {
+            let dense = n > 8;
+            call.spans[i] =
+                params::Span { stream: stream as i32, rows: n as i32, n_kv: n_kv as i32, dense: i32::from(dense) };
+            for _ in 0..n {
+                let sees = |cell: &usize| {
+                    (mask.seen(rows.len(), cell / TILE) & views[i].written(cell / TILE)) >> (cell % TILE) & 1 == 1
+                };
+                let cells: Vec<usize> = (0..n_kv).filter(sees).collect();
+                let (from, to) = (cells.first().map_or(0, |&c| c), cells.last().map_or(0, |&c| c + 1));
+                rows.push(backend::QueryRow { n: cells.len(), ..backend::QueryRow::new(i, from, to, dense) });
+            }
+        }
+        launch("akv_spans", [n_rows, 1, 1], 128, cuda::CELLS_SHARED_BYTES, &call, rng.next()).unwrap();
+        for (i, (got, want)) in device_rows.iter().zip(&rows).enumerate() {
+            let index = if want.dense { 1 + i - (n_rows - spans[want.sequence].1) * want.sequence } else { 0 };
+            let got = (got.sequence, got.from, got.to, got.n, got.dense);
+            assert_eq!(
+                got,
+                (want.sequence as i32, want.from as i32, want.to as i32, want.n as i32, index as i32),
+                "case {case} row {i}"
+            );
+        }
+
+        let q: Vec<f32> = rng.normals(n_rows * s.n_q_heads * d).iter().map(|x| 2.0 * x).collect();
+        let (sinks, slopes) = (rng.normals(s.n_q_heads), rng.normals(s.n_q_heads));
+        let how = How {
+            mode: [Mode::Expected, Mode::Guaranteed][rng.below(2)],
+            tolerance: 10f32.powf(-1.0 - 3.0 * rng.uniform() as f32),
+            scale: 1.0 / (d as f32).sqrt(),
+            dense: false,
+        };
+        let bent = Bent {
+            softcap: if rng.below(3) == 0 { 5.0 } else { 0.0 },
+            mask: Some(&mask),
+            sinks: (rng.below(3) == 0).then_some(&sinks[..]),
+            slopes: (rng.below(2) == 0).then_some(&slopes[..]),
+        };
+        let told = format!("case {case}: {s:?} index {is_index} {n_slots} cells {spans:?} head {exact_head} {how:?}");
+        let want = attend_views(&cpu, &views, &rows, &q, how, bent).unwrap();
+        let mut params = AttendParams {
+            shape: s.into(),
+            views: address(&device_views),
+            mask_seen: address(&seen),
+            mask_peak: address(&peak),
+            mask_added: address(&added),
+            mask_tiles: tiles as i32,
+            ..AttendParams::default()
+        };
+        if is_index {
+            (params.attached_k, params.attached_v) = ((&k.rows()).into(), (&v.rows()).into());
+        }
+        let (got, stats) = run_attention(s, params, None, &q, &device_rows, tiles, how, bent, rng.next());
+        let tokens = stats.tokens + stats.tokens_exact + stats.tokens_attached;
+        assert_eq!(tokens, want.stats.tokens, "{told}");
+        if rows.iter().all(|row| !row.dense) {
+            calls += 1;
+            alike += usize::from(stats.planes_k == want.stats.planes_k && stats.planes_v == want.stats.planes_v);
+        }
+        for at in 0..n_rows * s.n_q_heads {
+            let near = |a: f32, b: f32, most: f32| a == b || (a - b).abs() <= most;
+            assert!(got.bound[at].is_finite(), "{told}: bound {}", got.bound[at]);
+            assert!(near(got.lse[at], want.lse[at], got.lse_bound[at] + want.lse_bound[at]), "{told}");
+            assert!(near(got.amplitude[at], want.amplitude[at], 0.05 * want.amplitude[at] + 1e-6), "{told}");
+            for c in 0..dv {
+                let (a, b) = (got.out[at * dv + c], want.out[at * dv + c]);
+                assert!(near(a, b, got.bound[at] + want.bound[at]), "{told}: {a} {b}");
+            }
+        }
+    }
+    assert!(calls > 15 && 10 * alike >= 9 * calls, "{alike} of {calls} read the same digits as the CPU");
 }
 
 /// The scores of all tokens that are seen, as the scan leaves them: bit for bit those of the integers that the format and
@@ -738,7 +1059,8 @@ fn rows_read_back() {
         let pages: Vec<u64> = (0..n.div_ceil(TILE)).map(|tile| address(view.page(tile))).collect();
         let (head_k, head_v) = view.exact.map_or((0, 0), |(k, v)| (k.address(0, 0) as u64, v.address(0, 0) as u64));
         let n_exact = view.n_exact as i32;
-        let device_view = View { pages: address(&pages), head_k, head_v, written: 0, id: 0, len: n as i32, n_exact };
+        let device_view =
+            View { pages: address(&pages), head_k, head_v, written: 0, id: 0, first: 0, len: n as i32, n_exact };
         let first = rng.below(n);
         let n = 1 + rng.below(n - first);
         let dtype = DTYPES[case % 3];

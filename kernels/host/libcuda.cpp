@@ -112,13 +112,15 @@ int submit(Stream *stream, Work work) {
     return lazy() ? failed : drain(false);
 }
 
-bool on_device(u64 address, size_t bytes) {
-    auto it = allocations.upper_bound(reinterpret_cast<void *>(address));
-    if (it == allocations.begin()) return false;
+bool lies_in(const std::map<void *, size_t> &blocks, u64 address, size_t bytes) {
+    auto it = blocks.upper_bound(reinterpret_cast<void *>(address));
+    if (it == blocks.begin()) return false;
     --it;
     const u64 start = reinterpret_cast<u64>(it->first);
     return address + bytes <= start + it->second;
 }
+
+bool on_device(u64 address, size_t bytes) { return lies_in(allocations, address, bytes) || lies_in(pinned, address, bytes); }
 
 // As real programs have it: 1 and 2 are the legacy and the per-thread default stream.
 Stream *stream_of(void *stream) { return reinterpret_cast<u64>(stream) <= 2 ? nullptr : static_cast<Stream *>(stream); }
@@ -335,7 +337,7 @@ API cuMemAlloc_v2(u64 *address, size_t bytes) {
 // Memory that the host may touch at any time.
 API cuMemAllocManaged(u64 *address, size_t bytes, unsigned) {
     READY;
-    void *p = malloc(bytes);
+    void *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!p) return OUT_OF_MEMORY;
     pinned[p] = bytes;
     *address = reinterpret_cast<u64>(p);

@@ -121,6 +121,33 @@ pub struct Attention<'a> {
     pub amplitude: Option<Floats>,
 }
 
+/// Where what rows see is kept.
+#[derive(Debug)]
+pub enum AnyMask {
+    /// On the host.
+    Host(Mask),
+    /// On a device.
+    Device(cuda::Mask),
+}
+
+impl AnyMask {
+    /// One that the host reads.
+    pub fn host(&self) -> Option<&Mask> {
+        match self {
+            AnyMask::Host(mask) => Some(mask),
+            AnyMask::Device(_) => None,
+        }
+    }
+
+    /// One that a device reads.
+    pub fn device(&self) -> Option<&cuda::Mask> {
+        match self {
+            AnyMask::Host(_) => None,
+            AnyMask::Device(mask) => Some(mask),
+        }
+    }
+}
+
 /// The threads of a call.
 #[derive(Clone, Copy)]
 pub struct Threads<'a> {

@@ -98,6 +98,7 @@ impl Layer {
             head_v,
             written: 0,
             id,
+            first: 0,
             len: len as i32,
             n_exact: if head.is_some() { n_exact as i32 } else { 0 },
         }

@@ -31,7 +31,7 @@ pub use positions::Positions;
 pub use reader::{Reader, SequenceView};
 pub use shift::Rope;
 pub(crate) use shift::Turn;
-pub use slots::SlotLayer;
+pub use slots::{Hands, Job, SlotLayer, launcher};
 pub use snapshot::Excerpt;
 
 use crate::backend::cuda::params::View;
@@ -124,7 +124,7 @@ impl Cache {
         Cache::with_device(config, allocator, None)
     }
 
-    /// One whose rows lie on a device, if there is one. Devices have rows that are appended, in the aligned format.
+    /// One whose rows lie on a device, if there is one. Devices have the aligned format alone.
     pub fn with_device(config: Config, allocator: Allocator, device: Option<Arc<Device>>) -> Result<Cache> {
         for (name, value) in [("exact_head", config.exact_head), ("exact_tail", config.exact_tail)] {
             if value > TILE {
@@ -147,9 +147,9 @@ impl Cache {
         }
         if let Placement::Slots { n_streams, n_slots, .. } = cache.config.placement {
             memory::reserve(&mut cache.slots, cache.layouts.len())?;
-            for &layout in &cache.layouts {
+            for (index, &layout) in cache.layouts.iter().enumerate() {
                 let head = cache.config.exact_head.min(n_slots);
-                let layer = SlotLayer::new(&cache.memory, layout, n_streams, n_slots, head, is_index)?;
+                let layer = SlotLayer::new(&cache.memory, index, layout, n_streams, n_slots, head, is_index)?;
                 cache.slots.push(RwLock::new(layer));
             }
         }

@@ -6,16 +6,19 @@ use super::handle::{CACHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::Result;
+use crate::backend::cuda::Scratches;
 use crate::cache::{Cache, Config, NanPolicy, Placement};
 use crate::error::collect;
 use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, MAX_LATENT, MAX_LATENT_GROUP, PLANES, Shape, TILE};
 use std::fmt::Display;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// What an `akv_cache` stands for.
 pub(super) struct Object {
+    /// For akv_slots_attention on a device. Goes first: it waits for what has been launched.
+    pub scratches: Option<Mutex<Scratches>>,
     pub cache: Arc<Cache>,
-    /// For akv_slots_attention.
+    /// The same on the host.
     pub workspaces: Workspaces,
     /// Keeps it alive, and busy.
     pub context: Arc<context::Object>,
@@ -218,7 +221,11 @@ pub unsafe extern "C" fn akv_cache_create(
             let cache = Cache::with_device(config, context.allocator.clone(), context.device.clone())?;
             let cache = Arc::new(cache);
             let workspaces = Workspaces::new(cache.memory());
-            out.write(CACHES.insert(Object { cache, workspaces, context })?);
+            let scratches = match context.device {
+                Some(_) => Some(Mutex::new(Scratches::new(cache.memory())?)),
+                None => None,
+            };
+            out.write(CACHES.insert(Object { scratches, cache, workspaces, context })?);
         }
         Ok(())
     })

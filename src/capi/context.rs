@@ -228,7 +228,7 @@ pub unsafe extern "C" fn akv_supports(
         for shape in &config.layers {
             paths |= Options::new(&attention, "attention", config.format, shape, slots)?.paths;
             if context.device.is_some() {
-                super::device::check_attention(&attention, "attention")?;
+                super::device::check_attention(&attention, "attention", slots)?;
             }
         }
         if !path.is_null() {

@@ -1,22 +1,24 @@
 //! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
 //! memory, and launched on the caller's stream.
 
-use super::attention::{Limits, Options, apart, check_tokens, query_rows};
+use super::attention::{Limits, MAX_PROGRESSIVE, Options, apart, check_tokens, query_rows};
 use super::batch::{Object, Step};
-use super::cache;
 use super::check::{Grid, not_built, pointer, within, wrong};
 use super::types::*;
+use super::{cache, context};
 use crate::backend::Mode;
 use crate::backend::cuda::params::{
-    self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, State,
+    self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, Span, SpansParams, State,
 };
 use crate::backend::cuda::{
-    Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
+    Bounds, Call, Cells, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace,
+    attend, bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, NanPolicy, Placement};
-use crate::format::{Format, Shape, TILE};
+use crate::cache::{Batch, Cache, Config, NanPolicy, SlotLayer};
+use crate::format::{Format, Layout, Shape, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
+use std::sync::PoisonError;
 
 /// Fails for caches that only the CPU has.
 pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
@@ -32,16 +34,12 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
         let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));
     }
-    if config.placement != Placement::Append {
-        let expected = format_args!("AKV_APPEND (0) {on_cuda}");
-        return Err(not_built(format_args!("{name}->placement"), "another placement", expected));
-    }
     Ok(())
 }
 
-/// Fails for attention that only the CPU has.
-pub(super) fn check_attention(desc: &akv_attention_desc, name: &str) -> Result<()> {
-    for (field, null) in [("alibi_slopes", desc.alibi_slopes.is_null()), ("tree", desc.tree.is_null())] {
+/// Fails for attention that only the CPU has. `slots`: over cells.
+pub(super) fn check_attention(desc: &akv_attention_desc, name: &str, slots: bool) -> Result<()> {
+    for (field, null) in [("alibi_slopes", slots || desc.alibi_slopes.is_null()), ("tree", desc.tree.is_null())] {
         if !null {
             return Err(not_built(format_args!("{name}->{field}"), "not NULL", "NULL on the CUDA backend"));
         }
@@ -53,7 +51,7 @@ pub(super) fn check_attention(desc: &akv_attention_desc, name: &str) -> Result<(
 }
 
 /// Addresses of a caller's rows.
-fn rows(grid: &Grid) -> params::Rows {
+pub(super) fn rows(grid: &Grid) -> params::Rows {
     let (data, stride_row, stride_head) = grid.address();
     params::Rows { data, stride_row, stride_head, dtype: grid.dtype as i32, reserved: 0 }
 }
@@ -143,50 +141,53 @@ pub(super) unsafe fn append(
     })
 }
 
-/// akv_aligned_attention.
-///
-/// # Safety
-/// What `desc` points to is as documented.
-pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: &akv_attention_desc) -> Result<()> {
-    let (device, mut tables) = batch.device()?;
-    let layout = &batch.owner.cache.layouts()[layer];
-    let (shape, n_q) = (&layout.shape, step.n_q);
-    let options = Options::new(desc, "desc", layout.format, shape, false)?;
-    check_attention(desc, "desc")?;
-    // SAFETY: the caller's contract.
-    let stream = unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
-    if !desc.threads.is_null() {
-        return Err(wrong("desc->threads", "not NULL", "NULL on the CUDA backend"));
-    }
-    let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
-    let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
-    if !desc.sink_logits.is_null() {
-        pointer(desc.sink_logits, "desc->sink_logits")?;
-    }
-    apart(desc, &q, &out, n_q, shape)?;
-    // SAFETY: the caller's contract; it is host memory.
-    let limits = unsafe { Limits::new(desc, n_q) }?;
-    let sight = options.sight();
-    batch.batch.lengths(|sequences| check_tokens(sequences, sight, desc))??;
-    batch.batch.check_appended(layer)?;
-    let capturing = device.is_capturing(stream)?;
+/// An attention call, apart from what its rows see, checked as far as that can be done on the host.
+struct Request<'a> {
+    desc: &'a akv_attention_desc,
+    options: Options,
+    q: Grid,
+    out: Grid,
+    stream: Stream,
+    capturing: bool,
+}
 
-    let max_kv = match (capturing, batch.batch.bounds().max_kv) {
-        (true, Some(bound)) => bound,
-        _ => step.max_kv,
-    };
-    let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
-    // Replays of a graph have other rows than this step.
-    let is_dense = |n: usize| options.all_dense || n > super::attention::MAX_PROGRESSIVE;
-    let (dense, scans) = match capturing {
-        true => (is_dense(max_rows), !options.all_dense),
-        false => (step.sequences.iter().any(|s| is_dense(s.n_q)), step.sequences.iter().any(|s| !is_dense(s.n_q))),
-    };
-    let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
-    let start = if desc.workspace.is_null() {
-        tables.workspace(room.bytes, room.zeros, stream, capturing)?
-    } else {
+impl<'a> Request<'a> {
+    /// # Safety
+    /// The stream in `desc` is one.
+    unsafe fn new(
+        context: &context::Object,
+        device: &Device,
+        desc: &'a akv_attention_desc,
+        layout: &Layout,
+        n_q: usize,
+        slots: bool,
+    ) -> Result<Request<'a>> {
+        let shape = &layout.shape;
+        let options = Options::new(desc, "desc", layout.format, shape, slots)?;
+        check_attention(desc, "desc", slots)?;
+        // SAFETY: the caller's contract.
+        let stream = unsafe { context.stream("desc->stream", desc.stream) }?;
+        if !desc.threads.is_null() {
+            return Err(wrong("desc->threads", "not NULL", "NULL on the CUDA backend"));
+        }
+        let q = Grid::new(&desc.q, "desc->q", shape.n_q_heads, shape.dim_k)?;
+        let out = Grid::new(&desc.out, "desc->out", shape.n_q_heads, shape.dim_v)?;
+        for (name, p) in [("desc->sink_logits", desc.sink_logits), ("desc->alibi_slopes", desc.alibi_slopes)] {
+            if !p.is_null() {
+                pointer(p, name)?;
+            }
+        }
+        apart(desc, &q, &out, n_q, shape)?;
+        let capturing = device.is_capturing(stream)?;
+        Ok(Request { desc, options, q, out, stream, capturing })
+    }
+
+    /// The caller's workspace, if there is one, which must be as large as `room`.
+    fn workspace(&self, device: &Device, room: &Workspace) -> Result<Option<u64>> {
+        let desc = self.desc;
+        if desc.workspace.is_null() {
+            return Ok(None);
+        }
         if !(desc.workspace as usize).is_multiple_of(WORKSPACE_ALIGN) {
             let expected = format_args!("an address aligned to {WORKSPACE_ALIGN}");
             return Err(wrong("desc->workspace", format_args!("{:p}", desc.workspace), expected));
@@ -196,8 +197,83 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, expected));
         }
         // SAFETY: the caller's workspace, which has at least as many bytes.
-        unsafe { device.clear(desc.workspace as u64, room.zeros, stream) }?;
-        desc.workspace as u64
+        unsafe { device.clear(desc.workspace as u64, room.zeros, self.stream) }?;
+        Ok(Some(desc.workspace as u64))
+    }
+
+    /// What the kernels are told, but for what rows see.
+    fn params(&self, device: &Device, shape: &Shape, layer: usize) -> AttendParams {
+        let (desc, options) = (self.desc, &self.options);
+        AttendParams {
+            shape: shape.into(),
+            q: rows(&self.q),
+            out: rows(&self.out),
+            sinks: desc.sink_logits as u64,
+            slopes: desc.alibi_slopes as u64,
+            lse: desc.lse as u64,
+            bound: desc.bound as u64,
+            lse_bound: desc.lse_bound as u64,
+            estimate: desc.estimate as u64,
+            amplitude: desc.amplitude as u64,
+            fault: device.fault_address(),
+            mode: if options.mode == Mode::Guaranteed { params::MODE_GUARANTEED } else { params::MODE_EXPECTED },
+            scale: options.scale,
+            softcap: options.softcap,
+            tolerance: options.tolerance,
+            layer: layer as i32,
+            ..AttendParams::default()
+        }
+    }
+
+    /// True if `n` query rows of a sequence or span read all digits.
+    fn is_dense(&self, n: usize) -> bool {
+        self.options.all_dense || n > MAX_PROGRESSIVE
+    }
+
+    /// If there are rows that read all digits, and others, among those of sequences or spans.
+    fn kinds(&self, n_q: impl Iterator<Item = usize> + Clone) -> (bool, bool) {
+        (n_q.clone().any(|n| self.is_dense(n)), n_q.clone().any(|n| !self.is_dense(n)))
+    }
+
+    /// The whole call, over sequences: there can be rows that read all digits, and others.
+    fn call<'s>(&self, params: AttendParams, shape: &'s Shape, n_q: usize, (dense, scans): (bool, bool)) -> Call<'s> {
+        let report = self.desc.stats as u64;
+        Call { shape, params, cells: None, n_rows: n_q, n_tiles: 0, dense, scans, report, backend: AKV_CUDA }
+    }
+}
+
+/// akv_aligned_attention.
+///
+/// # Safety
+/// What `desc` points to is as documented.
+pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: &akv_attention_desc) -> Result<()> {
+    let (device, mut tables) = batch.device()?;
+    let layout = &batch.owner.cache.layouts()[layer];
+    let (shape, n_q) = (&layout.shape, step.n_q);
+    // SAFETY: the caller's contract.
+    let request = unsafe { Request::new(&batch.owner.context, device, desc, layout, n_q, false) }?;
+    let (stream, capturing) = (request.stream, request.capturing);
+    // SAFETY: the caller's contract; it is host memory.
+    let limits = unsafe { Limits::new(desc, n_q) }?;
+    let sight = request.options.sight();
+    batch.batch.lengths(|sequences| check_tokens(sequences, sight, desc))??;
+    batch.batch.check_appended(layer)?;
+
+    let max_kv = match (capturing, batch.batch.bounds().max_kv) {
+        (true, Some(bound)) => bound,
+        _ => step.max_kv,
+    };
+    let max_rows = if capturing { batch.batch.bounds().max_q.unwrap_or(n_q) } else { n_q };
+    // Replays of a graph have other rows than this step.
+    let (dense, scans) = match capturing {
+        true => (request.is_dense(max_rows), !request.options.all_dense),
+        false => request.kinds(step.sequences.iter().map(|s| s.n_q)),
+    };
+    let tiles = max_kv.div_ceil(TILE);
+    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
+    let start = match request.workspace(device, &room)? {
+        Some(start) => start,
+        None => tables.workspace(room.bytes, room.zeros, stream, capturing)?,
     };
 
     let known = if limits.is_empty() { tables.rows(sight, n_q, capturing)? } else { None };
@@ -217,37 +293,115 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             (room.rows(start), rows.len())
         }
     };
-    let call = Call {
-        shape,
-        params: AttendParams {
-            shape: shape.into(),
-            q: rows(&q),
-            out: rows(&out),
-            views: tables.views(layer, capturing)?,
-            rows: rows_at,
-            sinks: desc.sink_logits as u64,
-            lse: desc.lse as u64,
-            bound: desc.bound as u64,
-            lse_bound: desc.lse_bound as u64,
-            estimate: desc.estimate as u64,
-            amplitude: desc.amplitude as u64,
-            fault: device.fault_address(),
-            mode: if options.mode == Mode::Guaranteed { params::MODE_GUARANTEED } else { params::MODE_EXPECTED },
-            scale: options.scale,
-            softcap: options.softcap,
-            tolerance: options.tolerance,
-            layer: layer as i32,
-            ..AttendParams::default()
-        },
-        n_rows,
-        n_tiles: tiles,
-        dense,
-        scans,
-        report: desc.stats as u64,
-        backend: AKV_CUDA,
-    };
+    let views = tables.views(layer, capturing)?;
+    let params = AttendParams { views, rows: rows_at, ..request.params(device, shape, layer) };
+    let call = Call { n_rows, n_tiles: tiles, ..request.call(params, shape, n_q, (dense, scans)) };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, stream) }
+}
+
+/// Query rows over cells that are at work at once, so that workspaces do not depend on how many there are. `scans`: not all
+/// of them read all digits.
+fn rows_over_cells(scans: bool) -> usize {
+    if scans { 64 } else { 1024 }
+}
+
+/// Bytes that akv_slots_attention can do with over spans of up to `max_kv` cells, in any layer.
+pub(super) fn slots_workspace(cache: &Cache, max_kv: usize) -> usize {
+    let of = |layout: &Layout, scans| {
+        Workspace::new(&layout.shape, rows_over_cells(scans), max_kv.div_ceil(TILE), scans, 0).bytes
+    };
+    cache.layouts().iter().map(|layout| of(layout, true).max(of(layout, false))).max().unwrap_or(0)
+}
+
+/// akv_slots_attention, of spans that are checked.
+///
+/// # Safety
+/// What `desc` points to is as documented.
+pub(super) unsafe fn slots_attention(
+    cache: &cache::Object,
+    device: &Device,
+    layer: usize,
+    spans: &[akv_span],
+    mask: Option<&Mask>,
+    desc: &akv_attention_desc,
+) -> Result<()> {
+    let layout = &cache.cache.layouts()[layer];
+    let shape = &layout.shape;
+    let n_q: usize = spans.iter().map(|span| span.n_q as usize).sum();
+    // SAFETY: the caller's contract.
+    let request = unsafe { Request::new(&cache.context, device, desc, layout, n_q, true) }?;
+    let cells = cache.cache.read_slots(layer)?;
+    let attached = cells.attached()?;
+    let (mut list, mut max_kv) = (Vec::with_capacity(spans.len()), 0);
+    for span in spans.iter().filter(|span| span.n_q > 0) {
+        max_kv = max_kv.max(span.n_kv as usize);
+        let (stream, n_kv, dense) = (span.stream, span.n_kv as i32, request.is_dense(span.n_q as usize).into());
+        list.push(Span { stream, rows: span.n_q, n_kv, dense });
+    }
+    let (dense, scans) = request.kinds(list.iter().map(|span| span.rows as usize));
+    let tiles = max_kv.div_ceil(TILE);
+    let room = Workspace::new(shape, n_q.min(rows_over_cells(scans)), tiles, scans, 0);
+    let start = match (request.workspace(device, &room)?, &cache.scratches) {
+        (Some(start), _) => start,
+        (None, _) if request.capturing => {
+            let expected = "memory of akv_slots_workspace's size in a call that is captured";
+            return Err(Error::Unsupported(format!("desc->workspace is NULL: expected {expected}")));
+        }
+        (None, Some(scratches)) => {
+            scratches.lock().unwrap_or_else(PoisonError::into_inner).get(room.bytes, room.zeros, request.stream)?
+        }
+        (None, None) => return Err(Error::Internal("cells without workspaces".to_owned())),
+    };
+    cells.tell(device, request.stream, request.capturing)?;
+    let mut params = request.params(device, shape, layer);
+    if let Some((k, v)) = &attached {
+        (params.attached_k, params.attached_v) = (k.into(), v.into());
+    }
+    if let Some(mask) = mask {
+        mask.place(&mut params);
+    }
+    let spans_of_call: SpansParams = cells.spans()?;
+    let call = Call {
+        cells: Some(Cells { params: spans_of_call, spans: &list }),
+        n_tiles: tiles,
+        ..request.call(params, shape, n_q, (dense, scans))
+    };
+    // SAFETY: checked, and the caller's contract.
+    unsafe { attend(device, &call, &room, start, request.stream) }
+}
+
+/// Fails for work whose books are the host's in a stream that is captured.
+pub(super) fn check_not_captured(device: &Device, stream: Stream, call: &str) -> Result<()> {
+    match device.is_capturing(stream)? {
+        true => Err(Error::Unsupported(format!("{call}: expected a stream that is not captured"))),
+        false => Ok(()),
+    }
+}
+
+/// Makes launched work on cells, which nothing else uses meanwhile, happen before and after.
+pub(super) fn apart_from_launched<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    device.synchronize()?;
+    let done = work()?;
+    device.synchronize().map(|()| done)
+}
+
+/// akv_slots_read.
+///
+/// # Safety
+/// The rows are device memory as documented.
+pub(super) unsafe fn slots_read(
+    cells: &SlotLayer,
+    device: &Device,
+    range: (usize, usize),
+    rows_of: (Option<Grid>, Option<Grid>),
+    stream: Stream,
+) -> Result<()> {
+    check_not_captured(device, stream, "akv_slots_read")?;
+    let (key, value) = (rows_of.0.as_ref().map(rows), rows_of.1.as_ref().map(rows));
+    // SAFETY: the caller's contract.
+    let mut launch = unsafe { crate::cache::launcher(device, stream) };
+    cells.read_on_device(range.0, range.1, key, value, &mut launch)
 }
 
 /// Alignment of a caller's workspace.
@@ -277,7 +431,7 @@ pub(super) unsafe fn dequantize(
         first: range.0 as i32,
         n: range.1 as i32,
         layer: layer as i32,
-        reserved: 0,
+        ..DequantizeParams::default()
     };
     // SAFETY: the caller's contract; the view names pages of the cache.
     unsafe { device.launch(device.kernels()?.dequantize, [range.1, shape.n_kv_heads, 1], 0, &call, stream) }
@@ -323,10 +477,14 @@ pub(super) fn fault(found: &params::Fault) -> Error {
     let place = params::PLACES.get(found.place as usize).unwrap_or(&"?");
     let (sequence, layer, row, head) = (found.sequence, found.layer, found.row, found.head);
     let at = match found.place {
+        0 | 1 if sequence == 0 => format!("{place}: slot {row}, layer {layer}, head {head}"),
         0 | 1 => format!("{place}: token {row} of sequence {sequence}, layer {layer}, head {head}"),
+        4 => format!("{place}: row {row}, cell {head}"),
+        _ if sequence == 0 => format!("{place}: query row {row}, layer {layer}, head {head}"),
         _ => format!("{place}: query row {row}, of sequence {sequence}, layer {layer}, head {head}"),
     };
     match found.status {
+        params::FAULT_NONFINITE if found.place == 4 => Error::Argument(format!("{at}: NaN or +inf")),
         params::FAULT_NONFINITE => Error::NonFinite(format!("{at}: NaN or infinity")),
         params::FAULT_RANGE => Error::Range(format!("{at}: a value that the format, or the dtype, cannot hold")),
         _ => Error::Range(format!("{at}: scores beyond binary32, or outputs beyond their dtype")),

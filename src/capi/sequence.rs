@@ -404,7 +404,7 @@ pub(super) unsafe fn write_rows(
 ///
 /// # Safety
 /// `rows` is NULL, misaligned, or valid.
-unsafe fn output(
+pub(super) unsafe fn output(
     rows: *const akv_rows,
     name: &str,
     n: usize,

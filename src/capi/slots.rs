@@ -2,14 +2,15 @@
 
 use super::attention::{Asking, Frame, MAX_PROGRESSIVE, Scene};
 use super::batch::WORKSPACE_ALIGN;
-use super::check::{Bytes, Grid, array, count, descriptor, pointer, within, wrong};
+use super::check::{Bytes, Grid, array, count, descriptor, disjoint, pointer, within, wrong};
 use super::handle::{CACHES, CONTEXTS, MASKS};
-use super::sequence::write_rows;
+use super::sequence::{output, write_rows};
 use super::types::*;
-use super::{cache, context, guard};
+use super::{cache, context, device, guard};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Mask, QueryRow};
-use crate::cache::{NanPolicy, SequenceView, SlotLayer};
+use crate::backend::cuda::{self, Stream};
+use crate::backend::{AnyMask, Mask, QueryRow};
+use crate::cache::{Hands, NanPolicy, SequenceView, SlotLayer, launcher};
 use crate::error::{collect, reserve};
 use crate::format::{Clean, Dtype, Rows, TILE};
 use crate::{Error, Result};
@@ -19,7 +20,7 @@ use std::sync::Arc;
 
 /// What an `akv_mask` stands for.
 pub(super) struct MaskObject {
-    mask: RwLock<Mask>,
+    mask: RwLock<AnyMask>,
     /// Its size, for calls that must not depend on getting the lock.
     max_rows: usize,
     max_kv: usize,
@@ -80,10 +81,12 @@ unsafe fn write(
     n: i64,
     key: *const akv_rows,
     value: *const akv_rows,
+    stream: Stream,
 ) -> Result<()> {
     let index = cache.layer(layer)?;
     let place = |error: Error| error.at(format_args!("layer {index}"));
     let mut cells = cache.cache.write_slots(index)?;
+    let on = cache.context.device.as_deref();
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
     let slots = unsafe { array(slots, n, "slots") }?;
@@ -98,12 +101,15 @@ unsafe fn write(
                 return Err(wrong(name, "not NULL", "NULL: AKV_ATTACHED has its rows from akv_attach_rows"));
             }
         }
+        if let Some(on) = on {
+            // SAFETY: the caller's contract.
+            return unsafe { write_on_device(&mut cells, on, slots, None, None, stream) };
+        }
         let changed = || slots.iter().map(|&slot| slot as usize);
         for (name, rows) in [("attached key", &k), ("attached value", &v)] {
             layout.check_rows(name, rows, changed()).map_err(place)?;
         }
-        cells.write(slots, None, None);
-        return Ok(());
+        return cells.write(slots, None, None, &mut Hands::Host);
     }
     // SAFETY: the caller's contract.
     let (k, v) = unsafe {
@@ -114,6 +120,10 @@ unsafe fn write(
     };
     if k.is_none() && v.is_none() {
         return Err(wrong("key, value", "NULL", "rows of one of them at least"));
+    }
+    if let Some(on) = on {
+        // SAFETY: the caller's contract.
+        return unsafe { write_on_device(&mut cells, on, slots, k, v, stream) };
     }
     let clean = |rows: &Option<Rows>| match (cache.cache.config().nan, rows) {
         (NanPolicy::Error, _) | (_, None) => Ok(None),
@@ -127,12 +137,29 @@ unsafe fn write(
             layout.check_rows(name, &rows, 0..n).map_err(place)?;
         }
     }
-    cells.write(slots, k.1, v.1);
+    cells.write(slots, k.1, v.1, &mut Hands::Host)?;
     if layout.marked() {
         let bad = [(k.1, &clean_k), (v.1, &clean_v)];
         cells.mark(slots, bad.map(|(rows, clean)| rows.map(|_| clean.as_ref().map_or(&[][..], Clean::bad))));
     }
     Ok(())
+}
+
+/// # Safety
+/// The rows are device memory as documented.
+unsafe fn write_on_device(
+    cells: &mut SlotLayer,
+    on: &cuda::Device,
+    slots: &[i64],
+    k: Option<Rows>,
+    v: Option<Rows>,
+    stream: Stream,
+) -> Result<()> {
+    device::check_not_captured(on, stream, "akv_slots_write")?;
+    cells.tell(on, stream, false)?;
+    // SAFETY: the caller's contract.
+    let mut launch = unsafe { launcher(on, stream) };
+    cells.write(slots, k, v, &mut Hands::Device(&mut launch))
 }
 
 /// What a query row sees of its span.
@@ -189,6 +216,12 @@ unsafe fn attend(
     }
     // Held to the end: a mask is not set meanwhile.
     let busy = || Error::Busy("desc->mask: is being set by another call".to_owned());
+    if let Some(on) = &cache.context.device {
+        let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose()?;
+        let mask = mask.as_deref().and_then(AnyMask::device);
+        // SAFETY: the caller's contract.
+        return unsafe { device::slots_attention(cache, on, layer, spans, mask, desc) };
+    }
     let layout = &cache.cache.layouts()[layer];
     // SAFETY: the caller's contract.
     unsafe { cache.context.stream("desc->stream", desc.stream) }?;
@@ -206,9 +239,10 @@ unsafe fn attend(
     let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose();
     // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
     let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
-    let prepared: Result<(Option<RwLockReadGuard<Mask>>, RwLockReadGuard<SlotLayer>)> =
+    let prepared: Result<(Option<RwLockReadGuard<AnyMask>>, RwLockReadGuard<SlotLayer>)> =
         mask.and_then(|mask| cells.map(|cells| (mask, cells)));
     let seen = prepared.as_ref().map_err(Clone::clone).and_then(|(mask, cells)| {
+        let mask = mask.as_deref().and_then(AnyMask::host);
         let (mut views, mut rows) = (Vec::new(), Vec::new());
         reserve(&mut views, n_spans)?;
         reserve(&mut rows, n_q)?;
@@ -216,12 +250,12 @@ unsafe fn attend(
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
             for _ in 0..span.n_q {
-                let row = query_row(&view, i, mask.as_deref(), rows.len(), dense);
+                let row = query_row(&view, i, mask, rows.len(), dense);
                 rows.push(QueryRow { many: span.n_q as usize > MAX_PROGRESSIVE, ..row });
             }
             views.push(view);
         }
-        Ok((views, rows, mask.as_deref()))
+        Ok((views, rows, mask))
     });
     let scene = seen.as_ref().map_err(Clone::clone);
     let scene = scene.map(|(sequences, rows, mask)| Scene { sequences, rows, mask: *mask, positions: None });
@@ -242,7 +276,8 @@ unsafe fn attend(
 /// later certificate.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is
-/// running).
+/// running). On CUDA rows that cannot be stored are akv_poll's to tell, a stream that is captured is AKV_E_UNSUPPORTED, and
+/// after AKV_E_DEVICE what the slots hold is undefined.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -259,16 +294,16 @@ pub unsafe extern "C" fn akv_slots_write(
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // SAFETY: the caller's contract.
-        unsafe { cache.context.stream("stream", stream) }?;
+        let stream = unsafe { cache.context.stream("stream", stream) }?;
         // SAFETY: the caller's contract.
-        unsafe { write(&cache, layer, slots, n, key, value) }
+        unsafe { write(&cache, layer, slots, n, key, value, stream) }
     })
 }
 
 /// Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
 /// stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
-/// written, if a value is too large for the dtype; AKV_E_BUSY while the layer is written. AKV_SLOTS only (attached rows
-/// are the caller's).
+/// written, if a value is too large for the dtype (on CUDA infinity is written, and akv_poll tells of it); AKV_E_BUSY while
+/// the layer is written. AKV_SLOTS only (attached rows are the caller's). On CUDA outside of capture.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -285,13 +320,26 @@ pub unsafe extern "C" fn akv_slots_read(
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // SAFETY: the caller's contract.
-        unsafe { cache.context.stream("stream", stream) }?;
+        let stream = unsafe { cache.context.stream("stream", stream) }?;
         let cells = cache.cache.read_slots(cache.layer(layer)?)?;
         if cells.is_index() {
             let expected = "expected AKV_SLOTS";
             return Err(Error::Argument(format!("cache is AKV_ATTACHED, whose rows are the caller's: {expected}")));
         }
         let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
+        if let Some(on) = &cache.context.device {
+            let shape = &cells.layout().shape;
+            // SAFETY: the caller's contract.
+            return unsafe {
+                let key = output(key, "key", n, shape.n_kv_heads, shape.dim_k)?;
+                let value = output(value, "value", n, shape.n_kv_heads, shape.dim_v)?;
+                if let (Some((_, k)), Some((_, v))) = (&key, &value) {
+                    disjoint(&[("key", *k), ("value", *v)], &[])?;
+                }
+                let rows = (key.map(|(grid, _)| grid), value.map(|(grid, _)| grid));
+                device::slots_read(&cells, on, (first, n), rows, stream)
+            };
+        }
         let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| {
             cells.read(first + row, head, k, v);
             cells.spread(first + row, head, k, v);
@@ -322,7 +370,8 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 /// Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
 /// streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
 /// with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
-/// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied.
+/// AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied. On CUDA it waits for all work
+/// of the CUDA context, before and after.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -348,10 +397,18 @@ pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from:
         if from < to + n && to < from + n {
             return Err(wrong("to", to, format_args!("slots that do not overlap {from} to {}", from + n - 1)));
         }
-        for (cells, spare) in cells.iter_mut().zip(&mut spares) {
-            cells.copy(from, to, n, spare);
+        let mut copy = |hands: &mut Hands| {
+            let mut both = cells.iter_mut().zip(&mut spares);
+            both.try_for_each(|(cells, spare)| cells.copy(from, to, n, spare, hands))
+        };
+        match &cache.context.device {
+            None => copy(&mut Hands::Host),
+            Some(on) => device::apart_from_launched(on, || {
+                // SAFETY: rows are those of the cells.
+                let mut launch = unsafe { launcher(on, Stream::DEFAULT) };
+                copy(&mut Hands::Device(&mut launch))
+            }),
         }
-        Ok(())
     })
 }
 
@@ -397,7 +454,7 @@ pub unsafe extern "C" fn akv_attach_rows(
 /// mask). Cells without both K and V are never seen. Spans of up to 8 rows take the progressive path, longer ones the
 /// dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
 ///
-/// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace).
+/// `desc->threads` with nth > 1 needs `desc->workspace` (akv_slots_workspace); on CUDA so does a stream that is captured.
 ///
 /// Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows,
 /// so that it can read more than the rows alone would have been.
@@ -423,7 +480,8 @@ pub unsafe extern "C" fn akv_slots_attention(
 }
 
 /// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
-/// `max_kv` cells and on up to `max_threads` threads (0 = the context's).
+/// `max_kv` cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number
+/// of query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -444,6 +502,14 @@ pub unsafe extern "C" fn akv_slots_workspace(
             n => n as usize,
         };
         let (bytes, align) = (pointer(bytes, "bytes")?, pointer(align, "align")?);
+        if cache.context.device.is_some() {
+            // SAFETY: checked, and the caller's contract.
+            unsafe {
+                bytes.write(device::slots_workspace(&cache.cache, max_kv));
+                align.write(device::WORKSPACE_ALIGN);
+            }
+            return Ok(());
+        }
         let most = cache.cache.layouts().iter().map(|layout| Cpu::workspace_bytes(layout, max_kv, nth)).max();
         // SAFETY: checked, and the caller's contract.
         unsafe {
@@ -456,6 +522,8 @@ pub unsafe extern "C" fn akv_slots_workspace(
 
 /// Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches
 /// as share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
+///
+/// On CUDA all of its memory is taken here: 276 bytes for each row and 128 cells.
 ///
 /// Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
 ///
@@ -473,7 +541,11 @@ pub unsafe extern "C" fn akv_mask_create(
         let out = pointer(out, "out")?;
         let rows = within("max_rows", max_rows, 1..=i64::from(i32::MAX))? as usize;
         let kv = within("max_kv", max_kv, 1..=i64::from(i32::MAX))? as usize;
-        let object = MaskObject { mask: RwLock::new(Mask::new(rows, kv)?), max_rows: rows, max_kv: kv, context };
+        let mask = match &context.device {
+            Some(on) => AnyMask::Device(cuda::Mask::new(on, context.allocator.clone(), rows, kv)?),
+            None => AnyMask::Host(Mask::new(rows, kv)?),
+        };
+        let object = MaskObject { mask: RwLock::new(mask), max_rows: rows, max_kv: kv, context };
         // SAFETY: checked, and the caller's contract.
         unsafe { out.write(MASKS.insert(object)?) };
         Ok(())
@@ -484,7 +556,8 @@ pub unsafe extern "C" fn akv_mask_create(
 /// (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
 /// if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
 /// layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
-/// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
+/// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
+/// and akv_poll tells of them.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -501,30 +574,39 @@ pub unsafe extern "C" fn akv_mask_set(
     guard(|| {
         let mask = MASKS.get(mask, "mask")?;
         // SAFETY: the caller's contract.
-        unsafe { mask.context.stream("stream", stream) }?;
+        let stream = unsafe { mask.context.stream("stream", stream) }?;
         let busy = || Error::Busy("mask: is in use by another call".to_owned());
+        let (max_rows, max_kv) = (mask.max_rows, mask.max_kv);
         let mut mask = mask.mask.try_write().ok_or_else(busy)?;
         let (first_row, rows, n_kv) = (count("first_row", first_row)?, count("rows", rows)?, count("n_kv", n_kv)?);
-        if first_row.checked_add(rows).is_none_or(|end| end > mask.max_rows()) {
-            let max = mask.max_rows();
+        if first_row.checked_add(rows).is_none_or(|end| end > max_rows) {
+            let max = max_rows;
             return Err(Error::Capacity(format!("first_row, rows: {first_row}, {rows} with {max} rows at most")));
         }
-        if n_kv > mask.max_kv() {
-            return Err(Error::Capacity(format!("n_kv {n_kv}: the mask has {} cells at most", mask.max_kv())));
+        if n_kv > max_kv {
+            return Err(Error::Capacity(format!("n_kv {n_kv}: the mask has {max_kv} cells at most")));
         }
         let stride = if stride == 0 { 2 * n_kv } else { count("stride", stride)? };
         if stride % 2 != 0 || stride < 2 * n_kv && rows > 1 {
             return Err(wrong("stride", stride, format_args!("a multiple of 2, at least {}", 2 * n_kv)));
         }
         if rows == 0 || n_kv == 0 {
-            return mask.set(first_row, std::iter::repeat_n(&[][..], rows));
+            return match &mut *mask {
+                AnyMask::Host(mask) => mask.set(first_row, std::iter::repeat_n(&[][..], rows)),
+                // SAFETY: no row is read.
+                AnyMask::Device(mask) => unsafe { mask.set(first_row, rows, 0, 0, 0, stream) },
+            };
         }
         let f16 = pointer(f16.cast::<u16>(), "f16")?;
         let extent = stride.checked_mul(rows - 1).and_then(|bytes| bytes.checked_add(2 * n_kv));
         Bytes::new(f16.cast::<u8>(), Some(extent.unwrap_or(usize::MAX)), "f16")?;
         // SAFETY: aligned, within the address space, and the caller's contract.
         let row = |i: usize| unsafe { std::slice::from_raw_parts(f16.byte_add(i * stride), n_kv) };
-        mask.set(first_row, (0..rows).map(row))
+        match &mut *mask {
+            AnyMask::Host(mask) => mask.set(first_row, (0..rows).map(row)),
+            // SAFETY: the caller's contract.
+            AnyMask::Device(mask) => unsafe { mask.set(first_row, rows, f16 as u64, stride, n_kv, stream) },
+        }
     })
 }
 

@@ -439,6 +439,20 @@ impl Layout {
         (k, if s.v_is_prefix { k.prefix(s.dim_v) } else { Rows::contiguous(v, s.n_kv_heads, s.dtype_v, s.dim_v) })
     }
 
+    /// The same of a block at an address.
+    ///
+    /// # Safety
+    /// Rows that are read lie in such a block, which nobody writes during `'a`.
+    pub unsafe fn kept_at<'a>(&self, address: u64, n: usize) -> (Rows<'a>, Rows<'a>) {
+        let s = &self.shape;
+        let rows = |address: u64, dtype: Dtype, dim: usize| {
+            let stride = (dim * dtype.size()) as isize;
+            // SAFETY: the contract.
+            unsafe { Rows::new(address as *const u8, stride * s.n_kv_heads as isize, stride, dtype, dim) }
+        };
+        (rows(address, s.dtype_k, s.dim_k), rows(address + self.kept_offset(n) as u64, s.dtype_v, s.dim_v))
+    }
+
     /// Copies row 0 of `k` and `v` into row `row` of such a block.
     pub fn keep(&self, block: &mut [u8], n: usize, row: usize, k: Rows, v: Rows) {
         self.keep_key(block, n, row, k);

@@ -4,6 +4,7 @@
 use alignedkv::backend::cpu::{Cpu, Isa};
 use alignedkv::backend::{Attention, Floats, Mask, Mode, QueryRow, Stats};
 use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, NanPolicy, Placement, StepSequence};
+use alignedkv::cache::{Memory, SequenceView};
 use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -113,6 +114,7 @@ pub struct Bent<'a> {
     pub softcap: f32,
     pub mask: Option<&'a Mask>,
     pub sinks: Option<&'a [f32]>,
+    pub slopes: Option<&'a [f32]>,
 }
 
 /// One sequence in a cache of one layer.
@@ -212,10 +214,7 @@ impl Single {
         how: How,
         bent: Bent,
     ) -> alignedkv::Result<Output> {
-        let s = &self.shape;
-        let (n_q, heads) = (ranges.len(), s.n_q_heads);
         let reader = self.cache.read(sequence, 0)?;
-        let views = [reader.view()];
         let rows: Vec<QueryRow> = ranges
             .iter()
             .map(|&(from, to)| {
@@ -224,47 +223,63 @@ impl Single {
                 row
             })
             .collect();
-        let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
-        let mut o = Output {
-            out: vec![0.0; n_q * heads * s.dim_v],
-            lse: vec![0.0; n_q * heads],
-            bound: vec![0.0; n_q * heads],
-            lse_bound: vec![0.0; n_q * heads],
-            estimate: vec![0.0; n_q * heads],
-            amplitude: vec![0.0; n_q * heads],
-            stats: Stats::default(),
-        };
-        let stride = (s.dim_v * 4) as isize;
-        // SAFETY: the vectors have a place for every row and head, and live through the call.
-        let call = unsafe {
-            Attention {
-                shape: s,
-                sequences: &views,
-                rows: &rows,
-                q: q.rows(),
-                lost: &[],
-                out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
-                scale: how.scale,
-                softcap: bent.softcap,
-                mask: bent.mask,
-                positions: None,
-                slopes: None,
-                sinks: bent.sinks,
-                tolerance: how.tolerance,
-                mode: how.mode,
-                lse: Some(Floats::new(o.lse.as_mut_ptr())),
-                bound: Some(Floats::new(o.bound.as_mut_ptr())),
-                lse_bound: Some(Floats::new(o.lse_bound.as_mut_ptr())),
-                estimate: Some(Floats::new(o.estimate.as_mut_ptr())),
-                amplitude: Some(Floats::new(o.amplitude.as_mut_ptr())),
-            }
-        };
-        let bytes = Cpu::workspace_bytes(&self.cache.layouts()[0], views[0].len, cpu.n_threads());
-        let mut workspace = Block::new(self.cache.memory(), bytes).unwrap();
-        // SAFETY: a fresh block of the right size, used by this call alone.
-        o.stats = unsafe { cpu.attention(Ok(&call), None, workspace.as_mut_ptr()) }?;
-        Ok(o)
+        attend_views(cpu, &[reader.view()], &rows, q, how, bent)
     }
+}
+
+/// The same of any rows over any sequences of a layer.
+pub fn attend_views(
+    cpu: &Cpu,
+    views: &[SequenceView],
+    rows: &[QueryRow],
+    q: &[f32],
+    how: How,
+    bent: Bent,
+) -> alignedkv::Result<Output> {
+    let layout = views[0].layout;
+    let s = &layout.shape;
+    let (n_q, heads) = (rows.len(), s.n_q_heads);
+    let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
+    let mut o = Output {
+        out: vec![0.0; n_q * heads * s.dim_v],
+        lse: vec![0.0; n_q * heads],
+        bound: vec![0.0; n_q * heads],
+        lse_bound: vec![0.0; n_q * heads],
+        estimate: vec![0.0; n_q * heads],
+        amplitude: vec![0.0; n_q * heads],
+        stats: Stats::default(),
+    };
+    let stride = (s.dim_v * 4) as isize;
+    // SAFETY: the vectors have a place for every row and head, and live through the call.
+    let call = unsafe {
+        Attention {
+            shape: s,
+            sequences: views,
+            rows,
+            q: q.rows(),
+            lost: &[],
+            out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
+            scale: how.scale,
+            softcap: bent.softcap,
+            mask: bent.mask,
+            positions: None,
+            slopes: bent.slopes,
+            sinks: bent.sinks,
+            tolerance: how.tolerance,
+            mode: how.mode,
+            lse: Some(Floats::new(o.lse.as_mut_ptr())),
+            bound: Some(Floats::new(o.bound.as_mut_ptr())),
+            lse_bound: Some(Floats::new(o.lse_bound.as_mut_ptr())),
+            estimate: Some(Floats::new(o.estimate.as_mut_ptr())),
+            amplitude: Some(Floats::new(o.amplitude.as_mut_ptr())),
+        }
+    };
+    let longest = views.iter().map(|view| view.len).max().unwrap();
+    let bytes = Cpu::workspace_bytes(layout, longest, cpu.n_threads());
+    let mut workspace = Block::new(&Memory::new(Allocator::default(), 0), bytes).unwrap();
+    // SAFETY: a fresh block of the right size, used by this call alone.
+    o.stats = unsafe { cpu.attention(Ok(&call), None, workspace.as_mut_ptr()) }?;
+    Ok(o)
 }
 
 pub fn cpu(isa: Isa, n_threads: usize) -> Cpu {

@@ -570,7 +570,8 @@ namespace AlignedKV
         ///  later certificate.
         ///
         ///  Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention or another write on the layer is
-        ///  running).
+        ///  running). On CUDA rows that cannot be stored are akv_poll's to tell, a stream that is captured is AKV_E_UNSUPPORTED, and
+        ///  after AKV_E_DEVICE what the slots hold is undefined.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -581,8 +582,8 @@ namespace AlignedKV
         /// <summary>
         ///  Reads slots `first..first + n` back, in any dtype: rows that are kept as given exactly, others decoded with all
         ///  stored planes, cells without rows as zeros. Either of `key` and `value` may be NULL. AKV_E_RANGE, with nothing
-        ///  written, if a value is too large for the dtype; AKV_E_BUSY while the layer is written. AKV_SLOTS only (attached rows
-        ///  are the caller's).
+        ///  written, if a value is too large for the dtype (on CUDA infinity is written, and akv_poll tells of it); AKV_E_BUSY while
+        ///  the layer is written. AKV_SLOTS only (attached rows are the caller's). On CUDA outside of capture.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -604,7 +605,8 @@ namespace AlignedKV
         ///  Copies `n` slots from `from` on to those from `to` on, in `layer` or, with -1, in all. Whole tiles (cells of both
         ///  streams from the same multiple of 128 on) are copied as they are stored; other rows are decoded and written anew,
         ///  with an error that every later certificate contains. The two stretches must not overlap. AKV_SLOTS only.
-        ///  AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied.
+        ///  AKV_E_BUSY (other calls use a layer) and AKV_E_MEMORY (room for a row): nothing is copied. On CUDA it waits for all work
+        ///  of the CUDA context, before and after.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -630,7 +632,7 @@ namespace AlignedKV
         ///  mask). Cells without both K and V are never seen. Spans of up to 8 rows take the progressive path, longer ones the
         ///  dense one. visibility, window, kv_from, kv_to and tree must be 0 or NULL: the mask says it all.
         ///
-        ///  `desc-&gt;threads` with nth &gt; 1 needs `desc-&gt;workspace` (akv_slots_workspace).
+        ///  `desc-&gt;threads` with nth &gt; 1 needs `desc-&gt;workspace` (akv_slots_workspace); on CUDA so does a stream that is captured.
         ///
         ///  Flat attention is cheap with AKV_SLOTS; with AKV_ATTACHED a token that needs more than the index reads whole rows,
         ///  so that it can read more than the rows alone would have been.
@@ -646,7 +648,8 @@ namespace AlignedKV
 
         /// <summary>
         ///  Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
-        ///  `max_kv` cells and on up to `max_threads` threads (0 = the context's).
+        ///  `max_kv` cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number
+        ///  of query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -657,6 +660,8 @@ namespace AlignedKV
         /// <summary>
         ///  Makes a mask of up to `max_rows` query rows and `max_kv` cells, for caches of `context`: as many layers and caches
         ///  as share what their rows see. Until they are set, rows see nothing. `*out` is written on success only.
+        ///
+        ///  On CUDA all of its memory is taken here: 276 bytes for each row and 128 cells.
         ///
         ///  Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
         ///
@@ -671,7 +676,8 @@ namespace AlignedKV
         ///  (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
         ///  if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
         ///  layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
-        ///  mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then.
+        ///  mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
+        ///  and akv_poll tells of them.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.

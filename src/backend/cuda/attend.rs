@@ -1,8 +1,14 @@
-//! Launching attention: its workspace, and its query rows in chunks that keep that small.
+//! Launching attention: its workspace, and its query rows in chunks that keep that small. Rows over cells are made on the
+//! device, which knows what they see.
 
 use super::device::{Device, Stream};
-use super::params::{AttendParams, Partial, QueryRow, Report, ReportParams, Scanned, Stats, Sums};
-use super::{ATTEND_THREADS, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, scan_shared_bytes, units};
+use super::params::{
+    AttendParams, MAX_SPANS, Partial, QueryRow, Report, ReportParams, Scanned, Span, SpansParams, Stats, Sums, View,
+};
+use super::{
+    ATTEND_THREADS, CELLS_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, scan_shared_bytes,
+    units,
+};
 use crate::Result;
 use crate::format::{Shape, TILE};
 
@@ -22,6 +28,7 @@ pub struct Workspace {
     pub zeros: usize,
     /// Query rows of a launch.
     pub chunk: usize,
+    n_rows: usize,
     max_tiles: usize,
 }
 
@@ -42,7 +49,7 @@ impl Workspace {
         let sizes = [
             size_of::<Stats>(),
             n_units * size_of::<u32>(),
-            n_rows * size_of::<QueryRow>(),
+            n_rows * (size_of::<QueryRow>() + size_of::<View>()),
             tiles * TILE * size_of::<f32>(),
             tiles * size_of::<Scanned>(),
             scanned * size_of::<Partial>(),
@@ -56,7 +63,7 @@ impl Workspace {
             (bytes, i) = (bytes + size.next_multiple_of(256), i + 1);
             start
         });
-        Workspace { offsets, bytes, zeros: offsets[2], chunk, max_tiles }
+        Workspace { offsets, bytes, zeros: offsets[2], chunk, n_rows, max_tiles }
     }
 
     /// Puts their addresses into a call.
@@ -70,6 +77,62 @@ impl Workspace {
     pub fn rows(&self, start: u64) -> u64 {
         start + self.offsets[2] as u64
     }
+
+    /// The same of what they see: one for each row at most.
+    fn views(&self, start: u64) -> u64 {
+        self.rows(start) + (self.n_rows * size_of::<QueryRow>()) as u64
+    }
+}
+
+/// Cells that a call's rows see, instead of tables.
+#[derive(Debug)]
+pub struct Cells<'a> {
+    /// All but rows, views and spans.
+    pub params: SpansParams,
+    /// Of all query rows, in their order; none is empty.
+    pub spans: &'a [Span],
+}
+
+impl Cells<'_> {
+    /// Makes rows `first..first + n` of the call, and what they see, in its workspace.
+    ///
+    /// # Safety
+    /// As [`attend`].
+    unsafe fn launch(
+        &self,
+        device: &Device,
+        call: &mut AttendParams,
+        workspace: &Workspace,
+        start: u64,
+        (first, n): (usize, usize),
+        stream: Stream,
+    ) -> Result<()> {
+        (call.rows, call.views) = (workspace.rows(start), workspace.views(start));
+        let mut params = SpansParams { rows: call.rows, seen: call.mask_seen, ..self.params };
+        (params.views, params.mask_tiles) = (call.views, call.mask_tiles);
+        let (mut before, mut rows, mut at) = (0, 0, 0);
+        for (i, span) in self.spans.iter().enumerate() {
+            let (from, to) = (before.max(first), (before + span.rows as usize).min(first + n));
+            before += span.rows as usize;
+            if from < to {
+                let dense = if span.dense == 0 { 0 } else { 1 + (from + span.rows as usize - before) as i32 };
+                params.spans[at] = Span { rows: (to - from) as i32, dense, ..*span };
+                (at, rows) = (at + 1, rows + to - from);
+            }
+            if at == MAX_SPANS || i + 1 == self.spans.len() {
+                params.n_spans = at as i32;
+                let grid = [rows, 1, 1];
+                // SAFETY: the contract.
+                unsafe { device.launch(device.kernels()?.spans, grid, CELLS_SHARED_BYTES, &params, stream) }?;
+                params.first_span += at as i32;
+                params.views += (at * size_of::<View>()) as u64;
+                params.rows += (rows * size_of::<QueryRow>()) as u64;
+                params.seen += if params.seen == 0 { 0 } else { (rows * params.mask_tiles as usize * TILE / 8) as u64 };
+                (at, rows) = (0, 0);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// An attention call on a device, but for its workspace.
@@ -79,6 +142,8 @@ pub struct Call<'a> {
     pub shape: &'a Shape,
     /// All but the workspace, `stats` and `fused`.
     pub params: AttendParams,
+    /// Cells that the rows see; None: `params` has rows and views.
+    pub cells: Option<Cells<'a>>,
     /// Query rows.
     pub n_rows: usize,
     /// Most tiles that a row sees.
@@ -115,6 +180,9 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         params.n_rows = n as i32;
         // SAFETY: the contract.
         unsafe {
+            if let Some(cells) = &call.cells {
+                cells.launch(device, &mut params, workspace, start, (first, n), stream)?;
+            }
             if call.scans && splits > 1 {
                 device.launch(scan, grid, scan_shared_bytes(shape), &params, stream)?;
             }
@@ -129,6 +197,12 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         params.q.data += n as u64 * params.q.stride_row as u64;
         params.out.data += n as u64 * params.out.stride_row as u64;
         params.rows += (n * size_of::<QueryRow>()) as u64;
+        if params.mask_seen != 0 {
+            let tiles = (n * params.mask_tiles as usize) as u64;
+            params.mask_seen += tiles * (TILE / 8) as u64;
+            params.mask_peak += tiles * size_of::<f32>() as u64;
+            params.mask_added += tiles * (TILE * size_of::<u16>()) as u64;
+        }
         for output in
             [&mut params.lse, &mut params.bound, &mut params.lse_bound, &mut params.estimate, &mut params.amplitude]
         {

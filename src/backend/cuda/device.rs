@@ -49,6 +49,14 @@ pub struct Kernel {
 pub struct Kernels {
     /// `kernels/encode.cu`.
     pub encode: Kernel,
+    /// The same, of cells.
+    pub write: Kernel,
+    /// The same.
+    pub adopt: Kernel,
+    /// `kernels/cells.cu`.
+    pub mask: Kernel,
+    /// The same.
+    pub spans: Kernel,
     /// `kernels/dequantize.cu`.
     pub dequantize: Kernel,
     /// `kernels/merge.cu`.
@@ -204,6 +212,10 @@ impl Device {
         let kernels = (|| {
             Ok(Kernels {
                 encode: find("akv_encode", ENCODE_THREADS, false)?,
+                write: find("akv_write", ENCODE_THREADS, false)?,
+                adopt: find("akv_adopt", ENCODE_THREADS, false)?,
+                mask: find("akv_mask", 128, false)?,
+                spans: find("akv_spans", 128, false)?,
                 dequantize: find("akv_dequantize", 64, false)?,
                 merge: find("akv_merge", 64, false)?,
                 poke: find("akv_poke", 256, false)?,

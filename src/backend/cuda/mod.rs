@@ -5,12 +5,14 @@ mod attend;
 mod device;
 mod driver;
 mod images;
+mod mask;
 pub mod params;
 mod tables;
 
-pub use attend::{Call, Workspace, attend};
+pub use attend::{Call, Cells, Workspace, attend};
 pub use device::{Device, Event, Pinned, Stream, bytes_of};
-pub use tables::{Bounds, Sight, Tables};
+pub use mask::Mask;
+pub use tables::{Bounds, Scratches, Sight, Tables};
 
 use crate::format::{MAX_DIM, Shape, TILE};
 use params::{Share, Sums};
@@ -25,7 +27,10 @@ pub const UNIT_HEADS: usize = 16;
 pub const ENCODE_THREADS: u32 = 256;
 
 /// Its shared memory (`Encoding` in `kernels/encode.cu`).
-pub const ENCODE_SHARED_BYTES: usize = 4 * (2 * MAX_DIM + MAX_DIM / 8 + 5);
+pub const ENCODE_SHARED_BYTES: usize = 4 * (2 * MAX_DIM + MAX_DIM / 4 + MAX_DIM / 8 + 5);
+
+/// Shared memory of the kernels in `kernels/cells.cu`, and of `akv_adopt`.
+pub const CELLS_SHARED_BYTES: usize = 16;
 
 /// Shared memory of a block that merges.
 pub const MERGE_SHARED_BYTES: usize = 4 * (MAX_DIM + 4);

@@ -28,7 +28,7 @@ pub struct Rows {
     pub reserved: i32,
 }
 
-/// A sequence in one layer.
+/// A sequence, or a stream of cells, in one layer.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct View {
@@ -37,6 +37,7 @@ pub struct View {
     pub head_v: u64,
     pub written: u64,
     pub id: u64,
+    pub first: i64,
     pub len: i32,
     pub n_exact: i32,
 }
@@ -81,6 +82,135 @@ pub struct EncodeParams {
     pub fault: u64,
     pub layer: i32,
     pub reserved: i32,
+}
+
+/// Cells of a tile that are written.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct CellWrite {
+    pub page: u64,
+    pub kept: u64,
+    pub head: u64,
+    pub written: u64,
+    pub closed: u64,
+    pub source: i64,
+    pub slot: i64,
+    pub cells: [u32; 4],
+    pub others: [u32; 4],
+    pub known: [u32; 4],
+    pub seen: [u32; 4],
+    pub skip: i32,
+    pub closed_skip: i32,
+    pub exact_head: i32,
+    pub what: u32,
+    pub from: [u8; format::TILE],
+}
+
+impl CellWrite {
+    /// Nothing to do.
+    pub const NONE: CellWrite = CellWrite {
+        page: 0,
+        kept: 0,
+        head: 0,
+        written: 0,
+        closed: 0,
+        source: 0,
+        slot: 0,
+        cells: [0; 4],
+        others: [0; 4],
+        known: [0; 4],
+        seen: [0; 4],
+        skip: 0,
+        closed_skip: 0,
+        exact_head: 0,
+        what: 0,
+        from: [0; format::TILE],
+    };
+}
+
+/// [`CellWrite::what`].
+pub const WRITE_BLANK: u32 = 1;
+pub const WRITE_K: u32 = 2;
+pub const WRITE_K_ALL: u32 = 4;
+pub const WRITE_V: u32 = 8;
+pub const WRITE_V_ALL: u32 = 16;
+pub const CLOSE_K: u32 = 32;
+pub const CLOSE_V: u32 = 64;
+
+/// Most writes of a launch: they travel with the kernel's parameters.
+pub const MAX_WRITES: usize = 12;
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct WriteParams {
+    pub shape: Shape,
+    pub k: Rows,
+    pub v: Rows,
+    pub fault: u64,
+    pub layer: i32,
+    pub reserved: i32,
+    pub writes: [CellWrite; MAX_WRITES],
+}
+
+/// What a cell that was copied by value has from the one that it is a copy of.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AdoptParams {
+    pub shape: Shape,
+    pub from: u64,
+    pub to: u64,
+    pub from_row: i32,
+    pub to_row: i32,
+    pub key: i32,
+    pub value: i32,
+}
+
+/// A mask's rows from f16.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MaskParams {
+    pub f16: u64,
+    pub stride: i64,
+    pub seen: u64,
+    pub peak: u64,
+    pub added: u64,
+    pub fault: u64,
+    pub first_row: i64,
+    pub n_kv: i32,
+    pub tiles: i32,
+}
+
+/// Query rows that lie one after another, of one stream.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Span {
+    pub stream: i32,
+    pub rows: i32,
+    pub n_kv: i32,
+    pub dense: i32,
+}
+
+/// Most spans of a launch.
+pub const MAX_SPANS: usize = 64;
+
+/// What attention is told of cells.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct SpansParams {
+    pub pages: u64,
+    pub written: u64,
+    pub heads: u64,
+    pub n_exact: u64,
+    pub seen: u64,
+    pub views: u64,
+    pub rows: u64,
+    pub n_slots: i64,
+    pub head_v: i64,
+    pub tiles: i32,
+    pub mask_tiles: i32,
+    pub first_span: i32,
+    pub n_spans: i32,
+    pub spans: [Span; MAX_SPANS],
 }
 
 /// The first fault of launched work, in memory of the host; status 0 = none.
@@ -148,6 +278,8 @@ pub struct AttendParams {
     pub shape: Shape,
     pub q: Rows,
     pub out: Rows,
+    pub attached_k: Rows,
+    pub attached_v: Rows,
     pub views: u64,
     pub rows: u64,
     pub sinks: u64,
@@ -188,6 +320,7 @@ pub struct Stats {
     pub planes_v: [u64; 5],
     pub tokens: u64,
     pub tokens_exact: u64,
+    pub tokens_attached: u64,
     pub tiles: u64,
     pub means: u64,
     pub rows: [u64; 3],
@@ -244,7 +377,13 @@ pub struct DequantizeParams {
     pub first: i32,
     pub n: i32,
     pub layer: i32,
-    pub reserved: i32,
+    pub clamps: i32,
+    pub page: u64,
+    pub kept: u64,
+    pub fresh_k: [u32; 4],
+    pub fresh_v: [u32; 4],
+    pub written_k: [u32; 4],
+    pub written_v: [u32; 4],
 }
 
 /// Most states that one call merges: they travel with the kernel's parameters.
@@ -292,7 +431,7 @@ pub const FAULT_RANGE: u32 = 2;
 pub const FAULT_OVERFLOW: u32 = 3;
 
 /// [`Fault::place`], as names.
-pub const PLACES: [&str; 4] = ["key", "value", "q", "out"];
+pub const PLACES: [&str; 5] = ["key", "value", "q", "out", "mask"];
 
 /// [`AttendParams::mode`].
 pub const MODE_EXPECTED: i32 = 0;
@@ -314,12 +453,28 @@ impl From<&format::Shape> for Shape {
     }
 }
 
+impl From<&format::Rows<'_>> for Rows {
+    /// Addresses and strides; nothing is read.
+    fn from(rows: &format::Rows) -> Rows {
+        let at = |row, head| rows.address(row, head) as u64;
+        Rows {
+            data: at(0, 0),
+            stride_row: at(1, 0).wrapping_sub(at(0, 0)) as i64,
+            stride_head: at(0, 1).wrapping_sub(at(0, 0)) as i64,
+            dtype: rows.dtype() as i32,
+            reserved: 0,
+        }
+    }
+}
+
 /// Both sides assert the same sizes; no struct has padding.
 const _: () = {
-    assert!(size_of::<Shape>() == 32 && size_of::<Rows>() == 32 && size_of::<View>() == 48);
+    assert!(size_of::<Shape>() == 32 && size_of::<Rows>() == 32 && size_of::<View>() == 56);
     assert!(size_of::<QueryRow>() == 24 && size_of::<Append>() == 72 && size_of::<EncodeParams>() == 120);
     assert!(size_of::<Fault>() == 40 && size_of::<Scanned>() == 48 && size_of::<Partial>() == 24);
-    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 296 && size_of::<Stats>() == 136);
-    assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 168);
+    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 360 && size_of::<Stats>() == 144);
+    assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 256);
+    assert!(size_of::<CellWrite>() == 264 && size_of::<WriteParams>() == 3280 && size_of::<AdoptParams>() == 64);
+    assert!(size_of::<MaskParams>() == 64 && size_of::<Span>() == 16 && size_of::<SpansParams>() == 1112);
     assert!(size_of::<Report>() == 144 && size_of::<ReportParams>() == 56 && size_of::<PokeParams>() == 16);
 };

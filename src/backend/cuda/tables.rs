@@ -83,6 +83,44 @@ struct Scratch {
     zeros: usize,
 }
 
+/// Workspaces for calls that bring none, by streams.
+#[derive(Debug)]
+pub struct Scratches {
+    device: Arc<Device>,
+    memory: Arc<Memory>,
+    all: Vec<Scratch>,
+}
+
+impl Scratches {
+    /// None yet, on the memory's device.
+    pub fn new(memory: &Arc<Memory>) -> Result<Scratches> {
+        let device = memory.device().ok_or_else(|| Error::Internal("workspaces without a device".to_owned()))?.clone();
+        Ok(Scratches { device, memory: memory.clone(), all: Vec::new() })
+    }
+
+    /// One for calls on a stream, whose first `zeros` bytes are 0.
+    pub fn get(&mut self, bytes: usize, zeros: usize, stream: Stream) -> Result<u64> {
+        let found = self.all.iter().position(|s| s.stream == stream && s.memory.size() >= bytes);
+        let at = match found {
+            Some(at) => at,
+            None => {
+                let memory = Block::on_device(&self.memory, bytes.next_power_of_two())?;
+                self.all.retain(|s| s.stream != stream);
+                self.all.push(Scratch { stream, memory, zeros: 0 });
+                self.all.len() - 1
+            }
+        };
+        let scratch = &mut self.all[at];
+        let address = scratch.memory.address();
+        if zeros > scratch.zeros {
+            // SAFETY: ours; in the stream's order before the call that it is for.
+            unsafe { self.device.clear(address, zeros, stream) }?;
+        }
+        scratch.zeros = zeros;
+        Ok(address)
+    }
+}
+
 /// The tables of a batch.
 #[derive(Debug)]
 pub struct Tables {
@@ -99,7 +137,7 @@ pub struct Tables {
     in_fixed: bool,
     staging: [Option<Staging>; IN_FLIGHT],
     next: usize,
-    workspaces: Vec<Scratch>,
+    workspaces: Scratches,
     /// Of captured calls.
     captured: Option<Block>,
     /// Bytes at the start of every workspace that stay 0, at least.
@@ -127,7 +165,7 @@ impl Tables {
             in_fixed: false,
             staging: [const { None }; IN_FLIGHT],
             next: 0,
-            workspaces: Vec::new(),
+            workspaces: Scratches::new(memory)?,
             captured: None,
             zeros: workspace.1,
         };
@@ -271,24 +309,14 @@ impl Tables {
                 block.ok_or_else(|| Error::Unsupported("a batch without bounds cannot be captured".to_owned()))?;
             return Ok(block.address());
         }
-        let found = self.workspaces.iter().position(|s| s.stream == stream && s.memory.size() >= bytes);
-        let at = match found {
-            Some(at) => at,
-            None => {
-                let memory = Block::on_device(&self.memory, bytes.next_power_of_two())?;
-                self.workspaces.retain(|s| s.stream != stream);
-                self.workspaces.push(Scratch { stream, memory, zeros: 0 });
-                self.workspaces.len() - 1
-            }
-        };
-        let scratch = &mut self.workspaces[at];
-        let address = scratch.memory.address();
-        if zeros > scratch.zeros {
-            // SAFETY: ours; in the stream's order before the call that it is for.
-            unsafe { self.device.clear(address, zeros, stream) }?;
-        }
-        scratch.zeros = zeros;
-        Ok(address)
+        self.workspaces.get(bytes, zeros, stream)
+    }
+}
+
+impl Drop for Scratches {
+    fn drop(&mut self) {
+        // Nothing may be using what goes away now; if the device fails, nothing does.
+        let _ = self.device.synchronize();
     }
 }
 
