@@ -45,7 +45,7 @@
  *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
  *   akv_slots_attention(cache, layer, &span, 1, &attention);
  *
- * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND, AKV_FORMAT_ALIGNED)
+ * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND in all formats)
  *
  *   Rows, outputs, sink_logits, statistics, states and workspaces are device memory; kv_from, kv_to and all else is the
  *   host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
@@ -60,9 +60,8 @@
  *   akv_batch_replayed(batch);                                 says so; the other calls of this step are not made
  *   akv_batch_commit(batch);
  *
- * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells and other formats on CUDA; ALiBi of
- *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export
- *   and import.
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells on CUDA; ALiBi of sequences, trees; layers
+ *   that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export and import.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */

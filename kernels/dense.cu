@@ -88,21 +88,6 @@ struct Team {
     }
 };
 
-// Tokens of one KV head as rows in a dtype.
-struct Given {
-    u64 rows;
-    i32 stride, dtype, dim, n;
-
-    // Those that are kept as given.
-    DEVICE static Given exact(const Unit &u, bool values) {
-        const Shape &s = u.p.shape;
-        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k, row = dim * size_of_dtype(dtype);
-        const u64 head = values ? u.view.head_v : u.view.head_k;
-        return {head + u.kv_head * row, s.n_kv_heads * row, dtype, dim, u.view.n_exact < TILE ? u.view.n_exact : TILE};
-    }
-    DEVICE float load(i32 i, i32 c) const { return i < n && c < dim ? load_element(rows + i64(i) * stride, dtype, c) : 0.0f; }
-};
-
 // Tokens start.. in shared memory; what there is not is 0.
 template <i32 S>
 DEVICE void load_given(const Given &given, i32 start) {
@@ -255,17 +240,18 @@ DEVICE void dense_split(const AttendParams &p) {
     u32 n_paged = 0, n_exact = 0, n_tiles = 0;
 
     // The rows that are kept as given come first, as a tile of their own.
-    const bool exact = u.split == 0 && u.view.n_exact > 0 && team.from < u.view.n_exact;
+    const bool has_exact = u.split == 0 && u.view.n_exact > 0 && team.from < u.view.n_exact;
     ROLLED
-    for (i32 at = exact ? first - 1 : first; at < last; at++) {
-        const bool given = at < first;
-        const i32 tile_index = given ? 0 : at;
+    for (i32 at = has_exact ? first - 1 : first; at < last; at++) {
+        const bool exact = at < first, given = exact || s.format != FORMAT_ALIGNED;
+        const i32 tile_index = exact ? 0 : at;
         const Tile tile = u.tile(tile_index);
+        auto rows = [&](bool values) { return exact ? u.exact_rows(values) : u.page(at, values); };
         // Which of the tokens start.. a row sees.
         auto seen = [&](const Asked &a, i32 start) {
             if (a.index < 0) return 0u;
-            const u32 seen = u.seen(a.row, a.index, tile_index, start / 32), exact = u.exact_bits(start / 32);
-            return (given ? seen & exact : at == 0 ? seen & ~exact : seen) >> start % 32 & ~0u >> (32 - TOKENS);
+            const u32 seen = u.seen(a.row, a.index, tile_index, start / 32), in_head = u.exact_bits(start / 32);
+            return (exact ? seen & in_head : at == 0 ? seen & ~in_head : seen) >> start % 32 & ~0u >> (32 - TOKENS);
         };
         // A bit for every TOKENS tokens: the warp wants them.
         u32 wanted = 0;
@@ -275,8 +261,8 @@ DEVICE void dense_split(const AttendParams &p) {
         for (i32 c = thread(); c < DIM; c += ATTEND_THREADS) {
             float unit = 0.0f;
             if (given) {
-                const Given rows = Given::exact(u, false);
-                for (i32 i = 0; i < rows.n; i++) unit = larger(unit, magnitude(rows.load(i, c)));
+                const Given keys = rows(false);
+                for (i32 i = 0; i < keys.n; i++) unit = larger(unit, magnitude(keys.load(i, c)));
                 unit *= 1.0f / PEAK;
             } else if (c < s.dim_k) {
                 unit = scale_of(tile.k_scales[c]);
@@ -294,11 +280,11 @@ DEVICE void dense_split(const AttendParams &p) {
             const bool mine = wanted >> start / TOKENS & 1;
             sync_block();
             if (given) {
-                load_given<S>(Given::exact(u, false), start);
-                const Given rows = Given::exact(u, true);
+                load_given<S>(rows(false), start);
+                const Given values = rows(true);
                 for (i32 i = warp(); i < TOKENS; i += ATTEND_WARPS) {
                     float peak = 0.0f;
-                    for (i32 c = lane(); c < s.dim_v; c += 32) peak = larger(peak, magnitude(rows.load(start + i, c)));
+                    for (i32 c = lane(); c < s.dim_v; c += 32) peak = larger(peak, magnitude(values.load(start + i, c)));
                     peak = warp_max(peak);
                     if (lane() == 0) M::v_unit()[i] = peak * (1.0f / PEAK);
                 }
@@ -346,7 +332,7 @@ DEVICE void dense_split(const AttendParams &p) {
                 }
             }
             sync_block();
-            if (given) load_given<S>(Given::exact(u, true), start);
+            if (given) load_given<S>(rows(true), start);
             else load_digits<S, true>(tile, start);
             sync_block();
             if (mine) dense_values<S>(s.dim_v, e, factor, out);
@@ -376,19 +362,22 @@ DEVICE void dense_split(const AttendParams &p) {
             note(sums, a.n, v_peak * PEAK);
             if (!(reach < infinity()) || a.max == infinity()) u.report(FAULT_OVERFLOW, FAULT_IN_OUT, a.index, a.head);
             if (a.head == 0) {
-                n_exact += given ? a.n : 0, n_paged += given ? 0 : a.n;
-                n_tiles += given ? 0 : 1;
+                n_exact += exact ? a.n : 0, n_paged += exact ? 0 : a.n;
+                n_tiles += exact ? 0 : 1;
             }
         }
     }
 
     if (p.stats) {
         Stats *stats = reinterpret_cast<Stats *>(p.stats);
-        if (n_paged) {
+        if (n_paged) atomic_add(&stats->tokens, u64(n_paged));
+        if (n_paged && s.format == FORMAT_ALIGNED) {
             atomic_add(&stats->planes_k[s.planes_k], u64(n_paged));
             atomic_add(&stats->planes_v[s.planes_v], u64(n_paged));
-            atomic_add(&stats->tokens, u64(n_paged));
             atomic_add(&stats->tiles, u64(n_tiles));
+        } else if (n_paged) {
+            atomic_add(&stats->bytes_k, u64(n_paged) * s.dim_k * size_of_dtype(s.dtype_k));
+            atomic_add(&stats->bytes_v, u64(n_paged) * s.dim_v * size_of_dtype(s.dtype_v));
         }
         if (n_exact) atomic_add(&stats->tokens_exact, u64(n_exact));
         if (thread() == 0 && u.split == 0 && block_y() == 0) atomic_add(&stats->rows[PATH_DENSE], u64(team.n));

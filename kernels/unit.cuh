@@ -54,6 +54,17 @@ struct Unit {
         return row.sequence < 0 ? 0 : splits > 1 ? splits : 1;
     }
     DEVICE Tile tile(i32 t) const { return Tile(p.shape, reinterpret_cast<const u64 *>(view.pages)[t], kv_head); }
+    // Rows of a page that loses nothing, and those that are kept as given.
+    DEVICE Given page(i32 t, bool values) const {
+        const i32 n = view.len - t * TILE;
+        return Given::page(p.shape, reinterpret_cast<const u64 *>(view.pages)[t], kv_head, values, n < TILE ? n : TILE);
+    }
+    DEVICE Given exact_rows(bool values) const {
+        const Shape &s = p.shape;
+        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k, row = dim * size_of_dtype(dtype);
+        const u64 head = values ? view.head_v : view.head_k;
+        return {head + kv_head * row, s.n_kv_heads * row, dtype, dim, view.n_exact < TILE ? view.n_exact : TILE, false};
+    }
     DEVICE float *scores(i32 t, i32 head) const {  // t = -1: of the exact rows
         return reinterpret_cast<float *>(p.scores) + ((i64(index) * (p.max_tiles + 1) + t + 1) * unit_heads + head) * TILE;
     }

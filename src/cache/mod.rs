@@ -98,7 +98,7 @@ impl Cache {
         Cache::with_device(config, allocator, None)
     }
 
-    /// One whose rows lie on a device, if there is one. Devices have rows that are appended, in the aligned format.
+    /// One whose rows lie on a device, if there is one. Devices have rows that are appended.
     pub fn with_device(config: Config, allocator: Allocator, device: Option<Arc<Device>>) -> Result<Cache> {
         for (name, value) in [("exact_head", config.exact_head), ("exact_tail", config.exact_tail)] {
             if value > TILE {

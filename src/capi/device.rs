@@ -11,20 +11,16 @@ use crate::backend::cuda::params::{
     self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, State,
 };
 use crate::backend::cuda::{
-    Bounds, Call, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
+    Bounds, Call, Device, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
 use crate::cache::{Batch, Cache, Config, Placement};
-use crate::format::{Format, Shape, TILE};
+use crate::format::{Format, Layout, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
 
 /// Fails for caches that only the CPU has.
 pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
     let on_cuda = "on the CUDA backend";
-    if config.format != Format::Aligned {
-        let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
-        return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
-    }
     if config.placement != Placement::Append {
         let expected = format_args!("AKV_APPEND (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->placement"), "another placement", expected));
@@ -67,7 +63,8 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
     let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
     let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
     for layout in cache.layouts() {
-        tables.expect(Sight { causal: true, window: layout.shape.window, dense: false });
+        let dense = layout.format == Format::Raw;
+        tables.expect(Sight { causal: true, window: layout.shape.window, dense });
     }
     Ok(tables)
 }
@@ -75,9 +72,8 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
 /// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.
 pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, usize) {
     let most = |zeros: usize, what: fn(&Workspace) -> usize| {
-        let of = |shape: &Shape, scans| what(&Workspace::new(shape, max_q, max_kv.div_ceil(TILE), scans, zeros));
-        let layouts = cache.layouts().iter();
-        layouts.map(|layout| of(&layout.shape, false).max(of(&layout.shape, true))).max().unwrap_or(0)
+        let of = |layout: &Layout, scans| what(&Workspace::new(layout, max_q, max_kv.div_ceil(TILE), scans, zeros));
+        cache.layouts().iter().map(|layout| of(layout, false).max(of(layout, true))).max().unwrap_or(0)
     };
     let zeros = most(0, |workspace| workspace.zeros);
     (most(zeros, |workspace| workspace.bytes), zeros)
@@ -105,12 +101,12 @@ pub(super) unsafe fn append(
     stream: Stream,
 ) -> Result<()> {
     let (device, tables) = batch.device()?;
-    let shape = &batch.owner.cache.layouts()[layer].shape;
+    let layout = &batch.owner.cache.layouts()[layer];
     batch.batch.append_on_device(layer, || {
         let capturing = device.is_capturing(stream)?;
         let (appends, n) = tables.appends(layer, step.n_appends, capturing)?;
         let call = EncodeParams {
-            shape: shape.into(),
+            shape: layout.into(),
             k: rows(k),
             v: rows(v),
             appends,
@@ -118,8 +114,9 @@ pub(super) unsafe fn append(
             layer: layer as i32,
             reserved: 0,
         };
+        let (kernel, shared) = device.kernels()?.append(layout);
         // SAFETY: the caller's contract; the tables name pages that the step has reserved.
-        unsafe { device.launch(device.kernels()?.encode, [n, shape.n_kv_heads, 1], ENCODE_SHARED_BYTES, &call, stream) }
+        unsafe { device.launch(kernel, [n, layout.shape.n_kv_heads, 1], shared, &call, stream) }
     })
 }
 
@@ -162,7 +159,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         false => (step.sequences.iter().any(|s| is_dense(s.n_q)), step.sequences.iter().any(|s| !is_dense(s.n_q))),
     };
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
+    let room = Workspace::new(layout, max_rows, tiles, scans, tables.zeros);
     let start = if desc.workspace.is_null() {
         tables.workspace(room.bytes, room.zeros, stream, capturing)?
     } else {
@@ -198,9 +195,9 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         }
     };
     let call = Call {
-        shape,
+        layout,
         params: AttendParams {
-            shape: shape.into(),
+            shape: layout.into(),
             q: rows(&q),
             out: rows(&out),
             views: tables.views(layer, capturing)?,
@@ -246,10 +243,10 @@ pub(super) unsafe fn dequantize(
     rows_of: (Option<Grid>, Option<Grid>),
     stream: Stream,
 ) -> Result<()> {
-    let shape = &cache.cache.layouts()[layer].shape;
+    let layout = &cache.cache.layouts()[layer];
     let none = params::Rows::default();
     let call = DequantizeParams {
-        shape: shape.into(),
+        shape: layout.into(),
         view: cache.cache.device_view(sequence, layer, stream)?,
         k: rows_of.0.as_ref().map_or(none, rows),
         v: rows_of.1.as_ref().map_or(none, rows),
@@ -260,7 +257,7 @@ pub(super) unsafe fn dequantize(
         reserved: 0,
     };
     // SAFETY: the caller's contract; the view names pages of the cache.
-    unsafe { device.launch(device.kernels()?.dequantize, [range.1, shape.n_kv_heads, 1], 0, &call, stream) }
+    unsafe { device.launch(device.kernels()?.dequantize, [range.1, layout.shape.n_kv_heads, 1], 0, &call, stream) }
 }
 
 /// akv_merge_states, checked as on the CPU.
