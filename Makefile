@@ -5,17 +5,18 @@ LIBDIR  ?= $(PREFIX)/lib
 DESTDIR ?=
 BUILD   ?= build
 
-export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+export PATH := $(CURDIR)/.go/bin:$(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH):/usr/local/go/bin
 CARGO_TARGET_DIR ?= target
 RELEASE := $(CARGO_TARGET_DIR)/release
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 PYTHON   = $(shell for p in .venv/bin/python3 python3 /usr/bin/python3; do $$p -c 'import numpy' 2>/dev/null && echo $$p && break; done)
 CFLAGS  ?= -O3 -Wall -Wextra
+RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-llamacpp bench bench-full bench-pieces bench-llamacpp install header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-transfer test-bindings test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -25,7 +26,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-tensorrt test-transfer test-bindings ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -72,6 +73,7 @@ test-cuda: | setup-test ## the CUDA backend without a GPU: C programs under a st
 	AKV_STANDIN_INIT=4242 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/no_cuda 'error 4242 (unknown to the driver)'
 	AKV_BACKEND=cuda LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention
 	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/attention_managed
+	AKV_BACKEND=cuda AKV_TEST_SMALL=1 LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/snapshot_managed
 	LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(STANDIN) $(BUILD)/ctests/cuda
 	LD_LIBRARY_PATH=$(STANDIN) $(PYTHON) benches/gpu/decode.py --library $(RELEASE)/libalignedkv.so --check
@@ -102,6 +104,57 @@ test-oracle: | setup-test ## the library against its definition in NumPy
 	cargo build --release --lib
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so
 
+STAGE = $(abspath $(BUILD)/bindings)
+
+test-bindings: | setup-test ## Go and C# against an installed library, the same bits in every language, the programs of docs
+	rm -rf $(STAGE)
+	$(MAKE) --no-print-directory -s install DESTDIR=$(STAGE) PREFIX=/usr
+	bindings/test.sh $(CURDIR) $(STAGE)
+
+bench-bindings: | setup-test ## what a call costs from C, Go and C#, written to benches/results
+	rm -rf $(STAGE)
+	$(MAKE) --no-print-directory -s install DESTDIR=$(STAGE) PREFIX=/usr
+	python3 bindings/bench/report.py $(STAGE)
+
+# As root, on fewer cores than ranks, and over TCP, whose bytes are counted.
+MPIRUN = mpirun $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --oversubscribe --mca mpi_yield_when_idle 1 \
+	--mca btl self,tcp --mca btl_tcp_if_include lo
+
+test-mpi: | setup-test ## context parallelism: one sequence over 2 and 4 MPI ranks against one process and float64 (tables: RESULTS=FOLDER)
+	cargo build --release --lib
+	mkdir -p $(BUILD)
+	mpicc -std=c11 $(CFLAGS) -Iinclude examples/context_parallel.c examples/tinylm_model.c -o $(BUILD)/context_parallel $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(MPIRUN) -n 2 $(BUILD)/context_parallel
+	$(MPIRUN) -n 4 $(BUILD)/context_parallel --results $(RESULTS)/context_parallel
+
+TENSORRT = $(BUILD)/tensorrt
+
+test-tensorrt: | setup-test ## the TensorRT plugin: an interface check without a TensorRT runtime, kernels on the CPU
+	cargo build --release --lib
+	mkdir -p $(TENSORRT)
+	$(CXX) -std=c++17 -O2 -fPIC -shared -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1 -Ikernels/host \
+		-o $(TENSORRT)/libcuda.so.1 kernels/host/runner.cpp bindings/tensorrt/test/libcuda.cpp -x c++ kernels/alignedkv.cu
+	ln -sf $(abspath $(RELEASE))/libalignedkv.so $(TENSORRT)/libalignedkv.so.0
+	set -e; headers=$$(bindings/tensorrt/headers.sh $(CARGO_TARGET_DIR)/tensorrt); \
+	for build in plain sanitized; do \
+		flags="-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-deprecated-declarations -Iinclude -isystem $$headers -isystem $$headers/.."; \
+		[ $$build = plain ] || flags="$$flags -fsanitize=address,undefined -fno-sanitize-recover=undefined"; \
+		mkdir -p $(TENSORRT)/$$build; \
+		$(CXX) $$flags -fPIC -fvisibility=hidden -shared -Wl,--version-script=bindings/tensorrt/exports.map \
+			-o $(TENSORRT)/$$build/libalignedkv_tensorrt.so bindings/tensorrt/plugin.cpp $(TENSORRT)/libalignedkv.so.0; \
+		$(CXX) $$flags -rdynamic -o $(TENSORRT)/$$build/host bindings/tensorrt/test/host.cpp $(TENSORRT)/libalignedkv.so.0 \
+			$(TENSORRT)/libcuda.so.1 -ldl -lpthread; \
+	done
+	test "$$(nm -D --defined-only $(TENSORRT)/plain/libalignedkv_tensorrt.so | cut -d' ' -f3 | sort | xargs)" = "getCreators setLoggerFinder"
+	LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/plain/host $(TENSORRT)/plain/libalignedkv_tensorrt.so
+	AKV_STANDIN=lazy LD_LIBRARY_PATH=$(TENSORRT) $(TENSORRT)/sanitized/host $(TENSORRT)/sanitized/libalignedkv_tensorrt.so
+
+test-transfer: | setup-test ## prefill in one process, decoding in another, over a socket (tables: RESULTS=FOLDER)
+	cargo build --release --lib
+	mkdir -p $(BUILD)
+	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/kv_transfer.c examples/tinylm_model.c -o $(BUILD)/kv_transfer $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
+	$(BUILD)/kv_transfer --results $(RESULTS)/kv_transfer
+
 test-llamacpp: | setup-test ## a pinned llama.cpp, built here, with its KV cache in this library (minutes the first time)
 	bindings/llamacpp/ci.sh test
 
@@ -124,28 +177,41 @@ install: ## install into DESTDIR, PREFIX (default /usr/local), LIBDIR
 	install -m 755 $(RELEASE)/libalignedkv.so $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(VERSION)
 	ln -sf libalignedkv.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libalignedkv.so.$(MAJOR)
 	ln -sf libalignedkv.so.$(MAJOR) $(DESTDIR)$(LIBDIR)/libalignedkv.so
-	install -m 644 $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)
+	bindings/abi/localise.sh $(RELEASE)/libalignedkv.a $(DESTDIR)$(LIBDIR)/libalignedkv.a
 	sed 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR)|; s|@VERSION@|$(VERSION)|' bindings/pkgconfig/alignedkv.pc.in >$(DESTDIR)$(LIBDIR)/pkgconfig/alignedkv.pc
 	for f in Config ConfigVersion; do \
 		sed 's|@VERSION@|$(VERSION)|; s|@MAJOR@|$(MAJOR)|' bindings/cmake/alignedkv$$f.cmake.in >$(DESTDIR)$(LIBDIR)/cmake/alignedkv/alignedkv$$f.cmake || exit 1; \
 	done
 
-header: ## regenerate include/alignedkv.h from src/capi
+csharp: | setup-test ## the C# assembly with its documentation, and what a NuGet package holds, in build/csharp
+	cargo build --release --lib
+	mkdir -p $(BUILD)/csharp bindings/csharp/runtimes/linux-x64/native
+	install -m 755 $(RELEASE)/libalignedkv.so bindings/csharp/runtimes/linux-x64/native
+	mcs -unsafe -langversion:7.2 -warnaserror -target:library -doc:$(BUILD)/csharp/AlignedKV.xml -out:$(BUILD)/csharp/AlignedKV.dll bindings/csharp/src/*.cs
+	cp -r bindings/csharp/runtimes $(BUILD)/csharp
+
+header: ## regenerate include/alignedkv.h and the raw layers of the bindings from src/capi
 	cargo run -q -p alignedkv-gen
+
+abi: header | setup-test ## take the header as it is for the baseline that tests compare with
+	python3 bindings/abi/check.py --accept
 
 results: setup-test ## measure the figures that README.md quotes
 	$(MAKE) demo
 	$(PYTHON) tests/oracle/test_oracle.py $(RELEASE)/libalignedkv.so --json benches/results/traces.json
+	$(MAKE) test-mpi test-transfer RESULTS=benches/results
 	$(MAKE) readme
 
-readme: ## refresh what README.md quotes: the quickstart program and measured figures
+readme: ## refresh what README.md and docs quote: the quickstart program and measured figures
 	python3 tools/readme.py
+	python3 tools/choosing.py
 
 lint: ## formatting, clippy, and drift of generated files
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	cargo run -q -p alignedkv-gen -- --check
 	python3 tools/readme.py --check
+	python3 tools/choosing.py --check
 
 setup: # installs what is missing to build; nothing where all is present
 	@tools/setup.sh build

@@ -128,8 +128,8 @@ impl Engine {
         }
     }
 
-    /// The last `n_q` query rows of the next sequence.
-    fn attend(&mut self, n_q: usize, tolerance: f32) {
+    /// The last `n_q` query rows of the next sequence; `window` = 0: over all of it.
+    fn attend(&mut self, n_q: usize, tolerance: f32, window: usize) {
         self.next = (self.next + 1) % self.sequences.len();
         self.begin(self.next, 0, n_q as i32);
         // SAFETY: as in `new`.
@@ -137,7 +137,7 @@ impl Engine {
             let mut desc: akv_attention_desc = zeroed();
             desc.struct_size = size_of::<akv_attention_desc>() as u32;
             (desc.q, desc.out) = (rows(&mut self.q, AKV_F16), rows(&mut self.out, AKV_F32));
-            desc.tolerance = tolerance;
+            (desc.tolerance, desc.window) = (tolerance, window as i32);
             ok(akv_aligned_attention(self.batch, 0, &desc));
             ok(akv_batch_abort(self.batch));
         }
@@ -172,9 +172,26 @@ fn decode(c: &mut Criterion) {
                 let mut engine = None;
                 group.bench_function(BenchmarkId::new(format!("{name}, {threads} threads"), n), |b| {
                     let engine = engine.get_or_insert_with(|| Engine::new(format, n, threads));
-                    b.iter(|| engine.attend(1, tolerance));
+                    b.iter(|| engine.attend(1, tolerance, 0));
                 });
             }
+        }
+    }
+    group.finish();
+}
+
+/// Sliding windows at decode: how long one must be for the aligned format to be faster than the rows themselves.
+fn windows(c: &mut Criterion) {
+    let mut group = c.benchmark_group("windows");
+    group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+    for (name, format) in [("aligned 1e-3", AKV_FORMAT_ALIGNED), ("raw f16", AKV_FORMAT_RAW)] {
+        let mut engine = None;
+        for window in [128, 256, 512, 1024] {
+            group.throughput(Throughput::Bytes((2 * 2 * window * HEADS * DIM) as u64));
+            group.bench_function(BenchmarkId::new(name, window), |b| {
+                let engine = engine.get_or_insert_with(|| Engine::new(format, 2048, 1));
+                b.iter(|| engine.attend(1, 1e-3, window));
+            });
         }
     }
     group.finish();
@@ -296,7 +313,7 @@ fn prefill(c: &mut Criterion) {
         group.throughput(Throughput::Elements((4 * MAX_Q * 4096 * Q_HEADS * DIM) as u64));
         group.bench_function(BenchmarkId::new(name, 4096), |b| {
             let engine = engine.get_or_insert_with(|| Engine::new(format, 4096, 1));
-            b.iter(|| engine.attend(MAX_Q, 1e-3));
+            b.iter(|| engine.attend(MAX_Q, 1e-3, 0));
         });
     }
     let mut random = Random::new();
@@ -328,5 +345,5 @@ fn merge(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, decode, encode, prefill, merge);
+criterion_group!(benches, decode, windows, encode, prefill, merge);
 criterion_main!(benches);

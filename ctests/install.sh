@@ -11,33 +11,37 @@ fail() { echo "install: $*"; exit 1; }
 make -s -C "$root" install DESTDIR="$stage" PREFIX=/usr
 cd "$stage"
 
-# What is exported, and under which name.
-readelf -d "$lib/libalignedkv.so" | grep -q 'SONAME.*\[libalignedkv\.so\.0\]' || fail "soname is not libalignedkv.so.0"
-readelf -d "$lib/libalignedkv.so" | grep -q NODELETE || fail "not marked nodelete"
-other=$(nm -D --defined-only "$lib/libalignedkv.so" | awk '{print $3}' | grep -v '^akv_' || true)
-[ -z "$other" ] || fail "exports beyond akv_: $other"
-for name in $(sed -n 's/^[a-z][a-z0-9_ ]*[ *]\(akv_[a-z_]*\)(.*/\1/p' "$root/include/alignedkv.h"); do
-    nm -D --defined-only "$lib/libalignedkv.so" | grep -q " $name\$" || fail "$name is declared and not exported"
-done
+# What is exported, under which name, and what that needs.
+python3 "$root/bindings/abi/check.py" "$stage"
 
 # pkg-config, relocated into the stage.
 export PKG_CONFIG_PATH="$lib/pkgconfig" PKG_CONFIG_SYSROOT_DIR="$stage" PKG_CONFIG_ALLOW_SYSTEM_LIBS=1 PKG_CONFIG_ALLOW_SYSTEM_CFLAGS=1
-main=$root/ctests/install/main.c
+programs=$root/ctests/install
 version=$(pkg-config --modversion alignedkv)
-# shellcheck disable=SC2046 # lists of flags
-cc -std=c11 "$main" -o shared $(pkg-config --cflags --libs alignedkv)
-LD_LIBRARY_PATH=$lib ./shared | grep -q "alignedkv $version" || fail "shared: another version than $version"
-# shellcheck disable=SC2046
-cc -std=c11 "$main" -o static $(pkg-config --cflags alignedkv) -Wl,-Bstatic $(pkg-config --libs alignedkv) -Wl,-Bdynamic $(pkg-config --static --libs-only-l alignedkv | sed 's/-lalignedkv//')
-./static | grep -q "alignedkv $version" || fail "static: another version than $version"
-if readelf -d static | grep -q libalignedkv; then fail "static: linked to the shared library"; fi
+shared_flags=$(pkg-config --cflags --libs alignedkv)
+static_flags="$(pkg-config --cflags alignedkv) -Wl,-Bstatic $(pkg-config --libs alignedkv) -Wl,-Bdynamic $(pkg-config --static --libs-only-l alignedkv | sed 's/-lalignedkv//')"
+runs() { LD_LIBRARY_PATH=$2 "./$1" | grep -q "alignedkv $version" || fail "$1: another version than $version"; }
+# shellcheck disable=SC2086 # lists of flags
+for linked in shared static; do
+    eval flags=\$${linked}_flags
+    cc -std=c11 "$programs/main.c" -o c_$linked $flags
+    c++ -std=c++17 "$programs/main.cpp" -o cpp_$linked $flags
+done
+runs c_shared "$lib" && runs cpp_shared "$lib" && runs c_static /nowhere && runs cpp_static /nowhere
+if readelf -d c_static cpp_static | grep -q libalignedkv; then fail "static: linked to the shared library"; fi
+
+# Beside another Rust library, with all that is in either.
+rustc --edition 2024 -O --crate-type staticlib "$programs/other.rs" -o libother.a
+# shellcheck disable=SC2086
+cc -std=c11 "$programs/both.c" -o both libother.a -L"$lib" -Wl,--whole-archive,-Bstatic -lalignedkv -Wl,-Bdynamic,--no-whole-archive $(pkg-config --cflags alignedkv) -lpthread -ldl -lm
+runs both /nowhere
 
 # find_package.
 cmake -S "$root/ctests/install" -B cmake -Dalignedkv_DIR="$lib/cmake/alignedkv" >/dev/null
 cmake --build cmake >/dev/null
-cmake/shared >/dev/null && cmake/static >/dev/null || fail "programs built with find_package do not run"
+cmake/c_shared >/dev/null && cmake/c_static >/dev/null && cmake/cpp_shared >/dev/null && cmake/cpp_static >/dev/null || fail "programs built with find_package do not run"
 if cmake -S "$root/ctests/install" -B newer -DCMAKE_PREFIX_PATH="$stage/usr" -DCMAKE_PROJECT_INCLUDE=/dev/stdin >/dev/null 2>&1 <<'END'
 find_package(alignedkv 0.2 REQUIRED)
 END
 then fail "find_package accepted another minor version"; fi
-echo "install: $version links and runs by pkg-config and find_package, shared and static"
+echo "install: $version links and runs from C and C++ by pkg-config and find_package, shared, static and beside another Rust library"

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -89,6 +90,32 @@ static void cells(const akv::Context &context, const akv_layer_desc &layer) {
     akv::Mask moved(std::move(mask));
     CHECK(!mask.get() && moved.get());
     CHECK(thrown("n_kv", [&] { moved.set(shown.data(), 1, n_slots + 1); }) == AKV_E_CAPACITY);
+}
+
+// Streams end with what the caller's function throws, on the caller's side of the library.
+static void streams(const akv::Context &context, const akv_layer_desc &layer) {
+    akv::Cache cache(context, &layer, 1);
+    akv::Sequence sequence(cache);
+    std::vector<char> bytes;
+    sequence.save([&](const void *part, std::size_t n) {
+        bytes.insert(bytes.end(), static_cast<const char *>(part), static_cast<const char *>(part) + n);
+    });
+    std::size_t at = 0;
+    const auto read = [&](void *part, std::size_t n) {
+        if (bytes.size() - at < n) throw std::runtime_error("the end");
+        std::memcpy(part, bytes.data() + at, n);
+        at += n;
+    };
+    akv::Sequence copy = akv::Sequence::load(cache, read);
+    CHECK(copy.length() == 0 && at == bytes.size() && at > 0);
+    CHECK(thrown("", [&] { at = 0, copy.load_more(read); }) == AKV_E_ARGUMENT); // it lacks no layer
+    bool caught = false;
+    try {
+        sequence.save([](const void *, std::size_t) { throw std::runtime_error("full"); });
+    } catch (const std::runtime_error &e) {
+        caught = std::strcmp(e.what(), "full") == 0;
+    }
+    CHECK(caught);
 }
 
 int main() {
@@ -181,9 +208,25 @@ int main() {
         akv::Batch other(std::move(batch));
         CHECK(!batch.get() && other.get());
         CHECK(thrown("max_", [&] { other.workspace(); }) == AKV_E_ARGUMENT);
+
+        // What is moved from holds nothing, and destroying an owner's handle behind its back is noticed.
+        CHECK(thrown("batch", [&] { batch.commit(); }) == AKV_E_HANDLE);
+        CHECK(akv_batch_destroy(other.get()) == AKV_OK && akv_batch_destroy(other.get()) == AKV_E_HANDLE);
+        CHECK(thrown("batch", [&] { akv::Step late(other, ids, n_new, 1); }) == AKV_E_HANDLE);
+        auto small = cache_of(layer);
+        small.max_bytes = 1 << 20;
+        akv::Cache full(context, small);
+        akv::Sequence in_full(full);
+        akv::Batch batch_of_full(full);
+        const akv_sequence id_of_full[] = {in_full.get()};
+        const int32_t many[] = {1000000};
+        CHECK(thrown("max_bytes", [&] { akv::Step step(batch_of_full, id_of_full, many); }) == AKV_E_CAPACITY);
+        CHECK(in_full.length() == 0);
     }
     CHECK(cache.usage().n_sequences == 0 && cache.usage().pages_used == 0);
     cells(context, layer);
+    streams(context, layer);
+    context.poll();
     std::printf("raii: %ld checks, %ld failed\n", count, failures);
     return failures != 0;
 }

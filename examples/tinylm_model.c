@@ -238,6 +238,13 @@ static void rows_from_lanes(const lanes *x, int n, int width, float *rows) {
     }
 }
 
+/* lane r of x[i] = rows[r][i] for n rows, 0 in the other lanes. */
+static void lanes_from_rows(const float *rows, int n, int width, lanes *x) {
+    for (int i = 0; i < width; i++) {
+        for (int r = 0; r < LANES; r++) x[i].lane[r] = r < n ? rows[r * width + i] : 0.0f;
+    }
+}
+
 /* Turns the pairs (i, i + DIM / 2) of every head. */
 static void rope(const model *m, int position, float *rows, int n_heads) {
     const float *cosine = m->rope_cos[position], *sine = m->rope_sin[position];
@@ -249,6 +256,21 @@ static void rope(const model *m, int position, float *rows, int n_heads) {
             b[i] = bi * cosine[i] + ai * sine[i];
         }
     }
+}
+
+/* What follows a layer's attention, whose output is in y: x is the next layer's. */
+static void finish_layer(model *m) {
+    run(m, job_out);
+    rms_norm(m->x, m->layer->ffn_norm, m->y);
+    run(m, job_gate);
+    run(m, job_down);
+}
+
+/* Logits of the n sequences in x. */
+static void finish(model *m, int n, float *logits) {
+    rms_norm(m->x, m->norm, m->y);
+    run(m, job_logits);
+    rows_from_lanes(m->logits, n, VOCAB, logits);
 }
 
 void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn *attend, void *user, float *logits) {
@@ -267,17 +289,45 @@ void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn 
 
         attend(user, l, m->q_rows, m->k_rows, m->v_rows, m->out_rows);
 
-        for (int i = 0; i < HEADS * DIM; i++) {
-            for (int r = 0; r < LANES; r++) m->y[i].lane[r] = r < n ? m->out_rows[r * HEADS * DIM + i] : 0.0f;
-        }
-        run(m, job_out);
-        rms_norm(m->x, m->layer->ffn_norm, m->y);
-        run(m, job_gate);
-        run(m, job_down);
+        lanes_from_rows(m->out_rows, n, HEADS * DIM, m->y);
+        finish_layer(m);
     }
-    rms_norm(m->x, m->norm, m->y);
-    run(m, job_logits);
-    rows_from_lanes(m->logits, n, VOCAB, logits);
+    finish(m, n, logits);
+}
+
+void model_prefill(model *m, const uint8_t *tokens, int n, attend_prompt_fn *attend, void *user, float *logits) {
+    enum { Q = HEADS * DIM, KV = KV_HEADS * DIM };
+    float *x = allocate((size_t)n * (HIDDEN + 2 * Q + 2 * KV) * sizeof(float)); /* residual stream, then the rows */
+    float *q = x + n * HIDDEN, *out = q + n * Q, *k = out + n * Q, *v = k + n * KV;
+    for (int t = 0; t < n; t++) memcpy(x + t * HIDDEN, m->embed + tokens[t] * HIDDEN, HIDDEN * sizeof(float));
+    for (int l = 0; l < LAYERS; l++) {
+        m->layer = &m->layers[l];
+        /* As many tokens as there are lanes at a time. */
+        for (int t = 0; t < n; t += LANES) {
+            const int some = n - t < LANES ? n - t : LANES;
+            lanes_from_rows(x + t * HIDDEN, some, HIDDEN, m->x);
+            rms_norm(m->x, m->layer->attn_norm, m->y);
+            run(m, job_qkv);
+            rows_from_lanes(m->q, some, Q, q + t * Q);
+            rows_from_lanes(m->k, some, KV, k + t * KV);
+            rows_from_lanes(m->v, some, KV, v + t * KV);
+            for (int i = t; i < t + some; i++) {
+                rope(m, i, q + i * Q, HEADS);
+                rope(m, i, k + i * KV, KV_HEADS);
+            }
+        }
+        attend(user, l, n, q, k, v, out);
+        for (int t = 0; t < n; t += LANES) {
+            const int some = n - t < LANES ? n - t : LANES;
+            lanes_from_rows(x + t * HIDDEN, some, HIDDEN, m->x);
+            lanes_from_rows(out + t * Q, some, Q, m->y);
+            finish_layer(m);
+            rows_from_lanes(m->x, some, HIDDEN, x + t * HIDDEN);
+        }
+    }
+    lanes_from_rows(x + (n - 1) * HIDDEN, 1, HIDDEN, m->x);
+    finish(m, 1, logits);
+    free(x);
 }
 
 double negative_log_likelihood(const float *logits, uint8_t token) {
@@ -337,78 +387,102 @@ char *read_file(const char *path, size_t *size) {
 
 /* A safetensors file: 8 bytes of length, a JSON header of that length, data. */
 typedef struct {
-    const char *path, *header, *data;
+    const char *path;
+    char *bytes, *header;
+    const char *data;
     size_t data_bytes;
-    float *next; /* where the next tensor's floats go */
 } safetensors;
 
-/* Appends tensor `name`, f16 of `rows` x `columns` (columns 0: one dimension), to the floats. */
-static const float *load(safetensors *file, const char *name, int rows, int columns) {
+static safetensors safetensors_open(const char *path) {
+    size_t size;
+    safetensors file = {.path = path, .bytes = read_file(path, &size)};
+    unsigned long long header = 0;
+    for (int i = 7; i >= 0 && size >= 8; i--) header = header << 8 | (unsigned char)file.bytes[i];
+    if (size < 8 || header > size - 8) die("%s: not a safetensors file%s\n", path, "");
+    file.header = allocate(header + 1); /* a string of its own */
+    memcpy(file.header, file.bytes + 8, header);
+    file.data = file.bytes + 8 + header;
+    file.data_bytes = size - 8 - header;
+    return file;
+}
+
+static void safetensors_close(safetensors *file) {
+    free(file->header);
+    free(file->bytes);
+}
+
+/* Tensor `name`, n values of f16 in `shape` ("704,256"), to `out`. */
+static void safetensors_read(const safetensors *file, const char *name, const char *shape, size_t n, float *out) {
     char key[80], form[120];
     snprintf(key, sizeof key, "\"%s\":{", name);
-    if (columns) {
-        snprintf(form, sizeof form, "\"dtype\":\"F16\",\"shape\":[%d,%d],\"data_offsets\":[", rows, columns);
-    } else {
-        snprintf(form, sizeof form, "\"dtype\":\"F16\",\"shape\":[%d],\"data_offsets\":[", rows);
-    }
+    snprintf(form, sizeof form, "\"dtype\":\"F16\",\"shape\":[%s],\"data_offsets\":[", shape);
     const char *entry = strstr(file->header, key);
     if (!entry) die("%s: no tensor %s\n", file->path, name);
     entry += strlen(key);
     if (strncmp(entry, form, strlen(form)) != 0) die("%s: tensor %s has another type or shape\n", file->path, name);
-    const size_t n = (size_t)rows * (size_t)(columns ? columns : 1);
     char *comma;
     const unsigned long long begin = strtoull(entry + strlen(form), &comma, 10);
     const unsigned long long end = *comma == ',' ? strtoull(comma + 1, NULL, 10) : 0;
     if (end > file->data_bytes || begin > end || end - begin != 2 * n) {
         die("%s: tensor %s lies outside the file\n", file->path, name);
     }
-    float *out = file->next;
     for (size_t i = 0; i < n; i++) {
         const unsigned char *p = (const unsigned char *)file->data + begin + 2 * i;
         out[i] = float_from_half((uint16_t)(p[0] | p[1] << 8));
     }
-    file->next += n;
+}
+
+float *tensor_read(const char *path, const char *name, const char *shape, size_t n) {
+    safetensors file = safetensors_open(path);
+    float *out = allocate(n * sizeof(float));
+    safetensors_read(&file, name, shape, n, out);
+    safetensors_close(&file);
     return out;
 }
 
-static const float *load_in_layer(safetensors *file, int layer, const char *name, int rows, int columns) {
+/* The next tensor of a model: `rows` x `columns` (columns 0: one dimension), where `next` says; that moves on. */
+static const float *load(const safetensors *file, float **next, const char *name, int rows, int columns) {
+    char shape[40];
+    const size_t n = (size_t)rows * (size_t)(columns ? columns : 1);
+    if (columns) snprintf(shape, sizeof shape, "%d,%d", rows, columns);
+    else snprintf(shape, sizeof shape, "%d", rows);
+    float *out = *next;
+    safetensors_read(file, name, shape, n, out);
+    *next += n;
+    return out;
+}
+
+static const float *load_in_layer(const safetensors *file, float **next, int layer, const char *name, int rows,
+                                  int columns) {
     char full[64];
     snprintf(full, sizeof full, "layers.%d.%s.weight", layer, name);
-    return load(file, full, rows, columns);
+    return load(file, next, full, rows, columns);
 }
 
 model *model_load(const char *path, int threads) {
-    size_t size;
-    char *bytes = read_file(path, &size);
-    unsigned long long header = 0;
-    for (int i = 7; i >= 0 && size >= 8; i--) header = header << 8 | (unsigned char)bytes[i];
-    if (size < 8 || header > size - 8) die("%s: not a safetensors file%s\n", path, "");
-
+    safetensors file = safetensors_open(path);
     /* sizeof(model) is a multiple of its alignment, that of lanes. */
     model *m = aligned_alloc(sizeof(lanes), sizeof(model));
     if (!m) die("out of memory%s%s\n", "", "");
     memset(m, 0, sizeof *m);
     m->weights = allocate(PARAMETERS * sizeof(float));
-    char *text = allocate(header + 1);
-    memcpy(text, bytes + 8, header); /* a string of its own */
-    safetensors file = {path, text, bytes + 8 + header, size - 8 - header, m->weights};
+    float *next = m->weights;
     for (int l = 0; l < LAYERS; l++) {
         m->layers[l] = (layer_weights){
-            .attn_norm = load_in_layer(&file, l, "attn_norm", HIDDEN, 0),
-            .wq = load_in_layer(&file, l, "wq", HEADS * DIM, HIDDEN),
-            .wk = load_in_layer(&file, l, "wk", KV_HEADS * DIM, HIDDEN),
-            .wv = load_in_layer(&file, l, "wv", KV_HEADS * DIM, HIDDEN),
-            .wo = load_in_layer(&file, l, "wo", HIDDEN, HEADS * DIM),
-            .ffn_norm = load_in_layer(&file, l, "ffn_norm", HIDDEN, 0),
-            .w_gate = load_in_layer(&file, l, "w_gate", FFN, HIDDEN),
-            .w_up = load_in_layer(&file, l, "w_up", FFN, HIDDEN),
-            .w_down = load_in_layer(&file, l, "w_down", HIDDEN, FFN),
+            .attn_norm = load_in_layer(&file, &next, l, "attn_norm", HIDDEN, 0),
+            .wq = load_in_layer(&file, &next, l, "wq", HEADS * DIM, HIDDEN),
+            .wk = load_in_layer(&file, &next, l, "wk", KV_HEADS * DIM, HIDDEN),
+            .wv = load_in_layer(&file, &next, l, "wv", KV_HEADS * DIM, HIDDEN),
+            .wo = load_in_layer(&file, &next, l, "wo", HIDDEN, HEADS * DIM),
+            .ffn_norm = load_in_layer(&file, &next, l, "ffn_norm", HIDDEN, 0),
+            .w_gate = load_in_layer(&file, &next, l, "w_gate", FFN, HIDDEN),
+            .w_up = load_in_layer(&file, &next, l, "w_up", FFN, HIDDEN),
+            .w_down = load_in_layer(&file, &next, l, "w_down", HIDDEN, FFN),
         };
     }
-    m->embed = load(&file, "embed.weight", VOCAB, HIDDEN);
-    m->norm = load(&file, "norm.weight", HIDDEN, 0);
-    free(text);
-    free(bytes);
+    m->embed = load(&file, &next, "embed.weight", VOCAB, HIDDEN);
+    m->norm = load(&file, &next, "norm.weight", HIDDEN, 0);
+    safetensors_close(&file);
 
     for (int p = 0; p < CONTEXT; p++) {
         for (int i = 0; i < DIM / 2; i++) {

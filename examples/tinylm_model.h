@@ -33,6 +33,12 @@ void model_free(model *m);
 /* Runs one token of each of n <= LANES sequences that all stand at `position`; logits is [n][VOCAB]. */
 void model_step(model *m, const uint8_t *tokens, int n, int position, attend_fn *attend, void *user, float *logits);
 
+/* Attention of one layer over a prompt: the rows of n tokens of one sequence, q [n][HEADS][DIM] and so on. */
+typedef void attend_prompt_fn(void *user, int layer, int n, const float *q, const float *k, const float *v, float *out);
+
+/* Runs the first n <= CONTEXT tokens of a sequence, layer by layer; logits is [VOCAB], of the last token. */
+void model_prefill(model *m, const uint8_t *tokens, int n, attend_prompt_fn *attend, void *user, float *logits);
+
 /* -log softmax(logits)[token], in double precision. */
 double negative_log_likelihood(const float *logits, uint8_t token);
 
@@ -42,6 +48,9 @@ float float_from_half(uint16_t h);
 
 /* A whole file, with a NUL behind it; prints what is wrong and exits if it cannot be read. */
 char *read_file(const char *path, size_t *size);
+
+/* Tensor `name`, n values of f16 in `shape` ("2048,2,64"), of a safetensors file; prints what is wrong and exits. */
+float *tensor_read(const char *path, const char *name, const char *shape, size_t n);
 
 /* malloc and calloc (zeroed) that exit when memory is out. */
 void *allocate(size_t bytes);

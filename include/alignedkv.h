@@ -45,6 +45,14 @@
  *   akv_mask_set(mask, 0, n_q, n_kv, f16, 0, NULL);                who sees what, once for all layers
  *   akv_slots_attention(cache, layer, &span, 1, &attention);
  *
+ * SWAPPING A SEQUENCE OUT, TO HOST MEMORY, A FILE OR ANOTHER MACHINE
+ *
+ *   int to_file(void *f, const void *bytes, size_t n) { return fwrite(bytes, 1, n, f) == n ? 0 : -1; }
+ *   int from_file(void *f, void *bytes, size_t n) { return fread(bytes, 1, n, f) == n ? 0 : -1; }
+ *
+ *   akv_sequence_export(cache, sequence, NULL, to_file, file);     then akv_sequence_destroy: its pages are free
+ *   akv_sequence_import(cache, 0, from_file, file, &sequence);     in any cache of these layers, bit for bit
+ *
  * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_APPEND in all formats)
  *
  *   Rows, outputs, sink_logits, statistics, states and workspaces are device memory; kv_from, kv_to and all else is the
@@ -60,8 +68,9 @@
  *   akv_batch_replayed(batch);                                 says so; the other calls of this step are not made
  *   akv_batch_commit(batch);
  *
- * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells on CUDA; ALiBi of sequences, trees; layers
- *   that share rows, MLA; NaN policies but AKV_NAN_ERROR; removing and shifting tokens; export and import.
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): cells on CUDA; ALiBi of
+ *   sequences, trees; layers that share rows, MLA; NaN policies but AKV_NAN_ERROR; shifting tokens; on CUDA removing
+ *   tokens, and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -146,9 +155,14 @@ typedef int32_t akv_status;
 #define AKV_FULL   1  // A query row sees all tokens of its sequence.
 
 // NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE.
-#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
-#define AKV_NAN_ZERO      2  // It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+#define AKV_NAN_ERROR     0  // The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and
+                             // head.
+#define AKV_NAN_PROPAGATE 1  // It spreads to what it touches: where a query row sees a token whose K or V has one on a
+                             // KV head, all query heads of that KV head get NaN as output, lse and amplitude, and
+                             // infinity as bounds and estimate; where q has one, that row's head does. The rest is as
+                             // if these were 0. Read back, such rows are NaN. It costs 32 bytes per tile and KV head.
+                             // On the CPU, not with AKV_ATTACHED.
+#define AKV_NAN_ZERO      2  // It counts as 0, and is stored so. On the CPU, not with AKV_ATTACHED.
 
 // RoPE pairings: akv_rope.pairing
 #define AKV_ROPE_INTERLEAVED 0  // Channels 2i and 2i + 1 turn together.
@@ -179,10 +193,11 @@ typedef struct akv_mask akv_mask;
 // another cache.
 typedef uint64_t akv_sequence;
 
-// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+// Takes `n` bytes (at most 65536) that are being exported. Returns 0 to go on; anything else ends the export.
 typedef int (*akv_write_fn)(void *user, const void *bytes, size_t n);
 
-// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+// Fills `n` bytes (at most 65536) that are being imported; no byte beyond the stream's end is asked for. Returns 0 to go
+// on; anything else ends the import.
 typedef int (*akv_read_fn)(void *user, void *bytes, size_t n);
 
 // Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
@@ -235,13 +250,13 @@ typedef struct akv_context_desc {
 // Shape of one layer's attention. An array element: fixed size.
 typedef struct akv_layer_desc {
     // Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
-    // up to 64.
+    // up to 64 (128 where v_is_prefix_of_k).
     int32_t n_q_heads;
     // KV heads, 1 to 4096.
     int32_t n_kv_heads;
-    // Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
+    // Channels of q and K (head_dim): a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k).
     int32_t dim_k;
-    // Channels of V and of the output: a multiple of 8 from 16 to 256; 0 = dim_k.
+    // Channels of V and of the output: a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k); 0 = dim_k.
     int32_t dim_v;
     // AKV_F32, AKV_F16 or AKV_BF16: element type of the K rows that will be appended.
     int32_t dtype_k;
@@ -253,13 +268,17 @@ typedef struct akv_layer_desc {
     // The same of V.
     int32_t planes_v;
     // Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
-    // whose masks say it.
+    // whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
+    // their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
     int32_t window;
     // Layers whose page tables are shared; 0 (the only one built).
     int32_t group;
     // 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
     int32_t share_with;
-    // Non-zero: V is the first dim_v channels of K (MLA). Not built yet.
+    // 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
+    // query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the
+    // dense path, which reads all stored planes of K. AKV_APPEND on the CPU only, not AKV_FORMAT_PUBLISHED. 0: V has
+    // rows of its own.
     int32_t v_is_prefix_of_k;
 } akv_layer_desc;
 
@@ -350,6 +369,28 @@ typedef struct akv_rope {
     const float *inv_freq;
 } akv_rope;
 
+// What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+typedef struct akv_export_desc {
+    // sizeof(akv_export_desc).
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // First layer.
+    int32_t first_layer;
+    // Layers; 0 = all from first_layer on.
+    int32_t n_layers;
+    // Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+    // are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    int32_t planes_k;
+    // The same of V.
+    int32_t planes_v;
+    // Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+    // and then known_v is 0, too.
+    int32_t known_k;
+    // The same of V.
+    int32_t known_v;
+} akv_export_desc;
+
 // One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
 typedef struct akv_batch_desc {
     // sizeof(akv_batch_desc).
@@ -361,7 +402,7 @@ typedef struct akv_batch_desc {
     // `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     const int32_t *n_new;
     // `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    // decode may mix.
+    // decode may mix. More than there are tokens: see akv_aligned_attention.
     const int32_t *n_q;
     // `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     // older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -460,7 +501,14 @@ typedef struct akv_attention_desc {
     int32_t visibility;
     // Sliding window of this call; 0 = the layer's.
     int32_t window;
-    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+    // First tokens of a sequence that its rows see in spite of a window (attention sinks), on the CPU; 0 = none. Not
+    // for AKV_FORMAT_PUBLISHED.
+    int32_t sink_tokens;
+    // 0.
+    int32_t reserved;
+    // `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences, on the CPU): to a score of
+    // head h, after the cap, is added alibi_slopes[h] times the distance, the token's position less the query row's;
+    // NULL = nothing. Not for AKV_FORMAT_PUBLISHED.
     const float *alibi_slopes;
     // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     // merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
@@ -472,7 +520,12 @@ typedef struct akv_attention_desc {
     const int64_t *kv_from;
     // `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     const int64_t *kv_to;
-    // `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    // `[sum of n_q]`, for speculative trees (on the CPU): of the last 64 tokens of its sequence, the step's new ones
+    // included, row r sees only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last
+    // token, bit 63 - i the token i before it; the row's own token has a bit like any other, bits of tokens that are not
+    // there do not count, and tokens before the last 64 are seen as ever. If the step's n new tokens (below 64) are a
+    // tree, each after its parent, then the row of node r sees what came before and the nodes j with bit j set in `path`
+    // by tree[r] = path << (64 - n) | UINT64_MAX >> n. NULL = none. Not for AKV_FORMAT_PUBLISHED.
     const uint64_t *tree;
     // Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
     // Log of the softmax's normaliser: log sum exp(score).
@@ -603,7 +656,11 @@ akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int
 // while it is in a begun batch.
 akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
-// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+// Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
+// nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+// n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+// cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 akv_status akv_sequence_remove(struct akv_cache *cache,
                                akv_sequence sequence,
                                int64_t from_position,
@@ -622,20 +679,47 @@ akv_status akv_sequence_shift(struct akv_cache *cache,
 // committed tokens.
 akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
-// Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
+// the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
+// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
+// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
+// work of the CUDA context.
+//
+// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+// sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+// cut (others are left alone; forks that share tiles do not get them).
+//
+// Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
+// AKV_E_BUSY (a layer is being written).
 akv_status akv_sequence_export(struct akv_cache *cache,
                                akv_sequence sequence,
-                               uint32_t flags,
+                               const struct akv_export_desc *desc,
                                akv_write_fn write,
                                void *user);
 
-// Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
-akv_status akv_sequence_import(struct akv_cache *cache, akv_read_fn read, void *user, akv_sequence *out);
+// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
+// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+// `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+// smaller exact_tail of both). Otherwise the stream brings layers that
+// sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+// used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+//
+// Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
+// AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
+// AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+// come.
+akv_status akv_sequence_import(struct akv_cache *cache,
+                               akv_sequence into,
+                               akv_read_fn read,
+                               void *user,
+                               akv_sequence *out);
 
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 // `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-// nothing written, if a value is too large for the dtype.
+// nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
 akv_status akv_dequantize_kv(struct akv_cache *cache,
                              akv_sequence sequence,
                              int32_t layer,
@@ -661,8 +745,8 @@ akv_status akv_batch_create(struct akv_cache *cache, const struct akv_batch_desc
 // akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 // capture.
 //
-// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY,
+// AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
 akv_status akv_batch_begin(struct akv_batch *batch, const struct akv_batch_desc *desc, void *stream);
 
 // Ends a step: its tokens are part of their sequences. AKV_E_ARGUMENT, naming the layer, if akv_quantize_kv is missing
@@ -690,9 +774,9 @@ akv_status akv_batch_workspace(const struct akv_batch *batch, size_t *bytes, siz
 akv_status akv_batch_destroy(struct akv_batch *batch);
 
 // Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
-// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
-// is appended, and the call may be made again.
+// n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
+// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+// All rows are checked first: on error nothing is appended, and the call may be made again.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
 akv_status akv_quantize_kv(struct akv_batch *batch,
@@ -706,9 +790,13 @@ akv_status akv_quantize_kv(struct akv_batch *batch,
 // Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
 // token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
 // path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
-// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
-// number of threads.
+// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT,
+// AKV_FORMAT_RAW and layers with v_is_prefix_of_k take the dense path. On the CPU a row's result, bit for bit, depends
+// on its sequence and on whether that has more than 8 query rows: not on the other rows, the other sequences of the
+// batch, or the number of threads.
+//
+// Cross-attention: with AKV_FULL, no window and no alibi_slopes nothing depends on where a row is, and n_q may be
+// larger than len. Otherwise more query rows than tokens are AKV_E_ARGUMENT.
 //
 // Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 // AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
@@ -718,7 +806,8 @@ akv_status akv_aligned_attention(struct akv_batch *batch, int32_t layer, const s
 
 // Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 // their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. On
+// the CPU what is NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
 akv_status akv_merge_states(struct akv_context *context,
                             const struct akv_state *states,
                             int32_t n,

@@ -4,7 +4,8 @@
 //   locals do, and nothing is left behind.
 // - Context, Cache, Batch, Sequence and Mask own what they stand for: movable, not copyable. get() gives the C handle.
 // - akv::desc<T>() is a descriptor with its sizes set and everything else at its default.
-// - akv::rows(pointer, ...) and akv::rows_mut(pointer, ...) make akv_rows; the element type tells the dtype.
+// - akv::rows(pointer or container, ...) and akv::rows_mut(...) make akv_rows; the element type tells the dtype.
+// - akv::view<T> is a pointer and a length, made by itself from arrays, std::vector, std::array and the like.
 // - Nothing here allocates, apart from the text of an error.
 //
 //   akv::Context context;
@@ -15,7 +16,7 @@
 //
 //   const akv_sequence ids[] = {sequence.get()};
 //   const int32_t n_new[] = {1};
-//   akv::Step step(batch, ids, n_new, 1);            // aborts when it goes out of scope without commit
+//   akv::Step step(batch, ids, n_new);               // aborts when it goes out of scope without commit
 //   batch.quantize_kv(0, akv::rows(k), akv::rows(v));
 //   auto call = akv::desc<akv_attention_desc>();
 //   call.q = akv::rows(q);
@@ -28,7 +29,7 @@
 //   akv::Cache cache(context, desc);                 // placement AKV_SLOTS, n_slots cells
 //   akv::Mask mask(context, max_rows, n_slots);
 //   mask.set(values, n_q, n_kv);                     // once per step
-//   cache.slots_write(0, slots, n_q, k, v);
+//   cache.slots_write(0, slots, akv::rows(k), akv::rows(v));
 //   call.mask = mask.get();
 //   cache.slots_attention(0, span, call);
 
@@ -37,6 +38,7 @@
 
 #include "alignedkv.h"
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -85,6 +87,23 @@ template <> inline akv_context_desc desc<akv_context_desc>() noexcept {
     return d;
 }
 
+// n elements in someone else's memory. Made by itself from arrays and from containers with data() and size().
+template <class T> class view {
+public:
+    constexpr view() noexcept = default;
+    constexpr view(T *data, size_t size) noexcept : data_(data), size_(size) {}
+    template <size_t N> constexpr view(T (&array)[N]) noexcept : data_(array), size_(N) {}
+    template <class C, class = std::enable_if_t<std::is_convertible<decltype(std::declval<C &>().data()), T *>::value>>
+    constexpr view(C &&container) noexcept : data_(container.data()), size_(container.size()) {}
+
+    constexpr T *data() const noexcept { return data_; }
+    constexpr size_t size() const noexcept { return size_; }
+
+private:
+    T *data_ = nullptr;
+    size_t size_ = 0;
+};
+
 // 16-bit element types, for memory whose own type (uint16_t, __half, ...) does not tell: cast the pointer to these.
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
@@ -108,7 +127,45 @@ template <class T> akv_rows rows(const T *data, int64_t stride_row = 0, int64_t 
     return rows_mut(const_cast<T *>(data), stride_row, stride_head);
 }
 
+// The same of a container with data().
+template <class C>
+auto rows_mut(C &data, int64_t stride_row = 0, int64_t stride_head = 0) noexcept -> decltype(rows_mut(data.data())) {
+    return rows_mut(data.data(), stride_row, stride_head);
+}
+template <class C>
+auto rows(const C &data, int64_t stride_row = 0, int64_t stride_head = 0) noexcept -> decltype(rows(data.data())) {
+    return rows(data.data(), stride_row, stride_head);
+}
+
 namespace detail {
+
+// A view that must be as long as another, or empty: what it is short of would be read beyond its end.
+inline void same_length(size_t have, size_t need, const char *name) {
+    if (have == need) return;
+    const auto count = [](size_t n) { return std::to_string(n); };
+    throw error(AKV_E_ARGUMENT, std::string(name) + " has " + count(have) + " elements, expected " + count(need));
+}
+
+// A function of the caller's behind a C callback; what it throws is thrown again on this side of C.
+template <class F, class Bytes> struct callback {
+    F *function;
+    std::exception_ptr thrown;
+
+    static int call(void *user, Bytes bytes, size_t n) noexcept {
+        auto *self = static_cast<callback *>(user);
+        try {
+            (*self->function)(bytes, n);
+            return 0;
+        } catch (...) {
+            self->thrown = std::current_exception();
+            return 1;
+        }
+    }
+    void check(akv_status status) const {
+        if (thrown) std::rethrow_exception(thrown);
+        akv::check(status);
+    }
+};
 
 // Owner of a C handle. Destroy fails only with AKV_E_BUSY, and then something that was made from it is still alive: it
 // is left to live on rather than taken from under it.
@@ -145,6 +202,9 @@ public:
         return path;
     }
 
+    // Throws and clears the first fault of work that was launched on a device.
+    void poll() { check(akv_poll(get(), nullptr, nullptr, nullptr)); }
+
     void merge_states(const akv_state *states, int32_t n, int64_t rows, int32_t heads, int32_t dim,
                       const akv_state &out) {
         check(akv_merge_states(get(), states, n, rows, heads, dim, &out, nullptr));
@@ -177,6 +237,9 @@ public:
         slots_write(layer, slots, n, &key, &value);
     }
     void slots_write(int32_t layer, const int64_t *slots, int64_t n) { slots_write(layer, slots, n, nullptr, nullptr); }
+    void slots_write(int32_t layer, view<const int64_t> slots, const akv_rows &key, const akv_rows &value) {
+        slots_write(layer, slots.data(), static_cast<int64_t>(slots.size()), &key, &value);
+    }
     void slots_read(int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value) const {
         check(akv_slots_read(get(), layer, first, n, key, value, nullptr));
     }
@@ -246,12 +309,35 @@ public:
         check(akv_sequence_length(cache_, id_, layer, &n));
         return n;
     }
+    // Takes out the tokens at positions from <= p < to.
+    void remove(int64_t from, int64_t to) { check(akv_sequence_remove(cache_, id_, from, to)); }
+    // Adds delta to the positions from <= p < to and turns their K; an akv_rope per layer.
+    void shift(int64_t from, int64_t to, int64_t delta, const akv_rope *rope_per_layer) {
+        check(akv_sequence_shift(cache_, id_, from, to, delta, rope_per_layer));
+    }
+    // write(const void *bytes, size_t n) takes the bytes of a stream with checksums; what it throws ends it.
+    template <class F> void save(F &&write, const akv_export_desc *part = nullptr) const {
+        detail::callback<std::remove_reference_t<F>, const void *> to{&write, nullptr};
+        to.check(akv_sequence_export(cache_, id_, part, &decltype(to)::call, &to));
+    }
+    // read(void *bytes, size_t n) fills in n bytes of such a stream, none beyond its end.
+    template <class F> static Sequence load(const Cache &cache, F &&read) {
+        return Sequence(cache.get(), load(cache.get(), 0, read));
+    }
+    // Adds layers that this sequence lacks, since it was loaded from a part of them.
+    template <class F> void load_more(F &&read) { load(cache_, id_, read); }
     void dequantize_kv(int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value) const {
         check(akv_dequantize_kv(cache_, id_, layer, first, n, key, value, nullptr));
     }
 
 private:
     Sequence(akv_cache *cache, akv_sequence id) noexcept : cache_(cache), id_(id) {}
+    template <class F> static akv_sequence load(akv_cache *cache, akv_sequence into, F &read) {
+        detail::callback<F, void *> from{&read, nullptr};
+        akv_sequence id = 0;
+        from.check(akv_sequence_import(cache, into, &decltype(from)::call, &from, &id));
+        return id;
+    }
     akv_cache *cache_;
     akv_sequence id_ = 0;
 };
@@ -294,6 +380,11 @@ public:
         d.n_sequences = n;
         check(akv_batch_begin(batch_, &d, nullptr));
     }
+    // n_new and n_q have an element per sequence; without n_q it is n_new.
+    Step(Batch &batch, view<const akv_sequence> sequences, view<const int32_t> n_new, view<const int32_t> n_q = {})
+        : Step((detail::same_length(n_new.size(), sequences.size(), "n_new"),
+                detail::same_length(n_q.data() ? n_q.size() : sequences.size(), sequences.size(), "n_q"), batch),
+               sequences.data(), n_new.data(), static_cast<uint32_t>(sequences.size()), n_q.data()) {}
     Step(const Step &) = delete;
     Step &operator=(const Step &) = delete;
     ~Step() {

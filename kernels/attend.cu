@@ -18,25 +18,29 @@ DEVICE bool begin(const AttendParams &p, i32 words) {
 
 #define INSTANCE(S, SCANS, ATTENDS)                                            \
     KERNEL(akv_scan_##S, ATTEND_THREADS, SCANS, AttendParams) {                \
-        if (begin(p, S)) scan_split<S>(p, 32 * S + 4);                         \
+        if (begin(p, S)) scan_split<S>(p);                                     \
     }                                                                          \
     KERNEL(akv_attend_##S, ATTEND_THREADS, ATTENDS, AttendParams) {            \
         if (!begin(p, S)) return;                                              \
         if (p.fused) {                                                         \
-            scan_split<S>(p, 32 * S + 4);                                      \
+            scan_split<S>(p);                                                  \
             sync_block();                                                      \
         }                                                                      \
         attend_split<S>(p);                                                    \
     }
-INSTANCE(2, 3, 3)
-INSTANCE(3, 3, 2)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // their compiler would spill
-INSTANCE(4, 2, 2)
+INSTANCE(2, 4, 3)
+INSTANCE(3, 4, 2)
+INSTANCE(4, 4, 2)
+INSTANCE(6, 3, 2)
+INSTANCE(8, 3, 2)
 #else
-INSTANCE(4, 3, 2)
+INSTANCE(2, 5, 3)
+INSTANCE(3, 5, 3)
+INSTANCE(4, 5, 3)
+INSTANCE(6, 4, 3)
+INSTANCE(8, 4, 2)
 #endif
-INSTANCE(6, 2, 2)
-INSTANCE(8, 2, 2)
 #undef INSTANCE
 
 }  // namespace akv

@@ -34,12 +34,12 @@ struct Work {
 // Shared memory of a block: q, then shares, then by warp sums, what it works with, and outputs.
 struct Memory {
     u8 *start;
-    i32 heads, stride, dim_v;  // stride = that of q
+    i32 heads, words, dim_v;
 
-    DEVICE Memory(const Unit &u, i32 words) : start(shared<u8>()), heads((u.unit_heads + 3) / 4 * 4), stride(32 * words + 4), dim_v(u.p.shape.dim_v) {}
+    DEVICE Memory(const Unit &u, i32 words) : start(shared<u8>()), heads((u.unit_heads + 3) / 4 * 4), words(words), dim_v(u.p.shape.dim_v) {}
 
-    DEVICE Queries q() const { return {reinterpret_cast<float *>(start), stride}; }
-    DEVICE Share *shares() const { return reinterpret_cast<Share *>(start + heads * stride * 4); }
+    DEVICE Queries q() const { return {reinterpret_cast<float *>(start), words}; }
+    DEVICE Share *shares() const { return reinterpret_cast<Share *>(start + heads * 32 * words * 4); }
     DEVICE Share &share(i32 h) const { return shares()[h]; }
     DEVICE Sums &sums(i32 warp, i32 h) const { return reinterpret_cast<Sums *>(shares() + heads)[warp * heads + h]; }
     DEVICE Work &work(i32 warp) const { return reinterpret_cast<Work *>(&sums(ATTEND_WARPS, 0))[warp]; }
@@ -95,14 +95,14 @@ DEVICE_CALL void refine_keys(const AttendParams &p, i32 t, i32 n) {
                 u32 x[S] = {}, y[S] = {};
                 if (planes[0] > plane) load_words<S>(tile.k_rest + token[0] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, x);
                 if (planes[1] > plane) load_words<S>(tile.k_rest + token[1] * row_bytes + (plane - 1) * tile.half_k, tile.half_k, y);
-                i32 c[4] = {};
+                i32 c[4] = {fold.start[0], fold.start[1], fold.start[0], fold.start[1]};
                 UNROLLED
                 for (i32 s = 0; s < S; s++) {
                     const u32 a[4] = {x[s] & 0x0f0f0f0f, y[s] & 0x0f0f0f0f, x[s] >> 4 & 0x0f0f0f0f, y[s] >> 4 & 0x0f0f0f0f};
-                    mma_u8s8(c, a, fold.b[s][0], fold.b[s][1]);
+                    mma_u8s8(c, a, fold.low[s], fold.high[s]);
                 }
-                if (planes[0] > plane) score[0] += fold.head.more(c[0], c[1], plane, planes[0]);
-                if (planes[1] > plane) score[1] += fold.head.more(c[2], c[3], plane, planes[1]);
+                if (planes[0] > plane) score[0] += fold.more(c[0] * 256 + c[1], plane, planes[0]);
+                if (planes[1] > plane) score[1] += fold.more(c[2] * 256 + c[3], plane, planes[1]);
             }
             if (mine[0]) u.scores(t, h)[token[0]] = score[0];
             if (mine[1]) u.scores(t, h)[token[1]] = score[1];

@@ -246,7 +246,7 @@ DEVICE void dense_split(const AttendParams &p) {
         const bool exact = at < first, given = exact || s.format != FORMAT_ALIGNED;
         const i32 tile_index = exact ? 0 : at;
         const Tile tile = u.tile(tile_index);
-        auto rows = [&](bool values) { return exact ? u.exact_rows(values) : u.page(at, values); };
+        auto rows = [&](bool values) { return exact ? u.exact_rows(values) : u.given(at, values); };
         // Which of the tokens start.. a row sees.
         auto seen = [&](const Asked &a, i32 start) {
             if (a.index < 0) return 0u;

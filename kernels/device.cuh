@@ -12,6 +12,9 @@
 #define ROLLED _Pragma("unroll 1")
 // Before a loop whose index chooses registers.
 #define UNROLLED _Pragma("unroll")
+// So many copies.
+#define UNROLLED_BY(n) PRAGMA(unroll(n))
+#define PRAGMA(text) _Pragma(#text)
 // Blocks are one-dimensional. The parameters, `p`, are one struct.
 #define KERNEL(name, threads, blocks, Params) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
@@ -24,6 +27,14 @@ DEVICE u32 warp() { return threadIdx.x >> 5; }
 DEVICE u32 block_x() { return blockIdx.x; }
 DEVICE u32 block_y() { return blockIdx.y; }
 DEVICE u32 block_z() { return blockIdx.z; }
+
+// The same, but not to the compiler: it reads anew what it would keep in registers.
+template <class T>
+DEVICE const T &anew(const T &x) {
+    const T *p = &x;
+    asm volatile("" : "+l"(p));
+    return *p;
+}
 
 // Dynamic shared memory.
 template <class T>
@@ -48,6 +59,7 @@ DEVICE T shuffle_xor(T x, u32 mask) {
 }
 DEVICE u32 ballot(bool x) { return __ballot_sync(~0u, x); }
 DEVICE bool any(bool x) { return __any_sync(~0u, x); }
+DEVICE u32 reduce_max(u32 x) { return __reduce_max_sync(~0u, x); }
 
 // c += a * b: 16 x 32 unsigned by 32 x 8 signed bytes (PTX ISA, "Matrix fragments for mma.m16n8k32").
 DEVICE void mma_u8s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -64,10 +76,15 @@ DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+// The same, and known to be global memory: what was an integer does not tell.
+template <class T>
+DEVICE T *global(T *p) {
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
+
 // Of memory that nobody writes while the kernel runs.
 DEVICE u32 load_u32(const void *p) { return __ldg(static_cast<const u32 *>(p)); }
-DEVICE uint2 load_u32x2(const void *p) { return __ldg(static_cast<const uint2 *>(p)); }
-DEVICE uint4 load_u32x4(const void *p) { return __ldg(static_cast<const uint4 *>(p)); }
 
 DEVICE u32 atomic_add(u32 *p, u32 x) { return atomicAdd(p, x); }
 DEVICE u64 atomic_add(u64 *p, u64 x) { return atomicAdd(p, x); }
@@ -89,6 +106,23 @@ DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float sqrt_rn(float x) { return __fsqrt_rn(x); }
+
+// Within 2 units in the last place; what is below the smallest normal number is 0.
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float sqrt_fast(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 DEVICE float half_to_float(u16 x) {
     float y;

@@ -29,6 +29,7 @@ DEVICE float left(i32 planes) {
 DEVICE float weight(i32 plane) { return bits_float(u32(127 - 4 * plane) << 23); }
 
 DEVICE float scale_of(u32 byte) { return bits_float((byte << 21) + (95u << 23) + (1u << 20)); }
+DEVICE u32 byte_of(u32 word, i32 i) { return permute(word, 0, 0x4440 + i); }
 // What a value is multiplied with to get its code.
 DEVICE float inverse_of(u32 byte) { return div_rn(4096.0f, scale_of(byte)); }
 DEVICE float limit_of(u32 byte) { return mul_rn(scale_of(byte), PEAK); }
@@ -79,15 +80,29 @@ struct Tile {
                align64(s.dim_k) + align64(TILE) + align64(s.dim_v) + align64(12);
     }
 
+    // Offsets in a page have 32 bits: loops keep them in half as many registers.
     DEVICE Tile(const Shape &s, u64 page, i32 kv_head)
         : half_k(s.dim_k / 2), half_v(s.dim_v / 2), planes_k(s.planes_k), planes_v(s.planes_v) {
-        k0 = reinterpret_cast<u8 *>(page) + i64(kv_head) * bytes(s);
-        k_rest = k0 + align64(TILE * half_k);
-        v = k_rest + align64(TILE * (planes_k - 1) * half_k);
-        k_scales = v + align64(TILE * planes_v * half_v);
-        v_scales = k_scales + align64(s.dim_k);
-        v_mean = v_scales + align64(TILE);
-        meta = v_mean + align64(s.dim_v);
+        u32 offset = u32(kv_head) * u32(bytes(s));
+        auto next = [&](i32 bytes) {
+            u8 *array = reinterpret_cast<u8 *>(page + offset);
+            offset += align64(bytes);
+            return array;
+        };
+        k0 = next(TILE * half_k);
+        k_rest = next(TILE * (planes_k - 1) * half_k);
+        v = next(TILE * planes_v * half_v);
+        k_scales = next(s.dim_k);
+        v_scales = next(TILE);
+        v_mean = next(s.dim_v);
+        meta = next(META_BYTES);
+    }
+    // Of one in a page at address 0: the same in another page.
+    DEVICE Tile in(u64 page) const {
+        Tile tile = *this;
+        auto move = [=](u8 *&array) { array = reinterpret_cast<u8 *>(reinterpret_cast<u64>(array) + page); };
+        move(tile.k0), move(tile.k_rest), move(tile.v), move(tile.k_scales), move(tile.v_scales), move(tile.v_mean), move(tile.meta);
+        return tile;
     }
 
     // Word j of a token's plane-0 row.

@@ -94,11 +94,11 @@ enum { FAULT_NONFINITE = 1, FAULT_RANGE = 2, FAULT_OVERFLOW = 3 };
 enum { FAULT_IN_K = 0, FAULT_IN_V = 1, FAULT_IN_Q = 2, FAULT_IN_OUT = 3 };
 
 // One tile's scan, for one query head.
-struct Scanned {
+struct alignas(16) Scanned {
     float max;             // largest score
-    float unit;            // largest V scale among the tokens seen
     float e, e_vs, e_vs2;  // sums of e = exp(score - max), of e * V scale, of the square of that
     float worst, rough, q_worst, q_rms, slack, bend;  // see TileError
+    float unit;            // largest V scale among the tokens seen
     float reserved;
 };
 

@@ -50,7 +50,7 @@ KERNEL(akv_published_peaks, ATTEND_THREADS, 4, AttendParams) {
         const i32 c = at % MAX_DIM;
         u32 peak = 0;
         for (i32 i = some.from; i < some.to; i++) {
-            const Given rows = u.page(i / TILE, values);
+            const Given rows = u.given(i / TILE, values);
             const u32 x = c < rows.dim ? rows.half_bits(i % TILE, c) & 0x7fff : 0;
             peak = x > peak ? x : peak;
         }
@@ -110,7 +110,7 @@ KERNEL(akv_published_scores, ATTEND_THREADS, 4, AttendParams) {
     }
     const Stretch some(u);
     for (i32 i = some.from + warp(); i < some.to; i += ATTEND_WARPS) {
-        const Given rows = u.page(i / TILE, false);
+        const Given rows = u.given(i / TILE, false);
         u32 half[MAX_DIM / 32];
         UNROLLED
         for (i32 n = 0; n < MAX_DIM / 32; n++) half[n] = i32(lane()) + 32 * n < s.dim_k ? rows.half_bits(i % TILE, lane() + 32 * n) : 0;
@@ -161,7 +161,7 @@ KERNEL(akv_published_align, ATTEND_THREADS, 4, AttendParams) {
         for (i32 group = 0; group < GROUPS; group++) {
             const i32 token = shuffle(at, group);
             const float weight = half_to_float(u16(shuffle(best, group)));
-            const Given rows = u.page(token / TILE, true);
+            const Given rows = u.given(token / TILE, true);
             UNROLLED
             for (i32 n = 0; n < MAX_DIM / 32; n++) {
                 const i32 c = lane() + 32 * n;
@@ -200,7 +200,7 @@ KERNEL(akv_published_values, ATTEND_THREADS, 4, AttendParams) {
     if (thread() < UNIT_HEADS) m.weighted[thread()] = 0.0;
     u64 bits_read = 0;
     for (i32 t = some.from / TILE; t * TILE < some.to; t++) {
-        const Given rows = u.page(t, true);
+        const Given rows = u.given(t, true);
         const i32 first = some.from > t * TILE ? some.from - t * TILE : 0, end = some.to < (t + 1) * TILE ? some.to - t * TILE : TILE;
         const i32 i = thread();  // a token each
         sync_block();

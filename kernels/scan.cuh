@@ -4,81 +4,124 @@
 
 namespace akv {
 
-// The scan of a tile by a warp, four heads at a time: lane 4 g + t has, of every 32 tokens, scores of tokens
-// 4 g .. 4 g + 3 for the head first + t.
+// Sums of plane-0 digits * q, of 32 tokens and four heads: this lane's are four tokens of one head. Nibbles are not shifted:
+// high ones count sixteenfold in sums of their own, which are divided at the end. A word without a partner is shifted.
 template <i32 S>
-DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
+DEVICE void multiply(const uint4 *words, const Fold<S> &fold, i32 (&sums)[4]) {
+    constexpr u32 LOW = 0x0f0f0f0f, HIGH = 0xf0f0f0f0;
+    UNROLLED
+    for (i32 pair = 0; pair < 2; pair++) {
+        auto first = [&](i32 s) { return pair == 0 ? words[s].x : words[s].z; };
+        auto second = [&](i32 s) { return pair == 0 ? words[s].y : words[s].w; };
+        i32 low[4] = {fold.start[0], fold.start[1], fold.start[0], fold.start[1]}, high[4] = {};
+        UNROLLED
+        for (i32 s = 0; s + 1 < S; s += 2) {
+            const u32 x[4] = {first(s), second(s), first(s + 1), second(s + 1)};
+            const u32 a[4] = {x[0] & LOW, x[1] & LOW, x[2] & LOW, x[3] & LOW};
+            const u32 b[4] = {x[0] & HIGH, x[1] & HIGH, x[2] & HIGH, x[3] & HIGH};
+            mma_u8s8(low, a, fold.low[s], fold.low[s + 1]);
+            mma_u8s8(high, b, fold.high[s], fold.high[s + 1]);
+        }
+        if (S % 2 == 1) {
+            const u32 x = first(S - 1), y = second(S - 1), a[4] = {x & LOW, y & LOW, x >> 4 & LOW, y >> 4 & LOW};
+            mma_u8s8(low, a, fold.low[S - 1], fold.high[S - 1]);
+        }
+        UNROLLED
+        for (i32 i = 0; i < 2; i++) {
+            const i32 sixteenfold = high[2 * i] * 256 + high[2 * i + 1];
+            sums[2 * pair + i] = low[2 * i] * 256 + low[2 * i + 1] + (sixteenfold >> 4);
+        }
+    }
+}
+
+// The scan of a tile by a warp, four heads at a time: lane 4 g + t has, of every 32 tokens, scores of tokens
+// 4 g .. 4 g + 3 for the head first + t. PLAIN: all tokens are seen, no score is bent, and rows fill the lanes' words; such
+// tiles are nearly all, and have no branches and no inner loops. Results go to scanned[head] and all_scores[head][token].
+template <i32 S, bool PLAIN>
+DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned *scanned, float *all_scores) {
     const i32 quad = lane() / 4;
-    u32 seen[4];
-    for (i32 w = 0; w < 4; w++) seen[w] = u.seen_paged(t, w);
-    if ((seen[0] | seen[1] | seen[2] | seen[3]) == 0) {
+    const u32 seen = PLAIN ? 15 : u.seen_paged(t, lane() / 8) >> 4 * (lane() % 8) & 15;  // of tokens 4 lane ..
+    if (!PLAIN && !any(seen)) {
         for (i32 h = lane(); h < u.heads; h += 32) {
-            Scanned none = {};
-            none.max = -infinity();
-            u.scanned(t, h) = none;
+            scanned[h] = Scanned{};
+            scanned[h].max = -infinity();
         }
         return;
     }
-    const Tile tile = u.tile(t);
-    u32 v_scales[4];
-    float unit_max = 0.0f;
-    UNROLLED
-    for (i32 block = 0; block < 4; block++) {
-        v_scales[block] = load_u32(tile.v_scales + 32 * block + 4 * quad);
-        for (i32 i = 0; i < 4; i++) {
-            if (seen[block] >> (4 * quad + i) & 1) unit_max = most(unit_max, scale_of(v_scales[block] >> 8 * i & 255));
-        }
-    }
-    for (u32 mask = 4; mask <= 16; mask *= 2) unit_max = most(unit_max, shuffle_xor(unit_max, mask));
+    if (PLAIN) tile.half_k = 16 * S;
 
-    const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16;
+    // Of every block of 32 tokens, this lane's words of four, a load each: a block's are under way at once, and some ahead.
+    constexpr i32 AHEAD = PLAIN ? 3 : 0;
+    const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16 + S * (lane() % 4) * 4 * LANES;
+    auto load = [&](i32 i) {
+        const i32 block = i / S, s = i % S;
+        return PLAIN || S * i32(lane() % 4) + s < tile.half_k / 4
+                   ? *global(reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + s * 4 * LANES)) : uint4{0, 0, 0, 0};
+    };
+
+    // V scales, by tokens.
+    float *const units = q.end((u.unit_heads + 3) / 4 * 4) + warp() * TILE;
+    const u32 bytes = load_u32(tile.v_scales + 4 * lane());
+    float unit[4], unit_max = 0.0f;
+    UNROLLED
+    for (i32 i = 0; i < 4; i++) {
+        unit[i] = scale_of(byte_of(bytes, i));
+        if (PLAIN || (seen >> i & 1)) unit_max = most(unit_max, unit[i]);
+    }
+    unit_max = bits_float(reduce_max(float_bits(unit_max)));
+    sync_warp();
+    reinterpret_cast<float4 *>(units)[lane()] = float4{unit[0], unit[1], unit[2], unit[3]};
+    sync_warp();
+
     ROLLED
     for (i32 first = 0; first < u.heads; first += 4) {
+        uint4 words[PLAIN ? 4 * S + AHEAD : S];
+        UNROLLED
+        for (i32 i = 0; i < AHEAD; i++) words[i] = load(i);
         const Fold<S> fold(q, tile, first);
-        const Folded &head = fold.head;
+        const float worst = fold.most_of_score(), reach = worst * PEAK;
+        if (const i32 h = first + lane() / 8; lane() % 8 == 0 && h < u.heads) {
+            Scanned &s = scanned[h];
+            s.worst = worst, s.rough = sqrt_fast(fold.rough), s.q_worst = fold.q_worst(tile), s.q_rms = fold.q_rms(tile);
+            s.slack = tile.slack() + score_rounding(2 * tile.half_k), s.bend = PLAIN ? 0.0f : u.bend(t, h, reach);
+            s.unit = unit_max, s.reserved = 0.0f;
+        }
         const i32 h = first + lane() % 4;
         const bool mine = h < u.heads;
-        float *const scores = u.scores(t, h) + 4 * quad;
+        float *const scores = all_scores + TILE * h + 4 * quad;
         float score[4][4], max = -infinity();
-        UNROLLED
+        UNROLLED_BY(PLAIN ? 4 : 1)
         for (i32 block = 0; block < 4; block++) {
-            // Plain loads: they stay behind the stores of the block before, and take its registers.
-            uint4 words[S] = {};
+            // Loads stay behind the stores of the block before, and take its registers.
             UNROLLED
             for (i32 s = 0; s < S; s++) {
-                const i32 j = S * (lane() % 4) + s;
-                if (j < tile.half_k / 4) words[s] = *reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + j * 4 * LANES);
+                const i32 i = block * S + s + AHEAD;
+                if (i < 4 * S) words[PLAIN ? i : s] = load(i);
             }
-            UNROLLED
-            for (i32 pair = 0; pair < 2; pair++) {
-                i32 c[4] = {};
-                UNROLLED
-                for (i32 s = 0; s < S; s++) {
-                    const u32 x = pair == 0 ? words[s].x : words[s].z, y = pair == 0 ? words[s].y : words[s].w;
-                    const u32 a[4] = {x & 0x0f0f0f0f, y & 0x0f0f0f0f, x >> 4 & 0x0f0f0f0f, y >> 4 & 0x0f0f0f0f};
-                    mma_u8s8(c, a, fold.b[s][0], fold.b[s][1]);
-                }
-                score[block][2 * pair] = head.score(c[0], c[1]);
-                score[block][2 * pair + 1] = head.score(c[2], c[3]);
-            }
+            i32 sums[4];
+            multiply<S>(words + (PLAIN ? block * S : 0), fold, sums);
             float(&s)[4] = score[block];
-            if (seen[block] != ~0u) {
-                for (i32 i = 0; i < 4; i++) {
-                    if (!(seen[block] >> (4 * quad + i) & 1)) s[i] = -infinity();
-                }
-            }
+            const u32 seen_block = PLAIN ? 15 : shuffle(seen, 8 * block + quad);
+            UNROLLED
+            for (i32 i = 0; i < 4; i++) s[i] = PLAIN || (seen_block >> i & 1) ? fold.score(sums[i]) : -infinity();
             if (mine) *reinterpret_cast<float4 *>(scores + 32 * block) = float4{s[0], s[1], s[2], s[3]};
-            if (u.bends() && mine) {
-                for (i32 i = 0; i < 4; i++) s[i] = u.logit(s[i], t, 32 * block + 4 * quad + i, h);
-            }
-            for (i32 i = 0; i < 4; i++) max = most(max, s[i]);
+        }
+        UNROLLED_BY(PLAIN ? 16 : 1)
+        for (i32 i = 0; i < 16; i++) {
+            float &s = score[i / 4][i % 4];
+            if (!PLAIN && mine) s = u.logit(s, t, 32 * (i / 4) + 4 * quad + i % 4, h);
+            max = most(max, s);
         }
         for (u32 mask = 4; mask <= 16; mask *= 2) max = most(max, shuffle_xor(max, mask));
         float e_sum = 0.0f, e_vs = 0.0f, e_vs2 = 0.0f;
-        UNROLLED
+        UNROLLED_BY(PLAIN ? 4 : 1)
         for (i32 block = 0; block < 4; block++) {
+            const float4 vs = reinterpret_cast<const float4 *>(units)[8 * block + quad];
+            const float of_token[4] = {vs.x, vs.y, vs.z, vs.w};
+            UNROLLED_BY(PLAIN ? 4 : 1)
             for (i32 i = 0; i < 4; i++) {
-                float e = exp(score[block][i] - max), x = e * scale_of(v_scales[block] >> 8 * i & 255);
+                constexpr float LOG2_E = 1.442695041f;
+                const float e = exp2_fast((score[block][i] - max) * LOG2_E), x = e * of_token[i];
                 e_sum += e;
                 e_vs += x;
                 e_vs2 = fma_rn(x, x, e_vs2);
@@ -90,10 +133,8 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t) {
             e_vs2 += shuffle_xor(e_vs2, mask);
         }
         if (quad == 0 && mine) {
-            const float reach = head.worst * PEAK, q_rms = head.step * 0.28867513f * sqrt_rn(float(tile.digit_square_sum()));
-            const float slack = tile.slack() + score_rounding(2 * tile.half_k);
-            u.scanned(t, h) = {max, unit_max, e_sum, e_vs, e_vs2, head.worst, head.rough, head.q_worst, q_rms, slack, u.bend(t, h, reach), 0.0f};
-            u.check(reach, max);
+            Scanned &s = scanned[h];
+            s.max = max, s.e = e_sum, s.e_vs = e_vs, s.e_vs2 = e_vs2;
         }
     }
 }
@@ -109,10 +150,10 @@ DEVICE float exact_unit(const Unit &u, i32 row) {
 
 // The rows that are kept as given, by a warp: their scores are final.
 DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
-    const Unit u(p);
-    const Shape &s = p.shape;
-    const i32 d = s.dim_k, half = d / 2;
-    for (i32 h = 0; h < u.heads; h++) {
+    for (i32 h = 0; h < Unit(p).heads; h++) {
+        const Unit u(anew(p));
+        const Shape &s = u.p.shape;
+        const i32 d = s.dim_k, half = d / 2;
         // By lanes: channels while a row is read, rows while they are weighed.
         float peak[MAX_DIM / 32] = {}, score[4], unit[4];
         for (i32 w = 0; w < 4; w++) {
@@ -156,45 +197,68 @@ DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
         float largest = larger(larger(unit[0], unit[1]), larger(unit[2], unit[3]));
         largest = warp_max(largest);
         if (lane() == 0) {
-            u.scanned(-1, h) = {max, largest, e_sum, e_vs, e_vs2, reach * (1.0f / PEAK), 0.0f, 0.0f, 0.0f, score_rounding(d), u.bend(0, h, reach), 0.0f};
-            u.check(reach, max);
+            const float worst = reach * (1.0f / PEAK), bend = u.bend(0, h, reach);
+            u.scanned(-1, h) = {max, e_sum, e_vs, e_vs2, worst, 0.0f, 0.0f, 0.0f, score_rounding(d), bend, largest, 0.0f};
         }
     }
 }
 
-// The whole phase.
+// Tiles of any kind, by a warp: bits of `tiles`, from the split's first on.
 template <i32 S>
-DEVICE void scan_inline(const AttendParams &p, i32 stride) {
-    const Unit u(p);
-    const Queries q{shared<float>(), stride};
-    const bool exact = u.count_exact() > 0;
-    if (exact && warp() == 0) scan_exact(u.p, q);
+DEVICE_CALL void scan_others(const AttendParams &p, u32 tiles) {
     ROLLED
-    for (i32 t = u.first + warp(); t < u.last; t += ATTEND_WARPS) scan_tile<S>(u, q, t);
-    sync_block();
-    for (i32 h = thread(); h < u.heads; h += ATTEND_THREADS) {
-        float max = exact ? u.scanned(-1, h).max : -infinity();
-        for (i32 t = u.first; t < u.last; t++) max = larger(max, u.scanned(t, h).max);
-        Partial partial = {0.0, 0.0, max, 0.0f};
-        for (i32 t = u.first - 1; t < u.last; t++) {
-            if (t < u.first && !exact) continue;
-            const Scanned &s = u.scanned(t < u.first ? -1 : t, h);
-            double factor = factor_of(s.max, max);
-            partial.sum += factor * s.e;
-            partial.weighted += factor * s.e_vs * double(PEAK);
-        }
-        u.partial(u.split, h) = partial;
+    for (; tiles != 0; tiles &= tiles - 1) {
+        const Unit u(anew(p));
+        const i32 t = u.first + popc(~tiles & (tiles - 1));
+        scan_tile<S, false>(u, {shared<float>(), S}, t, u.tile(t), &u.scanned(t, 0), u.scores(t, 0));
     }
 }
-template <i32 S>
-DEVICE_CALL void scan_called(const AttendParams &p, i32 stride) {
-    scan_inline<S>(p, stride);
+
+// Rows as given, and then the split's sums, from those of its tiles.
+DEVICE_CALL void sum_split(const AttendParams &p, const Queries q) {
+    if (warp() == 0 && Unit(p).count_exact() > 0) scan_exact(p, q);
+    sync_block();
+    const Unit u(p);
+    // A lane has a tile, the last one the exact rows.
+    const i32 tile = lane() == 31 ? -1 : u.first + i32(lane());
+    const bool has = lane() == 31 ? u.count_exact() > 0 : tile < u.last;
+    ROLLED
+    for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) {
+        Scanned s = {};
+        s.max = -infinity();
+        if (has) s = u.scanned(tile, h);
+        u.check(s.worst * PEAK, s.max);
+        const float max = warp_max(s.max), factor = s.max > -infinity() ? exp(s.max - max) : 0.0f;
+        const float sum = warp_sum(factor * s.e), weighted = warp_sum(factor * s.e_vs);
+        if (lane() == 0) u.partial(u.split, h) = {sum, double(weighted) * double(PEAK), max, 0.0f};
+    }
 }
-// Inline, parameters are read from constant memory.
+
+// The whole phase. What is rare is called, and reads its parameters anew: nothing of it stays in registers in the loop.
 template <i32 S>
-DEVICE void scan_split(const AttendParams &p, i32 stride) {
-    if (HAS_ROOM<S>) scan_inline<S>(p, stride);
-    else scan_called<S>(p, stride);
+DEVICE void scan_split(const AttendParams &p) {
+    const Unit u(p);
+    // Lanes have a tile each.
+    const i32 tile = u.first + i32(lane());
+    const u64 pages = tile < u.last ? u.page(tile) : 0;
+    const bool plain = p.shape.dim_k == 32 * S && !u.bends() && tile < u.last && u.sees_all(tile);
+    // Bits of the plain ones, and above them of the others: one register.
+    static_assert(SPLIT == 8 && ATTEND_WARPS == 4, "a warp's turns are bits 4 apart");
+    constexpr u32 TURNS = 0x11;
+    const u32 kinds = ballot(plain) | ballot(tile < u.last && !plain) << 16;
+    const Tile at(p.shape, 0, u.kv_head);
+    Scanned *const scanned = &u.scanned(u.first, 0);
+    float *const scores = u.scores(u.first, 0);
+    ROLLED
+    for (i32 i = warp(); i < SPLIT; i += ATTEND_WARPS) {
+        const u64 page = shuffle(pages, i);
+        if (!(kinds >> i & 1)) continue;
+        const i32 offset = i * u.unit_heads;
+        scan_tile<S, true>(u, {shared<float>(), S}, u.first + i, at.in(page), scanned + offset, scores + offset * TILE);
+    }
+    const u32 others = kinds >> 16 & TURNS << warp();
+    if (others != 0) scan_others<S>(p, others);
+    sum_split(p, {shared<float>(), S});
 }
 
 }  // namespace akv

@@ -53,11 +53,12 @@ struct Unit {
         i32 splits = (row.to + SPLIT * TILE - 1) / (SPLIT * TILE);
         return row.sequence < 0 ? 0 : splits > 1 ? splits : 1;
     }
-    DEVICE Tile tile(i32 t) const { return Tile(p.shape, reinterpret_cast<const u64 *>(view.pages)[t], kv_head); }
+    DEVICE u64 page(i32 t) const { return reinterpret_cast<const u64 *>(view.pages)[t]; }
+    DEVICE Tile tile(i32 t) const { return Tile(p.shape, page(t), kv_head); }
     // Rows of a page that loses nothing, and those that are kept as given.
-    DEVICE Given page(i32 t, bool values) const {
+    DEVICE Given given(i32 t, bool values) const {
         const i32 n = view.len - t * TILE;
-        return Given::page(p.shape, reinterpret_cast<const u64 *>(view.pages)[t], kv_head, values, n < TILE ? n : TILE);
+        return Given::page(p.shape, page(t), kv_head, values, n < TILE ? n : TILE);
     }
     DEVICE Given exact_rows(bool values) const {
         const Shape &s = p.shape;
@@ -93,6 +94,11 @@ struct Unit {
     }
     // Those that attend through pages, and through rows as given.
     DEVICE u32 seen_paged(i32 t, i32 w) const { return t == 0 ? seen(t, w) & ~exact_bits(w) : seen(t, w); }
+    // True if all tokens of a tile do.
+    DEVICE bool sees_all(i32 t) const {
+        if (row.from > t * TILE || row.to < (t + 1) * TILE || (t == 0 && view.n_exact > 0)) return false;
+        return !(view.written || p.mask_seen) || (seen(t, 0) & seen(t, 1) & seen(t, 2) & seen(t, 3)) == ~0u;
+    }
     DEVICE u32 seen_exact(i32 w) const { return split == 0 && view.n_exact > 0 ? seen(0, w) & exact_bits(w) : 0; }
     DEVICE i32 count_paged(i32 t) const { return popc(seen_paged(t, 0)) + popc(seen_paged(t, 1)) + popc(seen_paged(t, 2)) + popc(seen_paged(t, 3)); }
     DEVICE i32 count_exact() const { return popc(seen_exact(0)) + popc(seen_exact(1)) + popc(seen_exact(2)) + popc(seen_exact(3)); }
@@ -127,28 +133,33 @@ struct Unit {
     }
 };
 
-// A layer's q, times the softmax scale, in shared memory: [head][word of a digit row][8 channels], zeros where there are
-// none. Padded, so that heads lie in different banks.
+// A layer's q, times the softmax scale, in shared memory, as lanes fold it: [head][word of a lane][low, high nibbles][lane of
+// a quad][4 channels], zeros where there are none.
 struct Queries {
     float *q;
-    i32 stride;  // from head to head, 4 more than there are channels
+    i32 words;  // of a digit row per lane
 
     DEVICE void load(const Unit &u, i32 heads) const {
-        const i32 d = u.p.shape.dim_k, channels = stride - 4;
-        for (i32 at = thread(); at < heads * channels; at += ATTEND_THREADS) {
-            i32 h = at / channels, i = at % channels, j = i / 8, c = 4 * j + i % 4 + (i % 8 < 4 ? 0 : d / 2);
+        const i32 d = u.p.shape.dim_k;
+        for (i32 at = thread(); at < 32 * words * heads; at += ATTEND_THREADS) {
+            const i32 h = at / (32 * words), s = at / 32 % words, high = at / 16 % 2, t = at / 4 % 4, c = 4 * (words * t + s) + at % 4;
             float x = 0.0f;
-            if (h < u.heads && j < d / 8) x = load_element(row_of(u.p.q, u.row_index, u.first_head + h), u.p.q.dtype, c);
+            if (h < u.heads && c < d / 2) x = load_element(row_of(u.p.q, u.row_index, u.first_head + h), u.p.q.dtype, c + high * (d / 2));
             if (!(magnitude(x) < infinity())) {
                 u.report(FAULT_NONFINITE, FAULT_IN_Q, h);
                 x = 0.0f;
             }
-            x *= u.p.scale;
-            q[h * stride + i] = x;
+            q[at] = x * u.p.scale;
         }
     }
-    DEVICE float at(i32 head, i32 j, i32 i) const { return q[head * stride + 8 * j + i]; }
-    DEVICE float channel(i32 head, i32 c, i32 half) const { return c < half ? at(head, c / 4, c % 4) : at(head, (c - half) / 4, 4 + c % 4); }
+    // A lane's channels of the low or the high nibbles: four of every 32.
+    DEVICE const float *part(i32 head, i32 high, i32 t) const { return q + 32 * words * head + 16 * high + 4 * t; }
+    // What lies behind, aligned as it is.
+    DEVICE float *end(i32 heads) const { return q + 32 * words * heads; }
+    DEVICE float channel(i32 head, i32 c, i32 half) const {
+        const i32 high = c >= half, i = high ? c - half : c, j = i / 4;
+        return part(head, high, j / words)[j % words * 32 + i % 4];
+    }
 };
 
 DEVICE float warp_max(float x) {

@@ -42,6 +42,17 @@ pub enum Error {
     Internal(String),
 }
 
+impl Error {
+    /// The same of rows that cannot be stored or attended, with their place.
+    pub(crate) fn at(self, place: impl std::fmt::Display) -> Error {
+        match self {
+            Error::NonFinite(text) => Error::NonFinite(format!("{place}: {text}")),
+            Error::Range(text) => Error::Range(format!("{place}: {text}")),
+            other => other,
+        }
+    }
+}
+
 /// Result of the library's own calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -52,4 +63,19 @@ pub(crate) fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
             panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
         Err(Error::Internal(text.unwrap_or_else(|| "panic".to_owned())))
     })
+}
+
+/// Room for `n` more elements, or an error instead of an abort.
+pub(crate) fn reserve<T>(vec: &mut Vec<T>, n: usize) -> Result<()> {
+    vec.try_reserve(n).map_err(|_| Error::Memory(format!("a table of {n} more entries")))
+}
+
+/// Items whose number is the caller's: memory for them is asked for, not taken for granted.
+pub(crate) fn collect<T>(items: impl ExactSizeIterator<Item = Result<T>>) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    reserve(&mut all, items.len())?;
+    for item in items {
+        all.push(item?);
+    }
+    Ok(all)
 }

@@ -5,8 +5,8 @@
 //! way: [`capi`] checks it, [`cache`] knows which pages it touches, a backend scans plane 0, [`alignment`] decides who
 //! is read how finely, and the backend refines and sums. [`format`](mod@format) defines every number that is stored.
 
-#![deny(unsafe_op_in_unsafe_fn)]
-#![warn(clippy::undocumented_unsafe_blocks, missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![warn(missing_docs)]
 
 pub mod alignment;
 pub mod backend;

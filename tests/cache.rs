@@ -3,8 +3,10 @@
 #![allow(clippy::needless_range_loop)]
 
 use alignedkv::Error;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Placement, Reader, StepSequence, Usage};
-use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, scale};
+use alignedkv::cache::{
+    Allocator, Batch, Bounds, Cache, Config, Excerpt, NanPolicy, Placement, Reader, StepSequence, Usage,
+};
+use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, range_bits, scale};
 use half::{bf16, f16};
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -34,6 +36,8 @@ impl Random {
 struct Token {
     seed: u64,
     position: i64,
+    /// Not removed.
+    live: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -152,6 +156,26 @@ fn counted() -> (&'static Counts, Allocator) {
     (counts, unsafe { Allocator::hooks(counted_alloc, counted_dealloc, user) })
 }
 
+fn export(cache: &Cache, id: u64, part: Excerpt) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    cache.export(id, &part, &mut |piece| {
+        bytes.extend_from_slice(piece);
+        0
+    })?;
+    Ok(bytes)
+}
+
+fn import(cache: &Cache, into: Option<u64>, mut bytes: &[u8]) -> Result<u64, Error> {
+    let result = cache.import(into, &mut |piece| {
+        let Some((now, later)) = bytes.split_at_checked(piece.len()) else { return 1 };
+        piece.copy_from_slice(now);
+        bytes = later;
+        0
+    });
+    assert!(result.is_err() || bytes.is_empty(), "not all was read");
+    result
+}
+
 // ---- the model ----
 
 /// What a sequence holds, and what its tiles may have lost.
@@ -170,7 +194,20 @@ impl Model {
         self.known_from = self.known_from.max(self.tokens.len().saturating_sub(exact_tail) / TILE * TILE);
     }
 
+    /// Tokens with positions `from..to` go; at the end they are cut off.
+    fn remove(&mut self, from: i64, to: i64, exact_head: usize) {
+        let (first, last) = [from, to].map(|p| self.tokens.partition_point(|t| t.position < p)).into();
+        if first < last && last == self.tokens.len() {
+            return self.truncate(first, exact_head);
+        }
+        self.tokens[first..last.max(first)].iter_mut().for_each(|t| t.live = false);
+    }
+
     fn truncate(&mut self, n: usize, exact_head: usize) {
+        let n = self.tokens[..n].iter().rposition(|t| t.live).map_or(0, |i| i + 1);
+        if n == self.tokens.len() {
+            return;
+        }
         let (tile, rows) = (n / TILE, n % TILE);
         let all_exact = tile == 0 && n <= exact_head;
         self.inexact.retain(|&t| t * TILE < n && !(t == tile && all_exact));
@@ -232,6 +269,11 @@ fn check(reader: &Reader, layer: usize, model: &Model, exact_head: usize) {
     }
 
     for (tile, tokens) in model.tokens.chunks(TILE).enumerate() {
+        let there = tokens.iter().enumerate().fold(0u128, |there, (i, t)| there | u128::from(t.live) << i);
+        assert_eq!(view.written(tile) & range_bits(0, tokens.len()), there);
+        if there == 0 {
+            continue;
+        }
         let (page, skip) = (view.page(tile), if tile == 0 { n_exact } else { 0 });
         let exact = !model.inexact.contains(&tile);
         if layout.format == Format::Aligned && exact {
@@ -285,6 +327,7 @@ const SHAPE: Shape = Shape {
     planes_k: 4,
     planes_v: 3,
     window: 0,
+    v_is_prefix: false,
 };
 
 fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {
@@ -295,11 +338,12 @@ fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {
     if format == Format::Published {
         layers.iter_mut().for_each(|s| (s.dtype_k, s.dtype_v) = (Dtype::F16, Dtype::F16));
     }
-    Config { placement: Placement::Append, format, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
+    let (placement, nan) = (Placement::Append, NanPolicy::Error);
+    Config { placement, format, nan, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
 }
 
 fn tokens(random: &mut Random, n: usize, first: i64) -> Vec<Token> {
-    (0..n).map(|i| Token { seed: random.below(1 << 40) as u64, position: first + i as i64 }).collect()
+    (0..n).map(|i| Token { seed: random.below(1 << 40) as u64, position: first + i as i64, live: true }).collect()
 }
 
 fn one(sequence: u64, n_new: usize) -> [StepSequence; 1] {
@@ -415,7 +459,22 @@ impl Simulation {
                     self.model(id).truncate(n, head);
                 }
             }
-            27..50 => self.begin(before),
+            27..30 if self.random.one_in(2) => self.swap(before),
+            27..30 => {
+                let Some(id) = self.pick() else { return };
+                if cache.config().format == Format::Published {
+                    assert!(matches!(cache.remove(id, 0, 1), Err(Error::Unsupported(_))));
+                    return;
+                }
+                let owned = self.owned(id);
+                let last = self.model(id).tokens.last().map_or(0, |t| t.position);
+                let from = self.random.below(last.max(0) as usize + 2) as i64 - 1;
+                let to = from + [1, 30, 400][self.random.below(3)];
+                if self.settle(before, cache.remove(id, from, to), owned).is_some() {
+                    self.model(id).remove(from, to, head);
+                }
+            }
+            30..50 => self.begin(before),
             50..80 => self.append(before),
             80..92 => self.commit(),
             92..95 => {
@@ -449,6 +508,49 @@ impl Simulation {
         if let Some(id) = self.pick() {
             assert_eq!(cache.length(id, None).unwrap(), self.model(id).tokens.len());
         }
+    }
+
+    /// A sequence as bytes, and from them again, in one piece or two.
+    fn swap(&mut self, before: Usage) {
+        let (cache, Some(id)) = (self.cache.clone(), self.pick()) else { return };
+        // What a begun step has appended is a part of it, in the layers that have it.
+        if self.owned(id) || self.model(id).tokens.len() > 1000 {
+            return;
+        }
+        let all = export(&cache, id, Excerpt::default()).unwrap();
+        assert_eq!(before, cache.usage(), "an export takes nothing");
+        let parts =
+            [Excerpt { n_layers: Some(1), ..Excerpt::default() }, Excerpt { first_layer: 1, ..Excerpt::default() }];
+        let split = cache.layouts().len() == 2 && self.random.one_in(2) && !self.model(id).tokens.is_empty();
+        let model = self.model(id).clone();
+        let first = if split { export(&cache, id, parts[0]).unwrap() } else { all.clone() };
+        let result = import(&cache, None, &first);
+        let Some(other) = self.settle(before, result, false) else { return };
+        if split {
+            let between = cache.usage();
+            assert!(matches!(cache.fork(other, None), Err(Error::Argument(_))), "a layer is missing");
+            assert!(matches!(cache.truncate(other, 0), Err(Error::Argument(_))));
+            assert!(matches!(import(&cache, Some(other), &first), Err(Error::Argument(_))), "it is there already");
+            let result = import(&cache, Some(other), &export(&cache, id, parts[1]).unwrap());
+            self.live.push((other, model));
+            if self.settle(between, result, false).is_none() {
+                self.live.pop();
+                cache.destroy(other).unwrap();
+                assert_eq!(in_use(before), in_use(cache.usage()));
+                return;
+            }
+        } else {
+            self.live.push((other, model));
+        }
+        assert!(export(&cache, other, Excerpt::default()).unwrap() == all, "exported anew, the same bytes");
+        if self.random.one_in(2) {
+            check_all_layers(&cache, other, self.model(other));
+        }
+        // The original goes, or the copy.
+        let gone = if self.random.one_in(2) { id } else { other };
+        cache.destroy(gone).unwrap();
+        self.live.retain(|s| s.0 != gone);
+        self.dead.push(gone);
     }
 
     fn begin(&mut self, before: Usage) {
@@ -498,10 +600,8 @@ impl Simulation {
         let batch = &self.batches[i].0;
         if self.batches[i].1.is_none() && !members.iter().any(|m| self.owned(m.0)) {
             let twice = [step[0], step[0]];
-            let n_q = [StepSequence { n_q: 1 << 20, ..step[0] }];
             let dead = [step[0], StepSequence { sequence: self.dead.last().copied().unwrap_or(0), n_new: 0, n_q: 0 }];
             assert!(matches!(batch.begin(&twice, None), Err(Error::Argument(_))));
-            assert!(matches!(batch.begin(&n_q, None), Err(Error::Argument(_))));
             assert!(matches!(batch.begin(&dead, None), Err(Error::Handle(_))));
             let [a, b] = [given.len() + 1, 2].map(|n| (0..n as i64).rev().collect::<Vec<_>>());
             assert!(matches!(batch.begin(&step, Some(&a)), Err(Error::Argument(_))));
@@ -609,7 +709,7 @@ fn simulate(config: Config, seed: u64, n_ops: usize, fail_every: u64) {
     for (id, model) in &live {
         check_all_layers(&cache, *id, model);
     }
-    assert_eq!(cache.usage().tokens, live.iter().map(|s| s.1.tokens.len() as u64).sum::<u64>());
+    assert_eq!(cache.usage().tokens, live.iter().flat_map(|s| &s.1.tokens).filter(|t| t.live).count() as u64);
     for (id, _) in live.drain(..) {
         cache.destroy(id).unwrap();
     }

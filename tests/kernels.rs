@@ -7,7 +7,8 @@ use alignedkv::backend::cpu::Isa;
 use alignedkv::backend::cuda::params::{Append, AttendParams, EncodeParams, Fault, QueryRow, Stats, View};
 use alignedkv::backend::cuda::{self, Workspace, params};
 use alignedkv::backend::{Mask, Mode};
-use alignedkv::format::{Dtype, Format, Layout, Rows, Shape, Source, TILE};
+use alignedkv::cache::SequenceView;
+use alignedkv::format::{CENTRE, Dtype, Format, Layout, Rows, Shape, Source, TILE, aligned, scale};
 use common::*;
 use half::f16;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -751,7 +752,8 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
     call.stats = own;
     let grid = [splits, cuda::units(s), n_rows];
-    let (attend, words) = (cuda::attend_shared_bytes(s), cuda::words(s));
+    let (scan, attend, words) = (cuda::scan_shared_bytes(s), cuda::attend_shared_bytes(s), cuda::words(s));
+    // A context of one split does not need the scan: `akv_attend` scans it, too.
     let published = scans && view.layout.format == Format::Published;
     let scans = scans && !published;
     let kernels = [
@@ -759,17 +761,83 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
         (published, "published_scores".to_owned(), cuda::PUBLISHED_SHARED_BYTES),
         (published, "published_align".to_owned(), 0),
         (published, "published_values".to_owned(), cuda::PUBLISHED_SHARED_BYTES),
-        (scans && splits > 1, format!("scan_{words}"), attend),
+        (scans, format!("scan_{words}"), scan),
         (scans, format!("attend_{words}"), attend),
         (dense, format!("dense_{}", cuda::dense_words(s)), cuda::dense_shared_bytes(s)),
     ];
     for (_, name, shared) in kernels.iter().filter(|kernel| kernel.0) {
         let grid = if name == "published_align" { [1, grid[1], grid[2]] } else { grid };
         launch(&format!("akv_{name}"), grid, cuda::ATTEND_THREADS, *shared, &call, seed).unwrap();
+        if name.starts_with("scan") {
+            check_scores(&call, s, &view, rows, bent.mask);
+        }
     }
     assert!(scratch.get()[..workspace.zeros].iter().all(|&byte| byte == 0));
     assert_eq!(fault[0].status, 0);
     (o, stats[0])
+}
+
+/// The scores of all tokens that are seen, as the scan leaves them: bit for bit those of the integers that the format and
+/// rounded q give, and those of the others minus infinity.
+fn check_scores(call: &AttendParams, s: &Shape, view: &SequenceView, rows: &[QueryRow], mask: Option<&Mask>) {
+    const LEVELS: f32 = 127.0 * 257.0;
+    const MAGIC: f32 = 12_582_912.0;
+    let (d, half, group) = (s.dim_k, s.dim_k / 2, s.group());
+    let unit_heads = group.min(cuda::UNIT_HEADS);
+    let parts = group.div_ceil(unit_heads);
+    for (row, &QueryRow { from, to, .. }) in
+        rows.iter().enumerate().filter(|(_, row)| row.sequence >= 0 && row.dense == 0)
+    {
+        let (from, to) = (from as usize, to as usize);
+        for tile in from / TILE..to.div_ceil(TILE).max(from / TILE) {
+            let seen: Vec<bool> = (TILE * tile..TILE * (tile + 1))
+                .map(|i| (from.max(view.n_exact)..to).contains(&i))
+                .enumerate()
+                .map(|(i, seen)| seen && mask.is_none_or(|mask| mask.seen(row, tile) >> i & 1 != 0))
+                .collect();
+            if !seen.contains(&true) {
+                continue;
+            }
+            for head in 0..s.n_q_heads {
+                let (kv_head, in_group) = (head / group, head % group);
+                let page = aligned::Tile::new(s, view.layout.part(view.page(tile), kv_head));
+                // SAFETY: the call's q and workspace; all of a row, and of a unit's tile, is there.
+                let (q, scores) = unsafe {
+                    let q =
+                        call.q.data as usize + row * call.q.stride_row as usize + head * call.q.stride_head as usize;
+                    let unit = (row * s.n_kv_heads + kv_head) * parts + in_group / unit_heads;
+                    let at = (unit * (call.max_tiles as usize + 1) + tile + 1) * unit_heads + in_group % unit_heads;
+                    let scores = call.scores as *const f32;
+                    (
+                        std::slice::from_raw_parts(q as *const f32, d),
+                        std::slice::from_raw_parts(scores.add(at * TILE), TILE),
+                    )
+                };
+                let folded: Vec<f32> = (0..d).map(|c| q[c] * call.scale * scale(page.k_scales[c])).collect();
+                let peak = folded.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let (step, inverse) = if peak < 1e-30 { (0.0, 0.0) } else { (peak / LEVELS, LEVELS / peak) };
+                let rounded: Vec<i32> = folded
+                    .iter()
+                    .map(|x| (x * inverse + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32)
+                    .collect();
+                let sum: i32 = rounded.iter().sum();
+                for (i, &seen) in seen.iter().enumerate() {
+                    let nibble = |c: usize| {
+                        let byte = page.k0[i / 16 * 16 * half + c % half / 4 * 64 + i % 16 * 4 + c % 4];
+                        i32::from(if c < half { byte & 15 } else { byte >> 4 })
+                    };
+                    let digits: i32 = (0..d).map(|c| (nibble(c) - 8) * rounded[c]).sum();
+                    let want = if seen { (digits as f32 + CENTRE[1] * sum as f32) * step } else { f32::NEG_INFINITY };
+                    assert_eq!(
+                        scores[i].to_bits(),
+                        want.to_bits(),
+                        "row {row} tile {tile} head {head} token {i}: {} {want}",
+                        scores[i]
+                    );
+                }
+            }
+        }
+    }
 }
 
 /// Rows read back are what the format says, in every dtype.

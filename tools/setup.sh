@@ -4,10 +4,12 @@
 set -eu
 cd "$(dirname "$0")/.."
 what=${1:-build}
-PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+PATH="$PWD/.go/bin:${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/go/bin"
 RUST=1.89 # rust-version in Cargo.toml
+GO=1.22   # go in bindings/go/go.mod
 
 say() { echo "setup: $*"; }
+at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
 has() { command -v "$1" >/dev/null 2>&1; }
 root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 update() {
@@ -33,14 +35,17 @@ if [ "$what" = test ]; then
     need curl "curl ca-certificates"
     need valgrind "valgrind libc6-dbg"
     need python3 python3
+    need abidiff abigail-tools
+    need mcs mono-mcs
+    need mono mono-runtime
+    need mpicc "libopenmpi-dev openmpi-bin"
 fi
 # shellcheck disable=SC2086 # a list of words
 [ -z "$missing" ] || apt $missing
 
 new_enough() {
     has cargo || return 1
-    have=$(cargo --version 2>/dev/null | cut -d' ' -f2)
-    [ "$(printf '%s\n%s\n' "$RUST" "$have" | sort -V | head -n 1)" = "$RUST" ]
+    at_least "$RUST" "$(cargo --version 2>/dev/null | cut -d' ' -f2)"
 }
 if ! new_enough; then
     if ! has rustup; then
@@ -62,6 +67,23 @@ if ! new_enough; then
         rustup default stable
     fi
     new_enough || { say "cargo $RUST or later is needed"; exit 1; }
+fi
+
+# New enough, and with the race detector, which some distributions leave out.
+good_go() { has go && at_least "$GO" "$(go env GOVERSION | sed 's/^go//')" && [ -n "$(find "$(go env GOROOT)/src/runtime/race/" -name '*.syso' 2>/dev/null)" ]; }
+if [ "$what" = test ] && ! good_go; then
+    has go || apt golang-go
+    if ! good_go; then
+        # Go's toolchains are modules, which any Go can fetch; it cannot run them by itself before 1.21.
+        toolchain=golang.org/toolchain@v0.0.1-go1.24.0.linux-$(go env GOARCH)
+        say "installing $toolchain into .go"
+        rm -rf .go
+        cp -r "$(cd / && go mod download -json "$toolchain" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')" .go
+        chmod -R u+w .go
+        chmod +x .go/bin/* .go/pkg/tool/*/*
+        hash -r
+    fi
+    good_go || { say "Go $GO or later, with its race detector, is needed"; exit 1; }
 fi
 
 numpy() {

@@ -193,6 +193,20 @@ def errors(out, want):
     return {"error_median": float(np.median(e)), "error_p95": float(np.percentile(e, 95))}
 
 
+def union(library, memory, n, batch, folder, tolerances=TOLERANCES):
+    """Bits read where 1, 2, 4 and 8 query heads share a KV head: digits that any of them needs are read for all."""
+    q, k, v = load(64, 8, 128, n, batch, "reallike", 3, folder)
+    found = []
+    for group in (1, 2, 4, 8):
+        some = np.ascontiguousarray(q.reshape(batch, 8, 8, 128)[:, :, :group].reshape(batch, 8 * group, 128))
+        ours = Ours(library, memory, (some, k, v), 1)
+        for tolerance in tolerances:
+            found.append({"n": n, "batch": batch, "group": group, "tolerance": tolerance, "bits": bits(ours.result(tolerance)[2], 128)})
+        ours.lib("batch_commit", ours.batch)
+        ours.close()
+    return found
+
+
 # ---- without PyTorch ----
 
 def check(library):
@@ -211,6 +225,11 @@ def check(library):
                 say(f"{heads}/{kv_heads} heads, d {dim}, {batch} x {n} tokens, tolerance {tolerance:g}: {bits(stats, dim):.2f} bits, "
                     f"error {errors(out, want)['error_median']:.1e}, within bounds: {ok}")
             ours.close()
+        for tolerance in TOLERANCES[:3:2]:
+            read = [row["bits"] for row in union(abi.Library(library, abi.CUDA), Driver(), 260, 1, folder, [tolerance])]
+            ok = read == sorted(read)
+            failed += not ok
+            say(f"1, 2, 4, 8 heads on a KV head, tolerance {tolerance:g}: {', '.join(f'{x:.2f}' for x in read)} bits, growing: {ok}")
     return failed
 
 
@@ -347,9 +366,21 @@ def cases(quick):
     return [main] + [c for (h, kv), d, n, b, (data, e) in shapes if (c := (h, kv, d, n, b, data, e)) != main and 16 * n * b * kv * d < 40e9]
 
 
+def union_table(rows):
+    if not rows:
+        return []
+    groups = sorted({r["group"] for r in rows})
+    at = {(r["tolerance"], r["group"]): r["bits"] for r in rows}
+    lines = [f"Bits per element of K and V where a KV head serves several query heads, {rows[0]['batch']} x {rows[0]['n']} tokens, reallike:", "",
+             "| tolerance | " + " | ".join(f"{g} head{'s' if g > 1 else ''}" for g in groups) + " |", "|---" * (1 + len(groups)) + "|"]
+    lines += [f"| {t:g} | " + " | ".join(f"{at[t, g]:.2f}" for g in groups) + " |" for t in TOLERANCES if (t, groups[0]) in at]
+    return lines + [""]
+
+
 def table(results):
     lines = ["# Decode attention on a GPU", "", f"{results['device']}, driver {results['driver']}, PyTorch {results['torch']}. Copy {results['copy'] / 1e12:.2f} TB/s, "
              f"random rows of 64 bytes {results['gather_64'] / 1e12:.2f} TB/s. Times are of one layer, in graphs; errors are relative L2 by head against float64.", "",
+             *union_table(results.get("union", [])),
              "| case | contender | us | faster than bf16 | than fp8 | bits | error, median | p95 |", "|---" * 8 + "|"]
     number = lambda r, key, form: format(r[key], form) if key in r else ""  # noqa: E731
     for r in results["rows"]:
@@ -374,6 +405,10 @@ def main():
     import torch
     lib = abi.Library(args.library, abi.CUDA)
     results = {"device": torch.cuda.get_device_name(), "driver": torch.version.cuda, "torch": torch.__version__} | bandwidths(torch) | {"rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        memory = Torch()
+        results["union"] = union(lib, memory, 8192 if args.quick else 32768, 2, folder)
+        memory.free()
     for case in cases(args.quick):
         if all(word in " ".join(map(str, case)) for word in args.only.split()):
             say(f"heads {case[0]}/{case[1]}, d {case[2]}, {case[4]} x {case[3]} tokens, {case[5]}")

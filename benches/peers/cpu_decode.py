@@ -24,6 +24,8 @@ import urllib.request
 import inputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benches"))
+import svg  # noqa: E402
 ARCHIVE = "llama_cpp_python-0.3.36"  # the archive that bindings/llamacpp/ci.sh pins, too
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 URL = f"https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3/{ARCHIVE}.tar.gz"
@@ -355,66 +357,17 @@ def markdown(results):
 
 # ---- plots ----
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 84, 216, 48, 60
 COLOURS = {"aligned:1e-4": "#56b4e9", "aligned:1e-3": "#0072b2", "aligned:3e-3": "#5e4fa2", "aligned:1e-2": "#cc79a7", "exact": "#117733",
            "raw": "#009e73", "ggml:f16": "#000", "ggml:bf16": "#777", "ggml:q8_0": "#d55e00", "ggml:q4_0": "#e69f00"}
 
 
-class Axis:
-    """Values to pixels, linear or logarithmic."""
-
-    def __init__(self, values, begin, end, log, ticks=None):
-        self.begin, self.end, self.scale = begin, end, math.log10 if log else float
-        low, high = min(values), max(values)
-        if log:
-            low, high = (low / 1.25, high * 1.25) if ticks is None else (low, high) if low < high else (low / 2, high * 2)
-            marks = (1, 2, 5) if high / low < 1000 else (1,)
-            exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            self.ticks = ticks or [t for k in exponents for m in marks if low <= (t := m * 10.0**k) <= high]
-        else:
-            step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10) if high / s <= 10)
-            low, high = 0, step * math.ceil(1.05 * high / step)
-            self.ticks = [step * i for i in range(round(high / step) + 1)]
-        self.low, self.high = self.scale(low), self.scale(high)
-
-    def __call__(self, v):
-        return self.begin + (self.scale(v) - self.low) / (self.high - self.low) * (self.end - self.begin)
+def look(peer):
+    colour = next((c for prefix, c in COLOURS.items() if peer.startswith(prefix)), "#444")
+    return label(peer), colour, "6 4" if peer.endswith(("avx2", "portable")) else "2 3" if "contiguous" in peer else ""
 
 
-def tick(v):
-    return f"{v:g}" if 1e-2 <= v < 1e6 or v == 0 else f"{v:.0e}".replace("e-0", "e-")
-
-
-def plot(title, x_label, y_label, series, log_x, log_y, x_ticks=None):
-    """series: (peer, points). A line each, its name at its end."""
-    series = [(peer, sorted(points)) for peer, points in series if points]
-    if not series:
-        return None
-    x = Axis([p[0] for _, points in series for p in points], LEFT, WIDTH - RIGHT, log_x, x_ticks)
-    y = Axis([p[1] for _, points in series for p in points], HEIGHT - BOTTOM, TOP, log_y)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
-           f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', f'<text x="{LEFT}" y="26" font-size="16">{title}</text>']
-    for v in y.ticks:
-        out.append(f'<path d="M{LEFT} {y(v):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>'
-                   f'<text x="{LEFT - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{tick(v)}</text>')
-    for v in x.ticks:
-        out.append(f'<path d="M{x(v):.1f} {HEIGHT - BOTTOM}v5" stroke="#444"/>'
-                   f'<text x="{x(v):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick(v)}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 16}" text-anchor="middle">{x_label}</text>')
-    out.append(f'<text transform="translate({LEFT - 56} {middle}) rotate(-90)" text-anchor="middle">{y_label}</text>')
-    lowest = -math.inf
-    for peer, points in sorted(series, key=lambda s: y(s[1][-1][1])):
-        colour = next((c for prefix, c in COLOURS.items() if peer.startswith(prefix)), "#444")
-        dash = ' stroke-dasharray="6 4"' if peer.endswith(("avx2", "portable")) else ' stroke-dasharray="2 3"' if "contiguous" in peer else ""
-        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
-        end_x, end_y = x(points[-1][0]), y(points[-1][1])
-        lowest = max(end_y, lowest + 14)  # names do not lie upon each other
-        out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>'
-                   + "".join(f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{colour}"/>' for a, b in points)
-                   + f'<path d="M{end_x + 4:.1f} {end_y:.1f}L{WIDTH - RIGHT + 12} {lowest:.1f}" stroke="{colour}" stroke-width="0.5"/>'
-                   f'<text x="{WIDTH - RIGHT + 16}" y="{lowest + 4:.1f}" font-size="12" fill="{colour}">{label(peer)}</text>')
-    return "\n".join([*out, "</svg>"]) + "\n"
+def plot(*args):
+    return svg.plot(*args, look=look)
 
 
 def plots(results):
@@ -443,9 +396,9 @@ def report(args):
         sys.exit(f"cpu_decode: no rows in {args.out}/cpu_decode.json")
     results = Results(rows)
     (args.out / "cpu_decode.md").write_text(markdown(results))
-    for name, svg in plots(results).items():
+    for name, text in plots(results).items():
         path = args.out / f"cpu_decode_{name}.svg"
-        path.write_text(svg) if svg else path.unlink(missing_ok=True)
+        path.write_text(text) if text else path.unlink(missing_ok=True)
     say(f"wrote {args.out}/cpu_decode.md and plots")
     return 0
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include "../params.h"
 
-struct uint2 {
+struct alignas(8) uint2 {
     unsigned x, y;
 };
 struct alignas(8) float2 {
@@ -24,6 +24,7 @@ struct alignas(16) float4 {
 #define DEVICE_CALL inline
 #define ROLLED
 #define UNROLLED
+#define UNROLLED_BY(n)
 #define KERNEL(name, threads, blocks, Params)                                                                              \
     static void name(const Params &p);                                                                                     \
     static const akv::host::Kernel name##_kernel(#name, threads, sizeof(Params),                                           \
@@ -84,6 +85,10 @@ DEVICE u32 block_y() { return host::place.block[1]; }
 DEVICE u32 block_z() { return host::place.block[2]; }
 
 template <class T>
+const T &anew(const T &x) {
+    return x;
+}
+template <class T>
 T *shared() {
     return reinterpret_cast<T *>(host::place.shared);
 }
@@ -127,6 +132,13 @@ inline bool any(bool x, host::Site site = host::Site::here()) {
     host::meet_warp(host::BALLOT, site, operand);
     return operand.value != 0;
 }
+inline u32 reduce_max(u32 x, host::Site site = host::Site::here()) {
+    for (u32 mask = 16; mask > 0; mask /= 2) {
+        u32 y = shuffle_xor(x, mask, site);
+        x = x > y ? x : y;
+    }
+    return x;
+}
 inline void mma_u8s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site site = host::Site::here()) {
     host::Operand operand = {};
     memcpy(operand.a, a, sizeof a);
@@ -145,10 +157,13 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, hos
     memcpy(c, operand.c, sizeof c);
 }
 
-// Vector loads must be aligned on the device: they are checked here.
+template <class T>
+T *global(T *p) {
+    return p;
+}
+
+// Loads must be aligned on the device: this one is checked, those through pointers by the sanitizer.
 u32 load_u32(const void *p);
-uint2 load_u32x2(const void *p);
-uint4 load_u32x4(const void *p);
 
 template <class T>
 T atomic_add(T *p, T x) {
@@ -191,6 +206,9 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float div_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float x) { return std::sqrt(x); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float sqrt_fast(float x) { return std::sqrt(x); }
+inline float inverse_fast(float x) { return 1.0f / x; }
 
 float half_to_float(u16 x);
 u16 float_to_half(float x);

@@ -238,14 +238,6 @@ void product_tf32(Operand *const (&x)[32]) {
     }
 }
 
-template <class T>
-T aligned(const void *p) {
-    if (reinterpret_cast<size_t>(p) % sizeof(T) != 0) fail("a load of " + std::to_string(sizeof(T)) + " bytes is not aligned");
-    T x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
 }  // namespace
 
 Kernel::Kernel(const char *name, u32 threads, size_t params_bytes, void (*run)(const void *))
@@ -305,14 +297,12 @@ void meet_warp(Kind kind, Site site, Operand &operand) {
 
 }  // namespace host
 
-u32 load_u32(const void *p) { return host::aligned<u32>(p); }
-uint2 load_u32x2(const void *p) {
-    if (reinterpret_cast<size_t>(p) % 8 != 0) host::fail("a load of 8 bytes is not aligned");
-    uint2 x;
+u32 load_u32(const void *p) {
+    if (reinterpret_cast<size_t>(p) % 4 != 0) host::fail("a load of 4 bytes is not aligned");
+    u32 x;
     memcpy(&x, p, sizeof x);
     return x;
 }
-uint4 load_u32x4(const void *p) { return host::aligned<uint4>(p); }
 
 float half_to_float(u16 x) {
     u32 sign = u32(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 1023;

@@ -6,7 +6,7 @@ mod mask;
 
 pub use mask::Mask;
 
-use crate::cache::SequenceView;
+use crate::cache::{Positions, SequenceView};
 use crate::format::{PLANES, Rows, RowsMut, Shape};
 
 /// How errors of tokens are added up when deciding how many digits to read.
@@ -21,7 +21,7 @@ pub enum Mode {
 }
 
 /// One query row of one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QueryRow {
     /// Index in [`Attention::sequences`].
     pub sequence: usize,
@@ -29,10 +29,29 @@ pub struct QueryRow {
     pub from: usize,
     /// End of what it sees.
     pub to: usize,
+    /// And these tokens, all below `from`: what a window leaves at the start. Start and end.
+    pub head: (usize, usize),
+    /// Of the last [`TREE`] tokens of the sequence, those that it does not see all the same: the highest bit is the last
+    /// token.
+    pub hidden: u64,
+    /// Its position: what [`Attention::positions`] are relative to.
+    pub position: i64,
     /// Number of tokens that it sees.
     pub n: usize,
     /// True: all digits are read; false: as [`Mode`] says.
     pub dense: bool,
+    /// One of many of its sequence: sharing a decoded tile pays.
+    pub many: bool,
+}
+
+/// Tokens at the end of a sequence that a row can see or not, each by itself: what a speculative tree may hold.
+pub const TREE: usize = u64::BITS as usize;
+
+impl QueryRow {
+    /// A row that sees `from..to`.
+    pub fn new(sequence: usize, from: usize, to: usize, dense: bool) -> QueryRow {
+        QueryRow { sequence, from, to, n: to.saturating_sub(from), dense, ..QueryRow::default() }
+    }
 }
 
 /// Shared output `[row][head]` of f32, contiguous.
@@ -69,6 +88,8 @@ pub struct Attention<'a> {
     pub rows: &'a [QueryRow],
     /// `[row][n_q_heads][dim_k]`, finite.
     pub q: Rows<'a>,
+    /// Rows and heads of q, in order, whose outputs are NaN all the same.
+    pub lost: &'a [(usize, usize)],
     /// `[row][n_q_heads][dim_v]`.
     pub out: RowsMut<'a>,
     /// Factor of the dot products.
@@ -77,7 +98,10 @@ pub struct Attention<'a> {
     pub softcap: f32,
     /// By query rows: what they see, and what is added to their scores.
     pub mask: Option<&'a Mask>,
-    /// `[n_q_heads]`: factors of what the mask adds; 1 without.
+    /// By sequences: where their tokens are. The distance from the query row, negative backwards, is added to scores,
+    /// times `slopes`. Not with a mask.
+    pub positions: Option<&'a [&'a Positions]>,
+    /// `[n_q_heads]`: factors of what the mask or the distance adds; 1 without.
     pub slopes: Option<&'a [f32]>,
     /// `[n_q_heads]`: scores of a token more, whose value is 0.
     pub sinks: Option<&'a [f32]>,

@@ -4,8 +4,8 @@ use super::device::{Edits, Plan};
 use super::layer::{Spare, released};
 use super::memory::reserve;
 use super::sequence::{Claim, Sequence};
-use super::{Cache, Positions, Reader};
-use crate::format::{Rows, TILE};
+use super::{Cache, NanPolicy, Positions, Reader};
+use crate::format::{Clean, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
 use std::sync::Arc;
@@ -143,17 +143,15 @@ impl Batch {
     }
 
     fn member(&self, step: StepSequence) -> Result<Member> {
-        let StepSequence { sequence: id, n_new, n_q } = step;
+        let StepSequence { sequence: id, n_new, .. } = step;
         let sequence = self.cache.find(id)?;
         let claim = sequence.claim()?;
+        sequence.check_whole()?;
         let len = sequence.len.load(Relaxed);
         let new_len = len
             .checked_add(n_new)
             .ok_or_else(|| Error::Argument(format!("n_new {n_new}: sequence {id} has {len} tokens")))?;
-        if n_q > new_len {
-            return Err(Error::Argument(format!("n_q {n_q}: sequence {id} will have {new_len} tokens")));
-        }
-        within("max_kv", self.bounds.max_kv, new_len, &format!("tokens of sequence {id}"))?;
+        within("max_kv", self.bounds.max_kv, new_len, format_args!("tokens of sequence {id}"))?;
         Ok(Member { step, sequence, len, new_runs: false, _claim: claim })
     }
 
@@ -197,12 +195,19 @@ impl Batch {
         if (k.dtype(), k.dim(), v.dtype(), v.dim()) != (shape.dtype_k, shape.dim_k, shape.dtype_v, shape.dim_v) {
             return Err(Error::Argument(format!("layer {layer}: rows are not of the layer's dtype and dim")));
         }
+        let clean = |rows: &Rows| match self.cache.config.nan {
+            NanPolicy::Error => Ok(None),
+            _ => Clean::new(rows, step.n_new, shape.n_kv_heads),
+        };
+        let (clean_k, clean_v) = (clean(&k)?, clean(&v)?);
+        let (k, v) = (clean_k.as_ref().map_or(k, Clean::rows), clean_v.as_ref().map_or(v, Clean::rows));
+        let bad = [&clean_k, &clean_v].map(|clean| clean.as_ref().map_or(&[][..], Clean::bad));
         let mut row = 0;
         for Member { step: s, .. } in &step.members {
             if layout.check(&k.skip(row), &v.skip(row), s.n_new).is_err() {
                 // Again, so that the row is counted from the first of the batch.
                 let place = format!("layer {layer}, sequence {}", s.sequence);
-                return layout.check(&k, &v, row + s.n_new).map_err(|error| at(error, &place));
+                return layout.check(&k, &v, row + s.n_new).map_err(|error| error.at(&place));
             }
             row += s.n_new;
         }
@@ -215,6 +220,9 @@ impl Batch {
         let mut row = 0;
         for (mut layer, n_new) in layers {
             layer.append(k.skip(row), v.skip(row), n_new);
+            if layout.marked() {
+                layer.mark(n_new, row, bad);
+            }
             row += n_new;
         }
         Ok(())
@@ -426,18 +434,9 @@ impl Member {
 }
 
 /// A capacity error unless `n` is within a bound.
-fn within(name: &str, bound: Option<usize>, n: usize, what: &str) -> Result<()> {
+fn within(name: &str, bound: Option<usize>, n: usize, what: impl std::fmt::Display) -> Result<()> {
     match bound {
         Some(bound) if n > bound => Err(Error::Capacity(format!("{name} {bound}: the step has {n} {what}"))),
         _ => Ok(()),
-    }
-}
-
-/// Names the place of a row that cannot be stored.
-fn at(error: Error, place: &str) -> Error {
-    match error {
-        Error::NonFinite(text) => Error::NonFinite(format!("{place}: {text}")),
-        Error::Range(text) => Error::Range(format!("{place}: {text}")),
-        other => other,
     }
 }

@@ -6,6 +6,7 @@ use crate::Result;
 use crate::backend::cuda::params::{Append, EncodeParams, Poke, Rows, View};
 use crate::backend::cuda::{Device, Pinned, Stream, bytes_of};
 use crate::format::{Layout, TILE};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The addresses of a layer's pages, on the device.
@@ -170,6 +171,14 @@ impl Edits {
         match &self.device {
             Some(_) => self.copies.push((to.address(), from.address(), to.size())),
             None => to.own().copy_from_slice(from),
+        }
+    }
+
+    /// Copies a part of a block into one that nobody else holds.
+    pub fn copy_part(&mut self, to: &mut Shared, at: usize, from: &Shared, range: Range<usize>) {
+        match &self.device {
+            Some(_) => self.copies.push((to.address() + at as u64, from.address() + range.start as u64, range.len())),
+            None => to.own()[at..at + range.len()].copy_from_slice(&from[range]),
         }
     }
 

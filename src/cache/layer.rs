@@ -6,7 +6,8 @@
 use super::device::{Edits, Listing};
 use super::memory::{Block, Kind, Memory, Shared, Table};
 use crate::Result;
-use crate::format::{Layout, Rows, Source, TILE};
+use crate::format::{Layout, Rows, Source, TILE, range_bits};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A tile.
@@ -32,6 +33,8 @@ pub(super) struct Layer {
     pub head: Option<Shared>,
     /// Where the device finds the pages, if they are on one.
     pub listing: Listing,
+    /// What stands for pages whose tokens have all been removed: nobody reads it.
+    nothing: Option<Shared>,
 }
 
 /// What a step needs.
@@ -59,18 +62,21 @@ pub(super) fn released(len: usize, exact_tail: usize) -> usize {
 impl Layer {
     pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
         let (pages, listing) = (Table::with_capacity(memory, 0)?, Listing::default());
-        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages, head: None, listing })
+        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages, head: None, listing, nothing: None })
     }
 
-    fn page(&self) -> Result<Shared> {
+    /// Memory for a page.
+    pub fn page(&self) -> Result<Shared> {
         Shared::new(self.pages.memory(), Kind::Page, self.layout.page_bytes())
     }
 
-    fn kept(&self) -> Result<Shared> {
+    /// Memory for the rows of a tile as given.
+    pub fn kept(&self) -> Result<Shared> {
         Shared::new(self.pages.memory(), Kind::Kept, self.layout.kept_bytes(TILE))
     }
 
-    fn head(&self) -> Result<Shared> {
+    /// Memory for the exact head.
+    pub fn head_block(&self) -> Result<Shared> {
         Shared::new(self.pages.memory(), Kind::Kept, self.layout.kept_bytes(self.exact_head))
     }
 
@@ -84,7 +90,7 @@ impl Layer {
             let keep = !self.layout.lossless() && tile >= released(len, self.exact_tail);
             pages.push(Page { block: self.page()?, kept: if keep { Some(self.kept()?) } else { None }, base: None });
         }
-        let head = if self.exact_head > 0 && self.head.is_none() && n > 0 { Some(self.head()?) } else { None };
+        let head = if self.exact_head > 0 && self.head.is_none() && n > 0 { Some(self.head_block()?) } else { None };
         let listing = self.listing.room(self.pages.memory(), tiles + n_pages)?;
         Ok(Room { pages, table, head, listing })
     }
@@ -96,6 +102,31 @@ impl Layer {
             self.head = room.head;
         }
         self.listing.adopt(room.listing);
+    }
+
+    /// A page that holds nothing.
+    pub fn empty_page(&mut self) -> Result<Page> {
+        let nothing = match &self.nothing {
+            Some(nothing) => nothing.clone(),
+            None => Shared::new(self.pages.memory(), Kind::Other, self.layout.page_bytes())?,
+        };
+        self.nothing = Some(nothing.clone());
+        Ok(Page { block: nothing, kept: None, base: None })
+    }
+
+    /// Puts such a page in the place of tiles.
+    pub fn empty(&mut self, tiles: Range<usize>, empty: &Page) {
+        for page in &mut self.pages[tiles] {
+            *page = empty.clone();
+        }
+    }
+
+    /// Adds a tile.
+    pub fn add_page(&mut self, page: Page) -> Result<()> {
+        let room = self.pages.room(1)?;
+        self.pages.adopt(room);
+        self.pages.push(page);
+        Ok(())
     }
 
     /// Appends the first `n` rows, for which there is room.
@@ -126,6 +157,29 @@ impl Layer {
             self.layout.encode(block.own(), &Source { k, v, base, base_rows }, skip, from, to);
             done += to - from;
             self.len += to - from;
+        }
+    }
+
+    /// Marks which of the last `n` tokens were no numbers: (row, head) of K and of V, in order, as the rows of the caller's
+    /// memory from `row` on.
+    pub fn mark(&mut self, n: usize, row: usize, bad: [&[(usize, usize)]; 2]) {
+        let (mut token, end) = (self.len - n, self.len);
+        while token < end {
+            let (tile, from) = (token / TILE, token % TILE);
+            let to = TILE.min(from + end - token);
+            let page = self.pages[tile].block.own();
+            let rows = row + token - (end - n);
+            for (side, bad) in bad.iter().enumerate() {
+                for head in 0..self.layout.shape.n_kv_heads {
+                    self.layout.mark(page, head, side, range_bits(from, to), 0);
+                }
+                let first = bad.partition_point(|b| b.0 < rows);
+                for &(row, head) in bad[first..].iter().take_while(|b| b.0 < rows + to - from) {
+                    let token = 1 << (from + row - rows);
+                    self.layout.mark(page, head, side, token, token);
+                }
+            }
+            token += to - from;
         }
     }
 
@@ -163,7 +217,7 @@ impl Layer {
             spare.kept = Some(self.kept()?);
         }
         if len < self.exact_head && !self.head.as_ref().is_some_and(Shared::is_own) {
-            spare.head = Some(self.head()?);
+            spare.head = Some(self.head_block()?);
         }
         Ok(spare)
     }
@@ -190,7 +244,23 @@ impl Layer {
             edits.copy(&mut block, &page.block);
             page.block = block;
         }
+        let is_new = page.kept.is_none();
         replace(&mut page.kept, spare.kept, edits);
+        if let (true, 0, Some(kept), Some(head)) = (is_new, tile, &mut page.kept, &self.head) {
+            // The exact head's rows are always among those that are kept of the first tile.
+            let n = rows.min(skip);
+            let from = self.layout.kept_stretches(self.exact_head, 0..n);
+            for (from, to) in from.into_iter().zip(self.layout.kept_stretches(TILE, 0..n)) {
+                edits.copy_part(kept, to.start, head, from);
+            }
+        }
+        self.encode_kept(tile, rows, edits);
+    }
+
+    /// Makes a tile's page that of its first `rows` rows: what its base knows, then those that are kept.
+    pub fn encode_kept(&mut self, tile: usize, rows: usize, edits: &mut Edits) {
+        let skip = self.skip(tile);
+        let page = &mut self.pages[tile];
         let Some(kept) = &page.kept else { return };
         if edits.device().is_some() {
             if let Some((base, _)) = &page.base {
@@ -204,7 +274,9 @@ impl Layer {
         let (block, (k, v)) = (page.block.own(), self.layout.kept(kept, TILE));
         let (base, base_rows) = page.base.as_ref().map_or((None, 0), |(base, rows)| (Some(&base[..]), *rows));
         if let Some(base) = base {
-            block.copy_from_slice(base);
+            // Marks are of all rows, as they are.
+            let n = self.layout.rows_bytes();
+            block[..n].copy_from_slice(&base[..n]);
             self.layout.reopen(block);
         }
         if base_rows < rows {
@@ -216,7 +288,8 @@ impl Layer {
     pub fn fork(&self, len: usize, edits: &mut Edits) -> Result<Layer> {
         let mut pages = Table::with_capacity(self.pages.memory(), len.div_ceil(TILE))?;
         self.pages[..len.div_ceil(TILE)].iter().for_each(|page| pages.push(page.clone()));
-        let mut fork = Layer { pages, head: self.head.clone(), listing: Listing::default(), ..*self };
+        let (head, nothing) = (self.head.clone(), self.nothing.clone());
+        let mut fork = Layer { pages, head, listing: Listing::default(), nothing, ..*self };
         let spare = fork.spare(len)?;
         fork.truncate(len, spare, edits);
         Ok(fork)

@@ -2,8 +2,10 @@
 
 #[cfg(unix)]
 use super::region::Regions;
+use super::shared::Held;
 use crate::backend::cuda::Device;
 use crate::capi::types::{AKV_CPU, AKV_CUDA};
+pub(super) use crate::error::reserve;
 use crate::{Error, Result};
 use parking_lot::Mutex;
 use std::alloc::{alloc_zeroed, dealloc};
@@ -11,7 +13,7 @@ use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Blocks start on cache lines.
 const ALIGN: usize = 64;
@@ -250,15 +252,15 @@ impl Memory {
     /// Gives waiting blocks back to the allocator until that is `bytes`. False if there were none.
     fn release(&self, bytes: u64) -> bool {
         let mut released = 0;
-        for class in self.free.lock().iter_mut() {
-            while released < bytes {
-                let Some(p) = class.pop() else { break };
-                // SAFETY: the block was in the list, hence nobody's.
-                unsafe { self.dealloc(class.kind, p, class.bytes) };
-                self.waiting.fetch_sub(class.bytes as u64, Relaxed);
-                self.give(class.bytes);
-                released += class.bytes as u64;
-            }
+        while released < bytes {
+            // The allocator is not called under the lock: it is the caller's.
+            let waiting = self.free.lock().iter_mut().find_map(|class| Some((class.pop()?, class.kind, class.bytes)));
+            let Some((p, kind, size)) = waiting else { break };
+            // SAFETY: the block was in the list, hence nobody's.
+            unsafe { self.dealloc(kind, p, size) };
+            self.waiting.fetch_sub(size as u64, Relaxed);
+            self.give(size);
+            released += size as u64;
         }
         released > 0
     }
@@ -344,18 +346,12 @@ impl Drop for Memory {
     }
 }
 
-/// Room for `n` more elements, or an error instead of an abort.
-pub(super) fn reserve<T>(vec: &mut Vec<T>, n: usize) -> Result<()> {
-    vec.try_reserve(n).map_err(|_| Error::Memory(format!("a table of {n} more entries")))
-}
-
 /// Bytes aligned to 64, zeroed when new, given back on drop.
 #[derive(Debug)]
 pub struct Block {
     data: NonNull<u8>,
     bytes: usize,
     kind: Kind,
-    holders: AtomicUsize,
     memory: Arc<Memory>,
 }
 
@@ -383,7 +379,7 @@ impl Block {
             Kind::Kept => memory.kept.fetch_add(bytes as u64, Relaxed),
             Kind::Device | Kind::Other => 0,
         };
-        Ok(Block { data, bytes, kind, holders: AtomicUsize::new(1), memory: memory.clone() })
+        Ok(Block { data, bytes, kind, memory: memory.clone() })
     }
 }
 
@@ -455,62 +451,33 @@ impl DerefMut for Block {
     }
 }
 
-/// A block that several sequences may hold. Counts the pages that more than one does, which `Arc` cannot tell without
-/// a race.
-#[derive(Debug)]
-pub(super) struct Shared(Arc<Block>);
+/// A block that several sequences may hold.
+pub(super) type Shared = super::shared::Shared<Block>;
 
 impl Shared {
     pub fn new(memory: &Arc<Memory>, kind: Kind, bytes: usize) -> Result<Shared> {
-        Ok(Shared(Arc::new(Block::of(memory, kind, bytes)?)))
-    }
-
-    /// True if nobody else holds the block. Only a holder can make another one, so it stays true.
-    pub fn is_own(&self) -> bool {
-        Arc::strong_count(&self.0) == 1
+        Ok(Shared::of(Block::of(memory, kind, bytes)?))
     }
 
     /// Its address, which may be the device's.
     pub fn address(&self) -> u64 {
-        self.0.address()
+        (**self).address()
     }
 
     /// Its size.
     pub fn size(&self) -> usize {
-        self.0.size()
-    }
-
-    /// The bytes of a block that nobody else holds.
-    pub fn own(&mut self) -> &mut [u8] {
-        match Arc::get_mut(&mut self.0) {
-            Some(block) => block,
-            None => unreachable!("what can be written is held once"),
-        }
+        (**self).size()
     }
 }
 
-impl Clone for Shared {
-    fn clone(&self) -> Shared {
-        if self.0.holders.fetch_add(1, Relaxed) == 1 && self.0.kind == Kind::Page {
-            self.0.memory.shared.fetch_add(1, Relaxed);
+/// Pages that more than one sequence holds are counted.
+impl Held for Block {
+    fn shared(&self, now: bool) {
+        match (self.kind, now) {
+            (Kind::Page, true) => _ = self.memory.shared.fetch_add(1, Relaxed),
+            (Kind::Page, false) => _ = self.memory.shared.fetch_sub(1, Relaxed),
+            _ => {}
         }
-        Shared(self.0.clone())
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        if self.0.holders.fetch_sub(1, Relaxed) == 2 && self.0.kind == Kind::Page {
-            self.0.memory.shared.fetch_sub(1, Relaxed);
-        }
-    }
-}
-
-impl Deref for Shared {
-    type Target = [u8];
-    #[inline(always)]
-    fn deref(&self) -> &[u8] {
-        &self.0
     }
 }
 

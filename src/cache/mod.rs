@@ -13,7 +13,15 @@ mod reader;
 #[cfg(unix)]
 mod region;
 mod sequence;
+mod shared;
 mod slots;
+mod snapshot;
+
+/// What `shared` counts with: `tests/loom.rs` has loom's.
+mod sync {
+    pub use std::sync::Arc;
+    pub use std::sync::atomic::{AtomicUsize, Ordering};
+}
 
 pub use batch::{Batch, Bounds, StepSequence};
 pub use device::Plan;
@@ -21,6 +29,7 @@ pub use memory::{AllocFn, Allocator, Block, DeallocFn, Hooks, Memory};
 pub use positions::Positions;
 pub use reader::{Reader, SequenceView};
 pub use slots::SlotLayer;
+pub use snapshot::Excerpt;
 
 use crate::backend::cuda::params::View;
 use crate::backend::cuda::{Device, Stream};
@@ -47,6 +56,18 @@ pub enum Placement {
     },
 }
 
+/// What becomes of NaN and infinity in K, V or q.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum NanPolicy {
+    /// They are an error.
+    #[default]
+    Error,
+    /// Outputs that would see them are NaN.
+    Propagate,
+    /// They are 0.
+    Zero,
+}
+
 /// What a cache is made of.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -54,6 +75,8 @@ pub struct Config {
     pub placement: Placement,
     /// Storage format.
     pub format: Format,
+    /// What is done about NaN.
+    pub nan: NanPolicy,
     /// Layers.
     pub layers: Vec<Shape>,
     /// Most sequences at once.
@@ -111,7 +134,8 @@ impl Cache {
         }
         let is_index = matches!(config.placement, Placement::Slots { attached: true, .. });
         let layout = |&shape: &Shape| if is_index { Layout::index(shape) } else { Layout::new(config.format, shape) };
-        let layouts: Vec<Layout> = config.layers.iter().map(layout).collect();
+        let marks = |layout: Layout| if config.nan == NanPolicy::Propagate { layout.with_marks() } else { layout };
+        let layouts = crate::error::collect(config.layers.iter().map(|shape| Ok(marks(layout(shape)))))?;
         let memory = Memory::with_device(allocator, device, config.max_bytes);
         let sequences = RwLock::new(Directory::new(&memory)?);
         let mut cache = Cache { config, layouts, memory, sequences, slots: Vec::new() };
@@ -156,7 +180,10 @@ impl Cache {
             pages_used,
             pages_free,
             pages_shared,
-            tokens: directory.sequences().map(|s| s.len.load(Relaxed) as u64).sum::<u64>()
+            tokens: directory
+                .sequences()
+                .map(|s| (s.len.load(Relaxed) - s.n_removed.load(Relaxed)) as u64)
+                .sum::<u64>()
                 + self.slots.iter().find_map(|layer| Some(layer.try_read()?.n_written())).unwrap_or(0),
         }
     }
@@ -223,6 +250,16 @@ impl Cache {
         self.find(sequence)?.truncate(&self.memory, n_tokens)
     }
 
+    /// Removes the tokens whose positions are `from..to`.
+    pub fn remove(&self, sequence: u64, from: i64, to: i64) -> Result<()> {
+        let sequence = self.find(sequence)?;
+        if self.config.format == Format::Published || self.memory.device().is_some() {
+            let what = "removing tokens is not built yet with AKV_FORMAT_PUBLISHED, and on the CUDA backend";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        sequence.remove(&self.memory, from, to)
+    }
+
     /// Tokens in `layer`, those of a begun step included; None: committed tokens.
     pub fn length(&self, sequence: u64, layer: Option<usize>) -> Result<usize> {
         match layer {
@@ -241,6 +278,29 @@ impl Cache {
     pub fn device_view(&self, sequence: u64, layer: usize, stream: Stream) -> Result<View> {
         self.check_layer(layer)?;
         self.find(sequence)?.device_view(&self.memory, layer, stream)
+    }
+
+    /// Writes a sequence, or the part of it that is asked for, as bytes. `write` takes them in pieces; what it returns
+    /// but 0 ends the export.
+    pub fn export(&self, sequence: u64, part: &Excerpt, write: &mut dyn FnMut(&[u8]) -> i32) -> Result<()> {
+        self.check_placement(false)?;
+        snapshot::export(self, &*self.find(sequence)?, part, write)
+    }
+
+    /// Makes a sequence from such bytes, or adds what they hold to one that lacks it. `read` fills pieces; what it
+    /// returns but 0 ends the import.
+    pub fn import(&self, into: Option<u64>, read: &mut dyn FnMut(&mut [u8]) -> i32) -> Result<u64> {
+        self.check_placement(false)?;
+        match into {
+            None => {
+                let sequence = snapshot::import(self, read)?;
+                self.sequences.write().insert(sequence, self.config.max_sequences)
+            }
+            Some(id) => {
+                snapshot::import_into(self, &*self.find(id)?, read)?;
+                Ok(id)
+            }
+        }
     }
 
     /// True if nothing is kept beside the pages.

@@ -2,6 +2,7 @@
 
 use super::memory::{Memory, Table};
 use crate::Result;
+use crate::format::{TILE, range_bits};
 use std::sync::Arc;
 
 /// Runs of consecutive positions. The last one goes on for as long as there are tokens, so that appending in order
@@ -9,6 +10,9 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Positions {
     runs: Table<Run>,
+    /// Tokens that have been removed, in ascending stretches that do not touch. They keep their places and positions; the
+    /// last token is none of them.
+    removed: Table<(usize, usize)>,
 }
 
 /// Token `first + i` has position `position + i`, up to the next run.
@@ -26,13 +30,30 @@ pub(super) struct Room {
 
 impl Positions {
     pub(super) fn new(memory: &Arc<Memory>) -> Result<Positions> {
-        Ok(Positions { runs: Table::with_capacity(memory, 1)? })
+        Ok(Positions { runs: Table::with_capacity(memory, 1)?, removed: Table::with_capacity(memory, 0)? })
     }
 
     /// Position of token `index`.
     pub fn at(&self, index: usize) -> i64 {
         let run = self.runs.partition_point(|r| r.first <= index).checked_sub(1).map(|i| self.runs[i]);
         run.map_or(index as i64, |r| r.position.wrapping_add((index - r.first) as i64))
+    }
+
+    /// How far the tokens from `first` on are from `position`, backwards below 0: rounded to the nearest.
+    #[inline(never)]
+    pub fn distances(&self, first: usize, position: i64, out: &mut [f32]) {
+        let mut done = 0;
+        while done < out.len() {
+            let token = first + done;
+            let end = self.runs.get(self.runs.partition_point(|r| r.first <= token)).map_or(usize::MAX, |r| r.first);
+            let n = (out.len() - done).min(end - token);
+            let start = i128::from(self.at(token)) - i128::from(position);
+            for (i, x) in out[done..done + n].iter_mut().enumerate() {
+                // Beyond 2^53 rounded twice: by next to nothing the first time.
+                *x = (start as f64 + i as f64) as f32;
+            }
+            done += n;
+        }
     }
 
     /// Number of tokens (of the first `len`) whose position is below `position`.
@@ -43,6 +64,81 @@ impl Positions {
         // Modulo 2^64 the difference of two i64 in order is right.
         let in_run = position.wrapping_sub(run.position) as u64;
         run.first.saturating_add(usize::try_from(in_run).unwrap_or(usize::MAX)).min(end)
+    }
+
+    /// Tokens of a tile that have not been removed.
+    #[inline]
+    pub fn live(&self, tile: usize) -> u128 {
+        if self.removed.is_empty() {
+            return u128::MAX;
+        }
+        let (start, end) = (tile * TILE, (tile + 1) * TILE);
+        let removed = self.removed[self.removed.partition_point(|r| r.1 <= start)..].iter().take_while(|r| r.0 < end);
+        !removed.fold(0, |dead, r| dead | range_bits(r.0.max(start) - start, r.1.min(end) - start))
+    }
+
+    /// How many tokens among `from..to` have been removed.
+    pub fn removed_within(&self, from: usize, to: usize) -> usize {
+        let removed = self.removed[self.removed.partition_point(|r| r.1 <= from)..].iter().take_while(|r| r.0 < to);
+        removed.map(|r| r.1.min(to).saturating_sub(r.0.max(from))).sum()
+    }
+
+    /// The first `len` tokens without those at their end that have been removed.
+    pub(super) fn trimmed(&self, len: usize) -> usize {
+        let at = self.removed.partition_point(|r| r.1 < len);
+        self.removed.get(at).map_or(len, |r| len.min(r.0))
+    }
+
+    /// Room for [`Positions::remove`].
+    pub(super) fn room_to_remove(&mut self) -> Result<()> {
+        let room = self.removed.room(1)?;
+        self.removed.adopt(room);
+        Ok(())
+    }
+
+    /// Removes tokens `from..to`, which are some. Returns the whole stretch that is removed around them.
+    pub(super) fn remove(&mut self, from: usize, to: usize) -> (usize, usize) {
+        let removed = &mut self.removed;
+        let (first, last) = (removed.partition_point(|r| r.1 < from), removed.partition_point(|r| r.0 <= to));
+        let mut whole = (from, to);
+        if first == last {
+            removed.push(whole);
+            removed[first..].rotate_right(1);
+            return whole;
+        }
+        whole = (from.min(removed[first].0), to.max(removed[last - 1].1));
+        removed[first] = whole;
+        let n = removed.len();
+        removed.copy_within(last..n, first + 1);
+        removed.truncate(n - (last - first - 1));
+        whole
+    }
+
+    /// Stretches of removed tokens.
+    pub(super) fn removed(&self) -> &[(usize, usize)] {
+        &self.removed
+    }
+
+    /// The runs of the first `len` tokens: their first token and its position.
+    pub(super) fn runs(&self, len: usize) -> impl ExactSizeIterator<Item = (usize, i64)> {
+        self.runs[..self.runs.partition_point(|r| r.first < len)].iter().map(|r| (r.first, r.position))
+    }
+
+    /// Adds a run to what is made from [`Positions::runs`], which has `len` tokens in all. False if it cannot be the next.
+    pub(super) fn add_run(&mut self, first: usize, position: i64, len: usize) -> Result<bool> {
+        let last = |r: &Run, end: usize| r.position.checked_add_unsigned((end - r.first - 1) as u64);
+        let next = Run { first, position };
+        let fits = match self.runs.last() {
+            None => first == 0,
+            Some(before) => first > before.first && last(before, first).is_some_and(|p| p <= position),
+        };
+        if !fits || first >= len || last(&next, len).is_none() {
+            return Ok(false);
+        }
+        let room = self.runs.room(1)?;
+        self.runs.adopt(room);
+        self.runs.push(next);
+        Ok(true)
     }
 
     /// Room to [`Positions::extend`] by these.
@@ -67,8 +163,10 @@ impl Positions {
         }
     }
 
+    /// Keeps the first `len` tokens, the last of which is live.
     pub(super) fn truncate(&mut self, len: usize) {
         self.runs.truncate(self.runs.partition_point(|r| r.first < len));
+        self.removed.truncate(self.removed.partition_point(|r| r.0 < len));
     }
 
     /// Those of the first `len` tokens.
@@ -76,7 +174,10 @@ impl Positions {
         let n = self.runs.partition_point(|r| r.first < len);
         let mut runs = Table::with_capacity(self.runs.memory(), n.max(1))?;
         self.runs[..n].iter().for_each(|&run| runs.push(run));
-        Ok(Positions { runs })
+        let n = self.removed.partition_point(|r| r.0 < len);
+        let mut removed = Table::with_capacity(self.runs.memory(), n)?;
+        self.removed[..n].iter().for_each(|&stretch| removed.push(stretch));
+        Ok(Positions { runs, removed })
     }
 }
 
@@ -120,6 +221,12 @@ mod tests {
             let fork = positions.fork(plain.len() / 2).unwrap();
             for (i, &p) in plain.iter().enumerate() {
                 assert_eq!(positions.at(i), p);
+                let mut far = [0.0; 3];
+                let n = far.len().min(plain.len() - i);
+                positions.distances(i, plain[i / 2], &mut far[..n]);
+                for (j, &far) in far[..n].iter().enumerate() {
+                    assert_eq!(far, (i128::from(plain[i + j]) - i128::from(plain[i / 2])) as f32);
+                }
                 if i < plain.len() / 2 {
                     assert_eq!(fork.at(i), p);
                 }

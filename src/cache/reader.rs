@@ -37,7 +37,7 @@ impl Reader {
             len: layer.len,
             n_exact,
             exact: exact.map(|head| layer.layout.kept(head, layer.exact_head)),
-            pages: Pages::Sequence(&layer.pages[..layer.len.div_ceil(TILE)]),
+            pages: Pages::Sequence(&layer.pages[..layer.len.div_ceil(TILE)], &self.positions),
             attached: None,
         }
     }
@@ -60,7 +60,7 @@ pub struct SequenceView<'a> {
 /// Where the pages are.
 #[derive(Clone, Copy)]
 pub(super) enum Pages<'a> {
-    Sequence(&'a [Page]),
+    Sequence(&'a [Page], &'a Positions),
     Slots(&'a [SlotTile]),
 }
 
@@ -69,16 +69,23 @@ impl<'a> SequenceView<'a> {
     #[inline(always)]
     pub fn page(&self, tile: usize) -> &'a [u8] {
         match self.pages {
-            Pages::Sequence(pages) => &pages[tile].block,
+            Pages::Sequence(pages, _) => &pages[tile].block,
             Pages::Slots(tiles) => &tiles[tile].page,
         }
     }
 
-    /// Tokens of a tile that have rows.
+    /// Tokens of a tile whose K or V was no number on a KV head; among those that have rows.
+    #[inline(always)]
+    pub fn marks(&self, tile: usize, kv_head: usize) -> u128 {
+        let marks = |side: usize| self.layout.marks(self.page(tile), kv_head, side);
+        if self.layout.marked() { marks(0) | marks(1) } else { 0 }
+    }
+
+    /// Tokens of a tile that have rows: those of a sequence that have not been removed.
     #[inline(always)]
     pub fn written(&self, tile: usize) -> u128 {
         match self.pages {
-            Pages::Sequence(_) => u128::MAX,
+            Pages::Sequence(_, positions) => positions.live(tile),
             Pages::Slots(tiles) => tiles[tile].written(),
         }
     }

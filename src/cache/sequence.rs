@@ -24,6 +24,10 @@ pub(super) struct Sequence {
     pub len: AtomicUsize,
     pub positions: Arc<RwLock<Positions>>,
     pub layers: Vec<Arc<RwLock<Layer>>>,
+    /// Layers that are still to be imported; changes under `alive` only. Theirs have no tokens.
+    pub n_missing: AtomicUsize,
+    /// Tokens that have been removed; changes under `alive` only.
+    pub n_removed: AtomicUsize,
     _record: Charge,
 }
 
@@ -42,7 +46,7 @@ impl Sequence {
     }
 
     /// `layer(i)` makes the layers.
-    fn with(
+    pub fn with(
         memory: &Arc<Memory>,
         n_layers: usize,
         len: usize,
@@ -59,8 +63,10 @@ impl Sequence {
             id: 0,
             alive: Arc::new(RwLock::new(true)),
             len: AtomicUsize::new(len),
+            n_removed: AtomicUsize::new(positions.removed_within(0, len)),
             positions: Arc::new(RwLock::new(positions)),
             layers,
+            n_missing: AtomicUsize::new(0),
             _record: record,
         })
     }
@@ -74,12 +80,15 @@ impl Sequence {
     pub fn fork(&self, memory: &Arc<Memory>, n_tokens: Option<usize>) -> Result<Sequence> {
         let alive = self.alive.try_read().ok_or_else(|| self.taken())?;
         self.check_alive(*alive)?;
+        self.check_whole()?;
         let len = self.len.load(Relaxed);
         let n = n_tokens.unwrap_or(len);
         if n > len {
             return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
         }
-        let positions = self.positions.try_read().ok_or_else(|| self.taken())?.fork(n)?;
+        let positions = self.read_positions()?;
+        let n = positions.trimmed(n);
+        let positions = positions.fork(n)?;
         let mut edits = Edits::new(memory);
         let fork =
             Sequence::with(memory, self.layers.len(), n, positions, |i| self.read_layer(i)?.fork(n, &mut edits))?;
@@ -90,11 +99,55 @@ impl Sequence {
     /// Forgets all but the first `n` tokens.
     pub fn truncate(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
         let _claim = self.claim()?;
+        self.check_whole()?;
         let len = self.len.load(Relaxed);
         if n > len {
             return Err(Error::Argument(format!("n_tokens {n}: sequence {} has {len}", self.id)));
         }
-        if n == len {
+        self.cut(memory, n)
+    }
+
+    /// Removes the tokens whose positions are `from..to`. Pages of which no token is left are given back; tokens removed
+    /// at the end are cut off.
+    pub fn remove(&self, memory: &Arc<Memory>, from: i64, to: i64) -> Result<()> {
+        let _claim = self.claim()?;
+        self.check_whole()?;
+        let len = self.len.load(Relaxed);
+        let positions = self.read_positions()?;
+        let (first, last) = (positions.below(from, len), positions.below(to, len));
+        if first >= last || positions.removed_within(first, last) == last - first {
+            return Ok(());
+        }
+        if last == len {
+            drop(positions);
+            return self.cut(memory, first);
+        }
+        drop(positions);
+        let mut positions = self.write_positions()?;
+        positions.room_to_remove()?;
+        let mut layers = Vec::new();
+        super::memory::reserve(&mut layers, self.layers.len())?;
+        for i in 0..self.layers.len() {
+            let mut layer = self.write_layer(i)?;
+            let empty =
+                if last - first >= TILE || !positions.removed().is_empty() { Some(layer.empty_page()?) } else { None };
+            layers.push((layer, empty));
+        }
+        let (first, last) = positions.remove(first, last);
+        for (mut layer, empty) in layers {
+            if let Some(empty) = empty {
+                let tiles = first.div_ceil(TILE)..last / TILE;
+                layer.empty(tiles.start..tiles.end.max(tiles.start), &empty);
+            }
+        }
+        self.n_removed.store(positions.removed_within(0, len), Relaxed);
+        Ok(())
+    }
+
+    /// Forgets all but the first `n` tokens, and those before that have been removed. Claimed.
+    fn cut(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
+        let n = self.read_positions()?.trimmed(n);
+        if n == self.len.load(Relaxed) {
             return Ok(());
         }
         let (mut layers, mut edits) = (Vec::new(), Edits::new(memory));
@@ -107,7 +160,9 @@ impl Sequence {
         if !n.is_multiple_of(TILE) {
             edits.wait()?;
         }
-        self.write_positions()?.truncate(n);
+        let mut positions = self.write_positions()?;
+        positions.truncate(n);
+        self.n_removed.store(positions.removed_within(0, n), Relaxed);
         for (mut layer, spare) in layers {
             layer.truncate(n, spare, &mut edits);
         }
@@ -129,6 +184,18 @@ impl Sequence {
         let claim = self.alive.try_write_arc().ok_or_else(|| self.taken())?;
         self.check_alive(*claim)?;
         Ok(claim)
+    }
+
+    /// Fails for a sequence of which layers are still to be imported.
+    pub fn check_whole(&self) -> Result<()> {
+        match self.n_missing.load(Relaxed) {
+            0 => Ok(()),
+            n => Err(Error::Argument(format!(
+                "sequence {}: {n} of its {} layers have not been imported yet",
+                self.id,
+                self.layers.len()
+            ))),
+        }
     }
 
     fn check_alive(&self, alive: bool) -> Result<()> {
@@ -172,6 +239,10 @@ impl Sequence {
     pub fn write_layer(&self, layer: usize) -> Result<RwLockWriteGuard<'_, Layer>> {
         let busy = || Error::Busy(format!("sequence {}: layer {layer} is being read or written", self.id));
         self.layers[layer].try_write().ok_or_else(busy)
+    }
+
+    pub fn read_positions(&self) -> Result<RwLockReadGuard<'_, Positions>> {
+        self.positions.try_read().ok_or_else(|| self.taken())
     }
 
     pub fn write_positions(&self) -> Result<RwLockWriteGuard<'_, Positions>> {

@@ -218,6 +218,39 @@ impl SlotLayer {
         }
     }
 
+    /// Marks which of the slots that have been written were no numbers: (index, head) of K and of V; None if it was not
+    /// written.
+    pub fn mark(&mut self, slots: &[i64], bad: [Option<&[(usize, usize)]>; 2]) {
+        for (side, bad) in bad.into_iter().enumerate() {
+            let Some(bad) = bad else { continue };
+            let layout = self.layout;
+            for &slot in slots {
+                let (tile, row) = self.place(slot as usize);
+                for head in 0..layout.shape.n_kv_heads {
+                    layout.mark(&mut self.tiles[tile].page, head, side, 1 << row, 0);
+                }
+            }
+            for &(i, head) in bad {
+                // Not if the slot is there again: it holds the later row.
+                if !slots[i + 1..].contains(&slots[i]) {
+                    let (tile, row) = self.place(slots[i] as usize);
+                    layout.mark(&mut self.tiles[tile].page, head, side, 1 << row, 1 << row);
+                }
+            }
+        }
+    }
+
+    /// Makes NaN of what was no number.
+    pub fn spread(&self, slot: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+        let (tile, row) = self.place(slot);
+        let tile = &self.tiles[tile];
+        for (side, (cells, x)) in [(tile.k, k), (tile.v, v)].into_iter().enumerate() {
+            if (self.layout.marks(&tile.page, head, side) & cells.written) >> row & 1 == 1 {
+                x.fill(f32::NAN);
+            }
+        }
+    }
+
     /// Rows of some cells of a tile.
     fn write_tile(&mut self, index: usize, slots: &[i64], k: Option<Rows>, v: Option<Rows>) {
         let head = range_bits(0, self.skip(index));
@@ -417,6 +450,12 @@ impl SlotLayer {
         self.take_row(from, spare);
         let (rows_k, rows_v) = self.layout.kept(spare, 1);
         self.write(&[to as i64], has_k.then_some(rows_k), has_v.then_some(rows_v));
+        for head in 0..self.layout.shape.n_kv_heads {
+            for side in [0, 1] {
+                let bad = self.layout.marks(&self.tiles[a].page, head, side) >> row_a & 1;
+                self.layout.mark(&mut self.tiles[b].page, head, side, 1 << row_b, bad << row_b);
+            }
+        }
         if stored_k {
             self.tiles[b].k.fresh &= !(1 << row_b);
             for head in 0..self.layout.shape.n_kv_heads {

@@ -1,19 +1,19 @@
 //! Attention, and merging partial attention.
 
 use super::batch::{Object, WORKSPACE_ALIGN, Workspaces};
-use super::check::{
-    Bytes, Grid, array, count, descriptor, disjoint, not_built, optional, pointer, within, wrong, zero,
-};
+use super::check::{Bytes, Field, Grid, array, count, descriptor, disjoint, optional, pointer, within, wrong, zero};
 use super::handle::{BATCHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::backend::cpu::{Cpu, State, merge};
 use crate::backend::cuda::Sight;
-use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, Threads};
-use crate::cache::{Positions, Reader, SequenceView, StepSequence};
-use crate::format::{Format, Layout, MAX_DIM, Rows, Shape};
+use crate::backend::{Attention, Floats, Mask, Mode, QueryRow, TREE, Threads};
+use crate::cache::{NanPolicy, Positions, SequenceView};
+use crate::error::{collect, reserve};
+use crate::format::{Clean, Format, Layout, MAX_DIM, MAX_LATENT, Rows, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
+use std::fmt::Display;
 use std::ops::Deref;
 
 /// Query rows of a sequence from which on decoding every tile once is cheaper than choosing digits per row.
@@ -28,6 +28,7 @@ pub(super) struct Options {
     pub mode: Mode,
     causal: bool,
     window: usize,
+    sink_tokens: usize,
     /// No row takes another path than the dense one.
     pub all_dense: bool,
     /// AKV_PATH_* that rows can take.
@@ -37,10 +38,10 @@ pub(super) struct Options {
 impl Options {
     /// `slots`: for akv_slots_attention.
     pub fn new(d: &akv_attention_desc, name: &str, format: Format, shape: &Shape, slots: bool) -> Result<Options> {
-        let at = |field: &str| format!("{name}->{field}");
+        let at = |field| Field(&name, "->", field);
         zero(at("flags"), d.flags)?;
-        Grid::new(&d.q, &at("q"), shape.n_q_heads, shape.dim_k)?;
-        Grid::new(&d.out, &at("out"), shape.n_q_heads, shape.dim_v)?;
+        Grid::new(&d.q, at("q"), shape.n_q_heads, shape.dim_k)?;
+        Grid::new(&d.out, at("out"), shape.n_q_heads, shape.dim_v)?;
         if !d.scale.is_finite() {
             return Err(wrong(at("scale"), d.scale, "a finite factor, or 0 for 1 / sqrt(dim_k)"));
         }
@@ -55,41 +56,48 @@ impl Options {
         };
         within(at("visibility"), d.visibility, AKV_CAUSAL..=AKV_FULL)?;
         let window = within(at("window"), d.window, 0..=i32::MAX)? as usize;
+        let sink_tokens = within(at("sink_tokens"), d.sink_tokens, 0..=i32::MAX)? as usize;
+        zero(at("reserved"), d.reserved)?;
         if !(d.logit_softcap >= 0.0 && d.logit_softcap.is_finite()) {
             return Err(wrong(at("logit_softcap"), d.logit_softcap, "a finite cap above 0, or 0 for none"));
         }
         if slots {
             zero(at("visibility"), d.visibility)?;
             zero(at("window"), d.window)?;
+            zero(at("sink_tokens"), d.sink_tokens)?;
             if !d.alibi_slopes.is_null() && d.mask.is_null() {
                 return Err(wrong(at("alibi_slopes"), "not NULL", "NULL without a mask, whose values they multiply"));
             }
         }
-        let not_here = |field: &str| {
+        let not_here = |field| {
             let call = if slots { "akv_slots_attention: its mask says it all" } else { "akv_aligned_attention" };
             Err(wrong(at(field), "not NULL", format_args!("NULL in {call}")))
         };
         let others = [("kv_from", d.kv_from.is_null()), ("kv_to", d.kv_to.is_null()), ("tree", d.tree.is_null())];
         match others.iter().find(|(_, null)| !null) {
-            Some((field, _)) if slots => return not_here(field),
+            Some(&(field, _)) if slots => return not_here(field),
             _ if !slots && !d.mask.is_null() => return not_here("mask"),
             _ => {}
-        }
-        for (field, null) in [("alibi_slopes", d.alibi_slopes.is_null()), ("tree", d.tree.is_null())] {
-            if !null && !slots {
-                return Err(not_built(at(field), "not NULL", "NULL"));
-            }
         }
         if format == Format::Published {
             let none = "with AKV_FORMAT_PUBLISHED";
             if d.logit_softcap != 0.0 {
                 return Err(wrong(at("logit_softcap"), d.logit_softcap, format_args!("0 {none}")));
             }
-            if !d.sink_logits.is_null() {
-                return Err(wrong(at("sink_logits"), "not NULL", format_args!("NULL {none}")));
+            if d.sink_tokens != 0 {
+                return Err(wrong(at("sink_tokens"), d.sink_tokens, format_args!("0 {none}")));
+            }
+            for (field, null) in [
+                ("sink_logits", d.sink_logits.is_null()),
+                ("alibi_slopes", d.alibi_slopes.is_null()),
+                ("tree", d.tree.is_null()),
+            ] {
+                if !null {
+                    return Err(wrong(at(field), "not NULL", format_args!("NULL {none}")));
+                }
             }
         }
-        let all_dense = mode == Mode::Exact || format == Format::Raw;
+        let all_dense = mode == Mode::Exact || format == Format::Raw || shape.v_is_prefix;
         let paths = match format {
             _ if all_dense => AKV_PATH_DENSE,
             Format::Published => AKV_PATH_DENSE | AKV_PATH_PUBLISHED,
@@ -102,6 +110,7 @@ impl Options {
             mode,
             causal: d.visibility == AKV_CAUSAL,
             window: if window == 0 { shape.window } else { window },
+            sink_tokens,
             all_dense,
             paths,
         })
@@ -109,7 +118,7 @@ impl Options {
 
     /// What rows see.
     pub fn sight(&self) -> Sight {
-        Sight { causal: self.causal, window: self.window, dense: self.all_dense }
+        Sight { causal: self.causal, window: self.window, head: self.sink_tokens, dense: self.all_dense }
     }
 }
 
@@ -153,52 +162,109 @@ impl Team {
 }
 
 /// Memory of an optional output of `n` floats: none if it is NULL.
-fn floats(p: *mut f32, n: Option<usize>, name: &str) -> Result<Bytes> {
+fn floats(p: *mut f32, n: Option<usize>, name: impl Display) -> Result<Bytes> {
     if p.is_null() {
         return Ok(Bytes { from: 0, to: 0 });
     }
-    Bytes::new(pointer(p, name)?, n, name)
+    Bytes::new(pointer(p, &name)?, n, name)
+}
+
+/// What each query row does not see, whatever else is said: `[rows]` each.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Limits<'a> {
+    kv_from: Option<&'a [i64]>,
+    kv_to: Option<&'a [i64]>,
+    tree: Option<&'a [u64]>,
+}
+
+impl<'a> Limits<'a> {
+    /// # Safety
+    /// The arrays of `desc` are NULL, misaligned, or as documented during `'a`.
+    pub unsafe fn new(desc: &akv_attention_desc, n_q: usize) -> Result<Limits<'a>> {
+        // SAFETY: the caller's contract.
+        let limits = unsafe {
+            Limits {
+                kv_from: optional(desc.kv_from, n_q, "desc->kv_from")?,
+                kv_to: optional(desc.kv_to, n_q, "desc->kv_to")?,
+                tree: optional(desc.tree, n_q, "desc->tree")?,
+            }
+        };
+        for (name, array) in [("kv_from", limits.kv_from), ("kv_to", limits.kv_to)] {
+            if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
+                return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
+            }
+        }
+        Ok(limits)
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.kv_from.is_none() && self.kv_to.is_none() && self.tree.is_none()
+    }
+}
+
+/// Fails for query rows that are no tokens, unless nothing asks where they are.
+pub(super) fn check_tokens<P>(sequences: &[(usize, usize, P)], sight: Sight, desc: &akv_attention_desc) -> Result<()> {
+    let Some(i) = sequences.iter().position(|(len, n_q, _)| n_q > len) else { return Ok(()) };
+    let (len, n_q) = (sequences[i].0, sequences[i].1);
+    let who = format_args!("for sequence {i} of the step, which has {n_q} query rows and {len} tokens");
+    if sight.causal {
+        return Err(wrong("desc->visibility", desc.visibility, format_args!("AKV_FULL (1) {who}")));
+    }
+    if sight.window != 0 {
+        return Err(wrong("desc->window (or the layer's)", sight.window, format_args!("0 {who}")));
+    }
+    if !desc.alibi_slopes.is_null() {
+        return Err(wrong("desc->alibi_slopes", "not NULL", format_args!("NULL {who}")));
+    }
+    Ok(())
 }
 
 /// Which tokens every query row sees. Sequences: tokens, query rows, positions.
 pub(super) fn query_rows<P: Deref<Target = Positions>>(
     sequences: &[(usize, usize, P)],
     sight: Sight,
-    kv_from: Option<&[i64]>,
-    kv_to: Option<&[i64]>,
-) -> Vec<QueryRow> {
-    let mut rows = Vec::with_capacity(sequences.iter().map(|s| s.1).sum());
+    limits: Limits,
+) -> Result<Vec<QueryRow>> {
+    let mut rows = Vec::new();
+    reserve(&mut rows, sequences.iter().map(|s| s.1).sum())?;
     for (sequence, (len, n_q, positions)) in sequences.iter().enumerate() {
         let (len, n_q) = (*len, *n_q);
         let dense = sight.dense || n_q > MAX_PROGRESSIVE;
-        for token in len - n_q..len {
-            let position = positions.at(token);
-            let mut to = if sight.causal { positions.below(position.saturating_add(1), len) } else { len };
-            let mut from = match sight.window {
+        for j in 0..n_q {
+            let (token, r) = ((len + j).checked_sub(n_q), rows.len());
+            // What is no token has none, and does not need one: `check_tokens`.
+            let position = token.map_or(i64::MIN, |token| positions.at(token));
+            let end = if sight.causal { positions.below(position.saturating_add(1), len) } else { len };
+            let start = match sight.window {
                 0 => 0,
                 w => positions.below(position.saturating_sub(w as i64 - 1), len),
             };
+            let start = if sight.head < start { start } else { 0 };
             // Checked to be 0 or more.
-            if let Some(bound) = kv_from {
-                from = from.max(bound[rows.len()] as usize);
+            let kv_from = limits.kv_from.map_or(0, |bound| bound[r] as usize);
+            let kv_to = limits.kv_to.map_or(usize::MAX, |bound| bound[r] as usize);
+            let mut row = QueryRow::new(sequence, start.max(kv_from), end.min(kv_to), dense);
+            (row.position, row.many) = (position, n_q > MAX_PROGRESSIVE);
+            let head = sight.head.min(start).min(row.to);
+            if kv_from < head {
+                row.head = (kv_from, head);
+                row.n += head - kv_from;
             }
-            if let Some(bound) = kv_to {
-                to = to.min(bound[rows.len()] as usize);
+            row.n -= positions.removed_within(row.from, row.to) + positions.removed_within(row.head.0, row.head.1);
+            if let Some(tree) = limits.tree {
+                row.hidden = !tree[r];
+                let token = |i: &usize| (len + i).wrapping_sub(TREE);
+                let seen = |t: &usize| {
+                    let within = (row.from..row.to).contains(t) || (row.head.0..row.head.1).contains(t);
+                    within && positions.removed_within(*t, t + 1) == 0
+                };
+                row.n -= (0..TREE).filter(|i| row.hidden >> i & 1 == 1).map(|i| token(&i)).filter(seen).count();
             }
-            rows.push(QueryRow { sequence, from, to, n: to.saturating_sub(from), dense });
+            rows.push(row);
         }
     }
-    rows
-}
-
-/// Fails for limits of what rows see that are negative.
-pub(super) fn check_ranges(kv_from: Option<&[i64]>, kv_to: Option<&[i64]>) -> Result<()> {
-    for (name, array) in [("kv_from", kv_from), ("kv_to", kv_to)] {
-        if let Some((i, &value)) = array.and_then(|a| a.iter().enumerate().find(|(_, v)| **v < 0)) {
-            return Err(wrong(format_args!("desc->{name}[{i}]"), value, "0 or more"));
-        }
-    }
-    Ok(())
+    Ok(rows)
 }
 
 /// Fails for outputs that are misaligned, or share bytes with one another, with q or with the workspace.
@@ -224,14 +290,13 @@ pub(super) fn apart(desc: &akv_attention_desc, q: &Grid, out: &Grid, n_q: usize,
     )
 }
 
-fn finite(q: &Rows, n_rows: usize, n_heads: usize) -> Result<()> {
-    let mut x = [0.0; MAX_DIM];
-    let x = &mut x[..q.dim()];
+/// `place` tells where a row is.
+fn finite(q: &Rows, n_rows: usize, n_heads: usize, place: impl Fn(usize) -> String) -> Result<()> {
     for row in 0..n_rows {
         for head in 0..n_heads {
-            q.read(row, head, x);
-            if x.iter().any(|x| !x.is_finite()) {
-                return Err(Error::NonFinite(format!("desc->q: NaN or infinity in row {row}, head {head}")));
+            if !q.peak(row, head).is_finite() {
+                let place = place(row);
+                return Err(Error::NonFinite(format!("{place}: desc->q: NaN or infinity in row {row}, head {head}")));
             }
         }
     }
@@ -246,6 +311,9 @@ pub(super) struct Frame<'a> {
     n_q: usize,
     team: Option<Team>,
     q: Grid,
+    /// q, where it was no number.
+    clean: Option<Clean>,
+    nan: NanPolicy,
     out: Grid,
     slopes: Option<&'a [f32]>,
     sinks: Option<&'a [f32]>,
@@ -253,15 +321,28 @@ pub(super) struct Frame<'a> {
     needed: usize,
 }
 
+/// Whose query rows a call has, and how many.
+pub(super) struct Asking<'a> {
+    pub n_q: usize,
+    /// Of the longest sequence.
+    pub max_kv: usize,
+    pub nan: NanPolicy,
+    /// Tells where a row is.
+    pub place: &'a dyn Fn(usize) -> String,
+}
+
 /// What the rows of a call see.
+#[derive(Clone, Copy, Default)]
 pub(super) struct Scene<'a> {
     pub sequences: &'a [SequenceView<'a>],
     pub rows: &'a [QueryRow],
     pub mask: Option<&'a Mask>,
+    /// By sequences; unless there is a mask.
+    pub positions: Option<&'a [&'a Positions]>,
 }
 
 impl<'a> Frame<'a> {
-    /// Checks a call of `n_q` query rows over sequences of at most `max_kv` tokens. All threads of a call come to the same
+    /// Checks a call of some query rows. All threads of a call come to the same
     /// conclusion, before any of them waits.
     ///
     /// # Safety
@@ -270,11 +351,11 @@ impl<'a> Frame<'a> {
         desc: &'a akv_attention_desc,
         layout: &'a Layout,
         slots: bool,
-        n_q: usize,
-        max_kv: usize,
+        asking: Asking,
         max_threads: usize,
         cpu: &Cpu,
     ) -> Result<Frame<'a>> {
+        let Asking { n_q, max_kv, nan, place } = asking;
         let shape = &layout.shape;
         let options = Options::new(desc, "desc", layout.format, shape, slots)?;
         // SAFETY: the caller's contract.
@@ -309,11 +390,16 @@ impl<'a> Frame<'a> {
             return Err(wrong("desc->workspace_bytes", desc.workspace_bytes, format_args!("at least {needed}")));
         }
         apart(desc, &q, &out, n_q, shape)?;
+        let mut clean = None;
         if n_q > 0 {
             // SAFETY: its extent is checked.
-            finite(&unsafe { q.rows() }, n_q, shape.n_q_heads)?;
+            let q = unsafe { q.rows() };
+            match nan {
+                NanPolicy::Error => finite(&q, n_q, shape.n_q_heads, place)?,
+                _ => clean = Clean::new(&q, n_q, shape.n_q_heads)?,
+            }
         }
-        Ok(Frame { desc, options, shape, n_q, team, q, out, slopes, sinks, needed })
+        Ok(Frame { desc, options, shape, n_q, team, q, clean, nan, out, slopes, sinks, needed })
     }
 
     /// Runs the call. A thread that has no scene takes its error through it, so that all of them meet at every barrier.
@@ -331,20 +417,22 @@ impl<'a> Frame<'a> {
         let (q, out) = unsafe { (self.q.rows(), self.out.rows_mut()) };
         // SAFETY: checked for as many floats as there are rows and heads, and the caller's contract.
         let floats = |p: *mut f32| if p.is_null() { None } else { Some(unsafe { Floats::new(p) }) };
-        let nothing = Scene { sequences: &[], rows: &[], mask: None };
         let (scene, failed) = match scene {
             Ok(scene) => (scene, None),
-            Err(error) => (nothing, Some(error)),
+            Err(error) => (Scene::default(), Some(error)),
         };
         let call = Attention {
             shape: self.shape,
             sequences: scene.sequences,
             rows: scene.rows,
-            q,
+            q: self.clean.as_ref().map_or(q, Clean::rows),
+            lost: self.clean.as_ref().filter(|_| self.nan == NanPolicy::Propagate).map_or(&[], Clean::bad),
             out,
             scale: self.options.scale,
             softcap: self.options.softcap,
             mask: scene.mask,
+            // They are what slopes are of.
+            positions: scene.positions.filter(|_| self.slopes.is_some()),
             slopes: self.slopes,
             sinks: self.sinks,
             tolerance: self.options.tolerance,
@@ -388,21 +476,36 @@ unsafe fn attend(batch: &Object, layer: i32, desc: &akv_attention_desc) -> Resul
     // SAFETY: on the CPU it must be NULL.
     unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
     let layout = &cache.layouts()[layer];
+    let place = |row: usize| {
+        let mut end = 0;
+        let sequence = step.sequences.iter().find(|s| {
+            end += s.n_q;
+            row < end
+        });
+        format!("layer {layer}, sequence {}", sequence.map_or(0, |s| s.sequence))
+    };
+    let asking = Asking { n_q: step.n_q, max_kv: step.max_kv, nan: cache.config().nan, place: &place };
     // SAFETY: the caller's contract.
-    let frame = unsafe { Frame::new(desc, layout, false, step.n_q, step.max_kv, batch.max_threads, cpu) }?;
+    let frame = unsafe { Frame::new(desc, layout, false, asking, batch.max_threads, cpu) }?;
     // SAFETY: the caller's contract.
-    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
-        unsafe { (optional(desc.kv_from, step.n_q, "desc->kv_from")?, optional(desc.kv_to, step.n_q, "desc->kv_to")?) };
-    check_ranges(kv_from, kv_to)?;
+    let limits = unsafe { Limits::new(desc, step.n_q) }?;
     let prepared = batch.batch.read(layer);
-    let readers: &[(StepSequence, Reader)] = prepared.as_deref().unwrap_or_default();
-    let views: Vec<_> = readers.iter().map(|(_, reader)| reader.view()).collect();
-    let of_step: Vec<_> =
-        views.iter().zip(readers).map(|(view, (step, reader))| (view.len, step.n_q, reader.positions())).collect();
-    let rows = query_rows(&of_step, frame.options.sight(), kv_from, kv_to);
-    let scene = Scene { sequences: &views, rows: &rows, mask: None };
+    let seen = prepared.as_ref().map_err(Clone::clone).and_then(|readers| {
+        let (readers, sight) = (readers.iter(), frame.options.sight());
+        let views = collect(readers.clone().map(|(_, reader)| Ok(reader.view())))?;
+        let positions = collect(readers.clone().map(|(_, reader)| Ok(reader.positions())))?;
+        let of_step = collect(readers.map(|(step, reader)| Ok((reader.n_tokens(), step.n_q, reader.positions()))))?;
+        check_tokens(&of_step, sight, desc)?;
+        Ok((views, query_rows(&of_step, sight, limits)?, positions))
+    });
+    let scene = seen.as_ref().map_err(Clone::clone).map(|(sequences, rows, positions)| Scene {
+        sequences,
+        rows,
+        mask: None,
+        positions: Some(positions),
+    });
     // SAFETY: the caller's contract.
-    unsafe { frame.run(cpu, prepared.as_ref().map(|_| scene).map_err(Clone::clone), &batch.workspaces) }
+    unsafe { frame.run(cpu, scene, &batch.workspaces) }
 }
 
 /// Writes the statistics of a call: one of its threads does.
@@ -448,18 +551,18 @@ fn state_arrays(s: &akv_state, out: usize, others: usize) -> [(&'static str, *mu
 fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
     let sizes = n.checked_mul(dim).filter(|&n| n <= isize::MAX as usize / 4);
     let n_out = sizes.ok_or_else(|| wrong("rows", n, "states that fit the address space"))?;
-    let check = |state: &akv_state, name: &str| -> Result<[Bytes; 6]> {
+    let check = |state: &akv_state, name: &dyn Display| -> Result<[Bytes; 6]> {
         let mut all = [Bytes { from: 0, to: 0 }; 6];
         for (i, (field, p, n)) in state_arrays(state, n_out, n).into_iter().enumerate() {
-            let name = format!("{name}{field}");
+            let name = Field(name, "", field);
             if i < 2 {
-                pointer(p, &name)?;
+                pointer(p, name)?;
             }
-            all[i] = floats(p, Some(n), &name)?;
+            all[i] = floats(p, Some(n), name)?;
         }
         Ok(all)
     };
-    let outputs = check(out, "out->")?;
+    let outputs = check(out, &"out->")?;
     for i in 0..6 {
         if let Some(j) = (0..i).find(|&j| outputs[i].overlaps(&outputs[j])) {
             let names = state_arrays(out, 0, 0).map(|(name, ..)| name);
@@ -471,7 +574,7 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
         }
     }
     for (s, state) in states.iter().enumerate() {
-        let inputs = check(state, &format!("states[{s}]."))?;
+        let inputs = check(state, &format_args!("states[{s}]."))?;
         for (i, output) in outputs.iter().enumerate() {
             // An element is read by all states before it is written, so the same array may be both.
             if let Some(j) = (0..6).find(|&j| output.overlaps(&inputs[j]) && !(i == j && *output == inputs[j])) {
@@ -490,8 +593,9 @@ fn check_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> 
 /// # Safety
 /// What `states` and `out` point to is as documented, and checked.
 unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_state) -> Result<()> {
-    let mut parts: Vec<State> = Vec::with_capacity(states.len());
-    let mut buffer = [0.0; MAX_DIM];
+    let mut parts: Vec<State> = Vec::new();
+    reserve(&mut parts, states.len())?;
+    let mut buffer = [0.0; MAX_LATENT];
     for i in 0..n {
         parts.clear();
         for s in states {
@@ -532,9 +636,13 @@ unsafe fn merge_states(states: &[akv_state], n: usize, dim: usize, out: &akv_sta
 /// Attention of the step's query rows over their sequences' rows in one layer. Query row j of a sequence's n_q is its
 /// token len - n_q + j, where len counts the step's new tokens. Sequences with up to 8 query rows take the progressive
 /// path: plane 0 of all visible keys is scanned, every token's share of the error decides how many further digits of
-/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT and
-/// AKV_FORMAT_RAW take the dense path. A row's result does not depend on the other sequences of the batch, nor on the
-/// number of threads.
+/// its K and V are read, and the certificate says how far off the result can be. Longer ones (prefill), AKV_EXACT,
+/// AKV_FORMAT_RAW and layers with v_is_prefix_of_k take the dense path. On the CPU a row's result, bit for bit, depends
+/// on its sequence and on whether that has more than 8 query rows: not on the other rows, the other sequences of the
+/// batch, or the number of threads.
+///
+/// Cross-attention: with AKV_FULL, no window and no alibi_slopes nothing depends on where a row is, and n_q may be
+/// larger than len. Otherwise more query rows than tokens are AKV_E_ARGUMENT.
 ///
 /// Errors: AKV_E_ARGUMENT (also if the layer lacks its akv_quantize_kv), AKV_E_NONFINITE (q), AKV_E_UNSUPPORTED,
 /// AKV_E_BUSY (akv_quantize_kv on the same layer is running), AKV_E_MEMORY and AKV_E_CAPACITY (the batch's own
@@ -558,7 +666,8 @@ pub unsafe extern "C" fn akv_aligned_attention(
 
 /// Merges `n` partial states over disjoint parts of a context (see kv_from) into the state of the whole: outputs by
 /// their LSE, bounds rigorously. Empty parts have lse = -inf. An array of `out` may be the same one of any of `states`,
-/// but must not overlap others. `[rows][heads][dim]`, dim up to 256, all f32, host memory on the CPU.
+/// but must not overlap others. `[rows][heads][dim]`, dim up to 576 (256 on CUDA), all f32, host memory on the CPU. On
+/// the CPU what is NaN in a part (AKV_NAN_PROPAGATE) is NaN in the whole.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -579,7 +688,8 @@ pub unsafe extern "C" fn akv_merge_states(
         let stream = unsafe { context.stream("stream", stream) }?;
         let n = within("n", n, 1..=i32::MAX)? as usize;
         let (rows, heads) = (count("rows", rows)?, count("heads", heads.into())?);
-        let dim = within("dim", dim, 1..=MAX_DIM as i32)? as usize;
+        let max_dim = if context.device.is_some() { MAX_DIM } else { MAX_LATENT };
+        let dim = within("dim", dim, 1..=max_dim as i32)? as usize;
         let elements =
             rows.checked_mul(heads).ok_or_else(|| wrong("rows", rows, "states that fit the address space"))?;
         // SAFETY: the caller's contract.
@@ -609,6 +719,7 @@ mod tests {
         planes_k: 4,
         planes_v: 4,
         window: 100,
+        v_is_prefix: false,
     };
 
     fn options(format: Format, change: impl Fn(&mut akv_attention_desc)) -> Result<Options> {
@@ -639,7 +750,9 @@ mod tests {
     #[test]
     fn every_field_is_checked_and_named() {
         type Case = (&'static str, fn(&mut akv_attention_desc));
-        let cases: [Case; 16] = [
+        let cases: [Case; 18] = [
+            ("desc->sink_tokens", |d| d.sink_tokens = -1),
+            ("desc->reserved", |d| d.reserved = 1),
             ("desc->flags", |d| d.flags = 1),
             ("desc->logit_softcap", |d| d.logit_softcap = -30.0),
             ("desc->mask", |d| d.mask = std::ptr::dangling()),
@@ -663,13 +776,17 @@ mod tests {
                 other => panic!("{other:?} for {name}"),
             }
         }
-        let cases: [Case; 2] = [
+        let cases: [Case; 5] = [
+            ("desc->sink_tokens", |d| d.sink_tokens = 4),
+            ("desc->logit_softcap", |d| d.logit_softcap = 30.0),
+            ("desc->sink_logits", |d| d.sink_logits = std::ptr::dangling()),
             ("desc->alibi_slopes", |d| d.alibi_slopes = std::ptr::dangling()),
             ("desc->tree", |d| d.tree = std::ptr::dangling()),
         ];
         for (name, change) in cases {
-            match options(Format::Aligned, change) {
-                Err(Error::Unsupported(text)) if text.starts_with(&format!("{name} is ")) => {}
+            assert!(options(Format::Aligned, change).is_ok(), "{name}");
+            match options(Format::Published, change) {
+                Err(Error::Argument(text)) if text.starts_with(&format!("{name} is ")) => {}
                 other => panic!("{other:?} for {name}"),
             }
         }
@@ -702,9 +819,10 @@ mod tests {
             // SAFETY: plain data.
             let bytes = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<u8>(), 4 * q.len()) };
             let q = Rows::contiguous(bytes, 8, Dtype::F32, 64);
-            let text = "desc->q: NaN or infinity in row 2, head 5".to_owned();
-            assert_eq!(finite(&q, 3, 8), Err(Error::NonFinite(text)));
-            assert_eq!(finite(&q, 2, 8), Ok(()));
+            let text = "layer 7: desc->q: NaN or infinity in row 2, head 5".to_owned();
+            let place = |row: usize| format!("layer {}", row + 5);
+            assert_eq!(finite(&q, 3, 8, place), Err(Error::NonFinite(text)));
+            assert_eq!(finite(&q, 2, 8, place), Ok(()));
         }
     }
 

@@ -7,9 +7,11 @@ use super::{cache, device, guard};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Device, Tables};
 use crate::cache::{Batch, Block, Bounds, Memory, StepSequence};
+use crate::error::reserve;
 use crate::{Error, Result};
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::Arc;
 
 /// What an `akv_batch` stands for.
 pub(super) struct Object {
@@ -41,24 +43,21 @@ pub(super) struct Step {
 impl Object {
     /// The step in progress, which does not end while the guard lives.
     pub fn step(&self) -> Result<RwLockReadGuard<'_, Step>> {
-        let step = self.step.read().unwrap_or_else(PoisonError::into_inner);
+        let step = self.step.read();
         if step.begun { Ok(step) } else { Err(no_step()) }
     }
 
     /// The device that it computes on, and its tables.
     pub fn device(&self) -> Result<(&Arc<Device>, MutexGuard<'_, Tables>)> {
         match (&self.owner.context.device, &self.tables) {
-            (Some(device), Some(tables)) => Ok((device, tables.lock().unwrap_or_else(PoisonError::into_inner))),
+            (Some(device), Some(tables)) => Ok((device, tables.lock())),
             _ => Err(Error::Internal("a batch without a device".to_owned())),
         }
     }
 
     fn exclusive(&self) -> Result<RwLockWriteGuard<'_, Step>> {
-        match self.step.try_write() {
-            Ok(step) => Ok(step),
-            Err(TryLockError::Poisoned(step)) => Ok(step.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(Error::Busy("batch: other calls are working on its step".to_owned())),
-        }
+        let busy = || Error::Busy("batch: other calls are working on its step".to_owned());
+        self.step.try_write().ok_or_else(busy)
     }
 }
 
@@ -75,14 +74,14 @@ impl Workspaces {
 
     /// Runs `work` with a workspace of at least `bytes`.
     pub fn with<T>(&self, bytes: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
-        let kept = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = self.free.lock().pop();
         let mut block = match kept.filter(|b| b.len() >= bytes) {
             Some(block) => block,
             // Contexts grow by a token at a time: not so their workspaces.
             None => Block::new(&self.memory, bytes.next_power_of_two())?,
         };
         let result = work(&mut block);
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+        self.free.lock().push(block);
         result
     }
 }
@@ -127,7 +126,8 @@ impl<'a> Request<'a> {
             Some(values) => count(format_args!("desc->{name}[{i}]"), values[i].into()).map(Some),
             None => Ok(None),
         };
-        let mut sequences = Vec::with_capacity(n);
+        let mut sequences = Vec::new();
+        reserve(&mut sequences, n)?;
         for (i, &sequence) in ids.iter().enumerate() {
             let n_new = at(n_new, "n_new", i)?.unwrap_or(0);
             let n_q = at(n_q, "n_q", i)?.unwrap_or(n_new);
@@ -213,8 +213,8 @@ pub unsafe extern "C" fn akv_batch_create(
 /// akv_quantize_kv (if tokens are new), akv_aligned_attention. `stream` is NULL on the CPU; on CUDA call it outside
 /// capture.
 ///
-/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions, more query rows than tokens),
-/// AKV_E_HANDLE, AKV_E_BUSY, AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
+/// Errors: AKV_E_ARGUMENT (a count, a sequence that is there twice, descending positions), AKV_E_HANDLE, AKV_E_BUSY,
+/// AKV_E_CAPACITY, AKV_E_MEMORY. The batch has no step then, and no sequence is changed.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -235,9 +235,9 @@ pub unsafe extern "C" fn akv_batch_begin(
             return Err(Error::Busy("batch has a step in progress: commit or abort it first".to_owned()));
         }
         batch.batch.begin(&request.sequences, request.positions)?;
-        let lens = request.sequences.iter().map(|s| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new));
-        let lens = lens.collect::<Result<Vec<_>>>().inspect_err(|_| batch.batch.abort())?;
-        let max_kv = lens.into_iter().max().unwrap_or(0);
+        let len = |s: &StepSequence| Ok(batch.owner.cache.length(s.sequence, None)? + s.n_new);
+        let max_kv = request.sequences.iter().try_fold(0, |most, s| Ok(len(s)?.max(most)));
+        let max_kv = max_kv.inspect_err(|_| batch.batch.abort())?;
         let mut n_appends = 0;
         if batch.tables.is_some() {
             let (_, mut tables) = batch.device()?;
@@ -367,9 +367,9 @@ pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status 
 }
 
 /// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
-/// n_new][n_kv_heads][dim_v]`, rows sequence by sequence, in the layer's dtypes, K after RoPE. Once per layer and step
-/// (a second time is AKV_E_ARGUMENT); without new tokens it does nothing. All rows are checked first: on error nothing
-/// is appended, and the call may be made again.
+/// n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
+/// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+/// All rows are checked first: on error nothing is appended, and the call may be made again.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
 ///
@@ -394,10 +394,20 @@ pub unsafe extern "C" fn akv_quantize_kv(
         }
         let shape = &batch.owner.cache.layouts()[layer].shape;
         // SAFETY: checked, and the caller's contract.
-        let (key, value) = unsafe { (&*pointer(key, "key")?, &*pointer(value, "value")?) };
+        let key = unsafe { &*pointer(key, "key")? };
         let key = Grid::new(key, "key", shape.n_kv_heads, shape.dim_k)?.expect("key", shape.dtype_k)?;
-        let value = Grid::new(value, "value", shape.n_kv_heads, shape.dim_v)?.expect("value", shape.dtype_v)?;
         key.bytes("key", step.n_new)?;
+        if shape.v_is_prefix {
+            if !value.is_null() {
+                return Err(wrong("value", "not NULL", "NULL: the layer's V is a part of K"));
+            }
+            // SAFETY: checked for n_new rows, and the caller's contract.
+            let key = unsafe { key.rows() };
+            return batch.batch.append(layer, key, key.prefix(shape.dim_v));
+        }
+        // SAFETY: checked, and the caller's contract.
+        let value = unsafe { &*pointer(value, "value")? };
+        let value = Grid::new(value, "value", shape.n_kv_heads, shape.dim_v)?.expect("value", shape.dtype_v)?;
         value.bytes("value", step.n_new)?;
         if batch.tables.is_some() {
             // SAFETY: the caller's contract.

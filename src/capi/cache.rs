@@ -1,13 +1,15 @@
 //! Caches.
 
 use super::batch::Workspaces;
-use super::check::{array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
+use super::check::{Field, array, descriptor, dtype, not_built, pointer, sized, within, wrong, zero};
 use super::handle::{CACHES, CONTEXTS};
 use super::types::*;
 use super::{context, device, guard};
 use crate::Result;
-use crate::cache::{Cache, Config, Placement};
-use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, PLANES, Shape, TILE};
+use crate::cache::{Cache, Config, NanPolicy, Placement};
+use crate::error::collect;
+use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, MAX_LATENT, MAX_LATENT_GROUP, PLANES, Shape, TILE};
+use std::fmt::Display;
 use std::sync::Arc;
 
 /// What an `akv_cache` stands for.
@@ -31,22 +33,37 @@ impl Object {
 }
 
 /// Head dimensions that kernels exist for.
-fn dim(name: String, value: i32) -> Result<usize> {
-    let dim = usize::try_from(value).ok().filter(|d| (16..=MAX_DIM).contains(d) && d % 8 == 0);
-    dim.ok_or_else(|| wrong(name, value, format_args!("a multiple of 8 from 16 to {MAX_DIM}")))
+fn dim(name: impl Display, value: i32, max: usize) -> Result<usize> {
+    let dim = usize::try_from(value).ok().filter(|d| (16..=max).contains(d) && d % 8 == 0);
+    dim.ok_or_else(|| wrong(name, value, format_args!("a multiple of 8 from 16 to {max}")))
 }
 
-fn shape(l: &akv_layer_desc, name: &str, format: Format, n_layers: usize) -> Result<Shape> {
-    let at = |field: &str| format!("{name}.{field}");
+fn shape(l: &akv_layer_desc, name: &dyn Display, format: Format, n_layers: usize) -> Result<Shape> {
+    let at = |field| Field(name, ".", field);
     // Bounds that no model comes near, and under which no size overflows.
     let n_kv_heads = within(at("n_kv_heads"), l.n_kv_heads, 1..=4096)? as usize;
     let n_q_heads = usize::try_from(l.n_q_heads).unwrap_or(0);
-    if n_q_heads == 0 || n_q_heads % n_kv_heads != 0 || n_q_heads / n_kv_heads > MAX_GROUP {
-        let expected = format_args!("1 to {MAX_GROUP} times n_kv_heads ({n_kv_heads})");
+    let v_is_prefix = within(at("v_is_prefix_of_k"), l.v_is_prefix_of_k, 0..=1)? != 0;
+    let (max_dim, max_group) = if v_is_prefix { (MAX_LATENT, MAX_LATENT_GROUP) } else { (MAX_DIM, MAX_GROUP) };
+    if n_q_heads == 0 || n_q_heads % n_kv_heads != 0 || n_q_heads / n_kv_heads > max_group {
+        let expected = format_args!("1 to {max_group} times n_kv_heads ({n_kv_heads})");
         return Err(wrong(at("n_q_heads"), l.n_q_heads, expected));
     }
-    let dim_k = dim(at("dim_k"), l.dim_k)?;
-    let dim_v = if l.dim_v == 0 { dim_k } else { dim(at("dim_v"), l.dim_v)? };
+    let dim_k = dim(at("dim_k"), l.dim_k, max_dim)?;
+    let dim_v = if l.dim_v == 0 { dim_k } else { dim(at("dim_v"), l.dim_v, max_dim)? };
+    if v_is_prefix {
+        if dim_v > dim_k {
+            return Err(wrong(at("dim_v"), l.dim_v, format_args!("at most dim_k ({dim_k}), which V is a part of")));
+        }
+        if format == Format::Published {
+            return Err(wrong(at("v_is_prefix_of_k"), 1, "0 with AKV_FORMAT_PUBLISHED"));
+        }
+        for (field, value, of_k) in [("dtype_v", l.dtype_v, l.dtype_k), ("planes_v", l.planes_v, l.planes_k)] {
+            if value != 0 && value != of_k {
+                return Err(wrong(at(field), value, format_args!("0, or K's ({of_k}), which V is a part of")));
+            }
+        }
+    }
     let planes = |field, value| match (value, format) {
         (0, _) => Ok(PLANES),
         (4, _) | (2 | 3, Format::Aligned) => Ok(value as usize),
@@ -59,19 +76,21 @@ fn shape(l: &akv_layer_desc, name: &str, format: Format, n_layers: usize) -> Res
         }
         (dtype, _) => Ok(dtype),
     };
+    let of_v = |v: i32, k: i32| if v_is_prefix { k } else { v };
     let shape = Shape {
         n_q_heads,
         n_kv_heads,
         dim_k,
         dim_v,
         dtype_k: dtype("dtype_k", l.dtype_k)?,
-        dtype_v: dtype("dtype_v", l.dtype_v)?,
+        dtype_v: dtype("dtype_v", of_v(l.dtype_v, l.dtype_k))?,
         planes_k: planes("planes_k", l.planes_k)?,
-        planes_v: planes("planes_v", l.planes_v)?,
+        planes_v: planes("planes_v", of_v(l.planes_v, l.planes_k))?,
         window: within(at("window"), l.window, 0..=i32::MAX)? as usize,
+        v_is_prefix,
     };
     within(at("share_with"), l.share_with, 0..=n_layers as i32)?;
-    for (field, value) in [("group", l.group), ("share_with", l.share_with), ("v_is_prefix_of_k", l.v_is_prefix_of_k)] {
+    for (field, value) in [("group", l.group), ("share_with", l.share_with)] {
         if value != 0 {
             return Err(not_built(at(field), value, 0));
         }
@@ -80,7 +99,7 @@ fn shape(l: &akv_layer_desc, name: &str, format: Format, n_layers: usize) -> Res
 }
 
 /// Tokens kept as given at an end of a sequence.
-fn exact(name: String, value: u32, default: usize) -> Result<usize> {
+fn exact(name: impl Display, value: u32, default: usize) -> Result<usize> {
     match value {
         0 => Ok(default),
         AKV_NONE => Ok(0),
@@ -89,7 +108,8 @@ fn exact(name: String, value: u32, default: usize) -> Result<usize> {
     }
 }
 
-fn placement(desc: &akv_cache_desc, at: &dyn Fn(&str) -> String, format: Format) -> Result<Placement> {
+fn placement(desc: &akv_cache_desc, name: &dyn Display, format: Format) -> Result<Placement> {
+    let at = |field| Field(name, "->", field);
     let code = within(at("placement"), desc.placement, AKV_APPEND..=AKV_ATTACHED)?;
     if code == AKV_APPEND {
         for (field, value) in [("n_streams", u64::from(desc.n_streams)), ("n_slots", desc.n_slots)] {
@@ -119,7 +139,7 @@ fn placement(desc: &akv_cache_desc, at: &dyn Fn(&str) -> String, format: Format)
 /// # Safety
 /// `desc.layers` is NULL, misaligned, or points to `desc.n_layers` layers.
 pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config> {
-    let at = |field: &str| format!("{name}->{field}");
+    let at = |field| Field(&name, "->", field);
     zero(at("flags"), desc.flags)?;
     let format = match desc.format {
         AKV_FORMAT_ALIGNED => Format::Aligned,
@@ -127,16 +147,30 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
         AKV_FORMAT_RAW => Format::Raw,
         other => return Err(wrong(at("format"), other, "an AKV_FORMAT_* code (0 to 2)")),
     };
-    let placement = placement(desc, &at, format)?;
-    if within(at("nan_policy"), desc.nan_policy, AKV_NAN_ERROR..=AKV_NAN_ZERO)? != AKV_NAN_ERROR {
-        return Err(not_built(at("nan_policy"), desc.nan_policy, "AKV_NAN_ERROR (0)"));
-    }
+    let placement = placement(desc, &name, format)?;
+    let nan = match desc.nan_policy {
+        AKV_NAN_ERROR => NanPolicy::Error,
+        AKV_NAN_PROPAGATE | AKV_NAN_ZERO if matches!(placement, Placement::Slots { attached: true, .. }) => {
+            let expected = "AKV_NAN_ERROR (0) with AKV_ATTACHED, whose rows are read where they are";
+            return Err(wrong(at("nan_policy"), desc.nan_policy, expected));
+        }
+        AKV_NAN_PROPAGATE => NanPolicy::Propagate,
+        AKV_NAN_ZERO => NanPolicy::Zero,
+        other => return Err(wrong(at("nan_policy"), other, "an AKV_NAN_* code (0 to 2)")),
+    };
     let n_layers = within(at("n_layers"), desc.n_layers, 1..=4096)? as usize;
     // SAFETY: the caller's contract.
     let layers = unsafe { array(desc.layers, n_layers, at("layers")) }?;
     let layers = layers.iter().enumerate();
-    let layers = layers.map(|(i, l)| shape(l, &format!("{name}->layers[{i}]"), format, n_layers));
-    let layers = layers.collect::<Result<Vec<_>>>()?;
+    let layers = layers.map(|(i, l)| shape(l, &format_args!("{name}->layers[{i}]"), format, n_layers));
+    let layers = collect(layers)?;
+    if let (Some(i), true) = (layers.iter().position(|l| l.v_is_prefix), placement != Placement::Append) {
+        return Err(not_built(
+            format_args!("{name}->layers[{i}].v_is_prefix_of_k"),
+            1,
+            "0 with AKV_SLOTS and AKV_ATTACHED",
+        ));
+    }
     if let (Some(i), true) = (layers.iter().position(|l| l.window != 0), placement != Placement::Append) {
         let expected = "0 with AKV_SLOTS and AKV_ATTACHED, whose masks say it";
         return Err(wrong(format_args!("{name}->layers[{i}].window"), layers[i].window, expected));
@@ -148,6 +182,7 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
     Ok(Config {
         placement,
         format,
+        nan,
         layers,
         max_sequences: if desc.max_sequences == 0 { 65536 } else { desc.max_sequences as usize },
         exact_head: exact_head * lossy,
@@ -288,7 +323,7 @@ mod tests {
             argument(with(change, |_| ()), name);
         }
         type LayerCase = (&'static str, fn(&mut akv_layer_desc));
-        let cases: [LayerCase; 19] = [
+        let cases: [LayerCase; 20] = [
             ("n_kv_heads", |l| l.n_kv_heads = 0),
             ("n_kv_heads", |l| l.n_kv_heads = -2),
             ("n_q_heads", |l| l.n_q_heads = 0),
@@ -306,6 +341,7 @@ mod tests {
             ("planes_v", |l| l.planes_v = 5),
             ("planes_v", |l| l.planes_v = -4),
             ("window", |l| l.window = -1),
+            ("v_is_prefix_of_k", |l| l.v_is_prefix_of_k = 2),
             ("share_with", |l| l.share_with = -1),
             ("share_with", |l| l.share_with = 3),
         ];
@@ -321,11 +357,9 @@ mod tests {
     #[test]
     fn what_is_not_built_says_so() {
         let unsupported = |result: Result<Config>| assert!(matches!(result, Err(Error::Unsupported(_))), "{result:?}");
-        for policy in [AKV_NAN_PROPAGATE, AKV_NAN_ZERO] {
-            unsupported(with(|d| d.nan_policy = policy, |_| ()));
-        }
         unsupported(with(|_| (), |l| l.group = 1));
         unsupported(with(|_| (), |l| l.share_with = 1));
-        unsupported(with(|_| (), |l| l.v_is_prefix_of_k = 1));
+        let slots = |d: &mut akv_cache_desc| (d.placement, d.n_slots) = (AKV_SLOTS, 8);
+        unsupported(with(slots, |l| l.v_is_prefix_of_k = 1));
     }
 }

@@ -16,6 +16,17 @@ pub(super) fn not_built(name: impl Display, value: impl Display, expected: impl 
     Error::Unsupported(format!("{name} is {value}, which is not built yet: expected {expected}"))
 }
 
+/// Name of a field, for a text that is put together only if there is something to say: what it is of, what joins them.
+#[derive(Clone, Copy)]
+pub(super) struct Field<'a>(pub &'a dyn Display, pub &'static str, pub &'static str);
+
+impl Display for Field<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let Field(of, joint, name) = self;
+        write!(f, "{of}{joint}{name}")
+    }
+}
+
 /// `value`, if it is one of `range`.
 pub(super) fn within<T: PartialOrd + Display>(
     name: impl Display,
@@ -90,7 +101,7 @@ macro_rules! descriptors {
         }
     )*};
 }
-descriptors!(akv_context_desc, akv_cache_desc, akv_batch_desc, akv_attention_desc, akv_usage);
+descriptors!(akv_context_desc, akv_cache_desc, akv_batch_desc, akv_export_desc, akv_attention_desc, akv_usage);
 
 /// No version of a descriptor will be larger: what claims to be was never initialised, and is not walked through.
 const DESCRIPTOR_LIMIT: usize = 4096;
@@ -202,7 +213,7 @@ pub(super) struct Grid {
 
 impl Grid {
     /// Checks everything but `data`, which [`Grid::bytes`] does, given the number of rows.
-    pub fn new(rows: &akv_rows, name: &str, heads: usize, dim: usize) -> Result<Grid> {
+    pub fn new(rows: &akv_rows, name: impl Display, heads: usize, dim: usize) -> Result<Grid> {
         zero(format_args!("{name}->reserved"), rows.reserved)?;
         let dtype = dtype(format_args!("{name}->dtype"), rows.dtype)?;
         let size = dtype.size();

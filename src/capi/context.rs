@@ -227,6 +227,9 @@ pub unsafe extern "C" fn akv_supports(
         let mut paths = 0;
         for shape in &config.layers {
             paths |= Options::new(&attention, "attention", config.format, shape, slots)?.paths;
+            if context.device.is_some() {
+                super::device::check_attention(&attention, "attention")?;
+            }
         }
         if !path.is_null() {
             // SAFETY: checked, and the caller's contract.

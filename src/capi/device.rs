@@ -1,10 +1,10 @@
 //! Calls on a CUDA context: checked like those on the CPU, as far as that can be done without reading the caller's
 //! memory, and launched on the caller's stream.
 
-use super::attention::{Options, apart, query_rows};
+use super::attention::{Limits, Options, apart, check_tokens, query_rows};
 use super::batch::{Object, Step};
 use super::cache;
-use super::check::{Grid, not_built, optional, pointer, within, wrong};
+use super::check::{Grid, not_built, pointer, within, wrong};
 use super::types::*;
 use crate::backend::Mode;
 use crate::backend::cuda::params::{
@@ -13,7 +13,7 @@ use crate::backend::cuda::params::{
 use crate::backend::cuda::{
     Bounds, Call, Device, MERGE_SHARED_BYTES, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, Placement};
+use crate::cache::{Batch, Cache, Config, NanPolicy, Placement};
 use crate::format::{Format, Layout, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
@@ -21,9 +21,29 @@ use std::ffi::c_void;
 /// Fails for caches that only the CPU has.
 pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
     let on_cuda = "on the CUDA backend";
+    if let Some(i) = config.layers.iter().position(|layer| layer.v_is_prefix) {
+        return Err(not_built(format_args!("{name}->layers[{i}].v_is_prefix_of_k"), 1, format_args!("0 {on_cuda}")));
+    }
+    if config.nan != NanPolicy::Error {
+        let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
+        return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));
+    }
     if config.placement != Placement::Append {
         let expected = format_args!("AKV_APPEND (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->placement"), "another placement", expected));
+    }
+    Ok(())
+}
+
+/// Fails for attention that only the CPU has.
+pub(super) fn check_attention(desc: &akv_attention_desc, name: &str) -> Result<()> {
+    for (field, null) in [("alibi_slopes", desc.alibi_slopes.is_null()), ("tree", desc.tree.is_null())] {
+        if !null {
+            return Err(not_built(format_args!("{name}->{field}"), "not NULL", "NULL on the CUDA backend"));
+        }
+    }
+    if desc.sink_tokens != 0 {
+        return Err(not_built(format_args!("{name}->sink_tokens"), desc.sink_tokens, "0 on the CUDA backend"));
     }
     Ok(())
 }
@@ -64,7 +84,7 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
     let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
     for layout in cache.layouts() {
         let dense = layout.format == Format::Raw;
-        tables.expect(Sight { causal: true, window: layout.shape.window, dense });
+        tables.expect(Sight { causal: true, window: layout.shape.window, head: 0, dense });
     }
     Ok(tables)
 }
@@ -83,7 +103,7 @@ pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, u
 pub(super) fn begin(batch: &Batch, tables: &mut Tables, stream: Stream) -> Result<usize> {
     let plan = batch.plan()?;
     batch.lengths(|sequences| {
-        tables.begin(&plan, stream, |sight| device_rows(query_rows(sequences, sight, None, None)))
+        tables.begin(&plan, stream, |sight| query_rows(sequences, sight, Limits::default()).map(device_rows))
     })??;
     Ok(plan.n_appends)
 }
@@ -129,6 +149,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
     let layout = &batch.owner.cache.layouts()[layer];
     let (shape, n_q) = (&layout.shape, step.n_q);
     let options = Options::new(desc, "desc", layout.format, shape, false)?;
+    check_attention(desc, "desc")?;
     // SAFETY: the caller's contract.
     let stream = unsafe { batch.owner.context.stream("desc->stream", desc.stream) }?;
     if !desc.threads.is_null() {
@@ -140,10 +161,10 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         pointer(desc.sink_logits, "desc->sink_logits")?;
     }
     apart(desc, &q, &out, n_q, shape)?;
-    // SAFETY: the caller's contract; both are host memory.
-    let (kv_from, kv_to): (Option<&[i64]>, Option<&[i64]>) =
-        unsafe { (optional(desc.kv_from, n_q, "desc->kv_from")?, optional(desc.kv_to, n_q, "desc->kv_to")?) };
-    super::attention::check_ranges(kv_from, kv_to)?;
+    // SAFETY: the caller's contract; it is host memory.
+    let limits = unsafe { Limits::new(desc, n_q) }?;
+    let sight = options.sight();
+    batch.batch.lengths(|sequences| check_tokens(sequences, sight, desc))??;
     batch.batch.check_appended(layer)?;
     let capturing = device.is_capturing(stream)?;
 
@@ -176,8 +197,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         desc.workspace as u64
     };
 
-    let sight = options.sight();
-    let known = if kv_from.is_none() && kv_to.is_none() { tables.rows(sight, n_q, capturing)? } else { None };
+    let known = if limits.is_empty() { tables.rows(sight, n_q, capturing)? } else { None };
     let (rows_at, n_rows) = match known {
         Some(known) => known,
         None if capturing => {
@@ -188,7 +208,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
             ));
         }
         None => {
-            let rows = batch.batch.lengths(|s| device_rows(query_rows(s, sight, kv_from, kv_to)))?;
+            let rows = batch.batch.lengths(|s| query_rows(s, sight, limits).map(device_rows))??;
             // SAFETY: the workspace has room for them.
             unsafe { device.upload(room.rows(start), bytes_of(&rows), stream) }?;
             (room.rows(start), rows.len())

@@ -10,8 +10,9 @@
 
 use super::types::*;
 use crate::{Error, Result};
+use parking_lot::RwLock;
 use std::marker::PhantomData;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 const _: () = assert!(usize::BITS == 64, "handles need 64 bits");
 
@@ -57,7 +58,7 @@ impl<H, T> Table<H, T> {
     }
 
     pub fn insert(&self, object: T) -> Result<*mut H> {
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         let index = match slots.free.pop() {
             Some(index) => index,
             None if slots.all.len() as u64 > FIELD => {
@@ -77,14 +78,14 @@ impl<H, T> Table<H, T> {
     /// The object of a live handle; `name` is the argument's, for the text.
     pub fn get(&self, handle: *const H, name: &str) -> Result<Arc<T>> {
         let index = self.index(handle, name)?;
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         slots.live(index, handle).cloned().ok_or_else(|| self.dead(name))
     }
 
     /// Takes an object out, unless anyone else holds it: then `busy` says who that may be.
     pub fn remove(&self, handle: *const H, name: &str, busy: &str) -> Result<T> {
         let index = self.index(handle, name)?;
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         if slots.live(index, handle).is_none() {
             return Err(self.dead(name));
         }
@@ -198,7 +199,7 @@ mod tests {
     fn generations_run_out_rather_than_wrap() {
         let table: Table<akv_context, u32> = Table::new(1);
         let a = table.insert(7).unwrap();
-        table.slots.write().unwrap().all[0].generation = FIELD;
+        table.slots.write().all[0].generation = FIELD;
         let last = raw(a as u64 | FIELD << 20);
         assert_eq!(table.remove(last, "a", "").unwrap(), 7);
         assert_eq!(table.insert(8).unwrap() as u64 & FIELD, 1);

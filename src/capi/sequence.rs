@@ -1,10 +1,11 @@
 //! Sequences: creation, forks, lengths, reading back.
 
-use super::check::{Bytes, Grid, count, disjoint, pointer, wrong};
+use super::check::{Bytes, Grid, count, descriptor, disjoint, pointer, wrong, zero};
 use super::handle::CACHES;
 use super::types::*;
 use super::{guard, unbuilt};
-use crate::format::{Dtype, MAX_DIM, RowsMut, Shape, TILE};
+use crate::cache::Excerpt;
+use crate::format::{Dtype, Format, MAX_LATENT, PLANES, RowsMut, Shape, TILE};
 use crate::{Error, Result, cache};
 use half::{bf16, f16};
 use std::ffi::c_void;
@@ -74,7 +75,11 @@ pub unsafe extern "C" fn akv_sequence_truncate(
     guard(|| CACHES.get(cache, "cache")?.cache.truncate(sequence, count("n_tokens", n_tokens)?))
 }
 
-/// Removes the tokens at positions `from_position <= p < to_position`. Not built yet: AKV_E_UNSUPPORTED.
+/// Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
+/// nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
+/// n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
+/// cut off, as by akv_sequence_truncate. Any number of times. AKV_E_BUSY while it is in a begun batch, or read;
+/// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -85,8 +90,14 @@ pub unsafe extern "C" fn akv_sequence_remove(
     from_position: i64,
     to_position: i64,
 ) -> akv_status {
-    let _ = (cache, sequence, from_position, to_position);
-    guard(|| unbuilt("akv_sequence_remove"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        cache.cache.check_placement(false)?;
+        if from_position > to_position {
+            return Err(wrong("to_position", to_position, format_args!("from_position ({from_position}) or more")));
+        }
+        cache.cache.remove(sequence, from_position, to_position)
+    })
 }
 
 /// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
@@ -129,7 +140,20 @@ pub unsafe extern "C" fn akv_sequence_length(
     })
 }
 
-/// Writes a sequence as a versioned, checksummed byte stream. Not built yet: AKV_E_UNSUPPORTED.
+/// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
+/// the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+/// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
+/// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
+/// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
+/// work of the CUDA context.
+///
+/// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
+/// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
+/// sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
+/// cut (others are left alone; forks that share tiles do not get them).
+///
+/// Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
+/// AKV_E_BUSY (a layer is being written).
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -137,33 +161,96 @@ pub unsafe extern "C" fn akv_sequence_length(
 pub unsafe extern "C" fn akv_sequence_export(
     cache: *mut akv_cache,
     sequence: akv_sequence,
-    flags: u32,
+    desc: *const akv_export_desc,
     write: akv_write_fn,
     user: *mut c_void,
 ) -> akv_status {
-    let _ = (cache, sequence, flags, write, user);
-    guard(|| unbuilt("akv_sequence_export"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        let write = write.ok_or_else(|| wrong("write", "NULL", "a function"))?;
+        // SAFETY: the caller's contract.
+        let desc = if desc.is_null() { None } else { Some(unsafe { descriptor(desc, "desc") }?) };
+        let excerpt = desc.map_or(Ok(Excerpt::default()), |desc| excerpt(&desc, cache.cache.config().format))?;
+        cache.cache.export(sequence, &excerpt, &mut |bytes: &[u8]| {
+            // SAFETY: the caller's function, with the caller's pointer, and bytes that live through the call.
+            unsafe { write(user, bytes.as_ptr().cast(), bytes.len()) }
+        })
+    })
 }
 
-/// Makes a sequence from such a stream; on error there is none. Not built yet: AKV_E_UNSUPPORTED.
+fn excerpt(desc: &akv_export_desc, format: Format) -> Result<Excerpt> {
+    zero("desc->flags", desc.flags)?;
+    let first_layer = count("desc->first_layer", desc.first_layer.into())?;
+    let n_layers = count("desc->n_layers", desc.n_layers.into())?;
+    let planes = |names: [&str; 2], values: [i32; 2]| {
+        let mut planes = [PLANES; 2];
+        for ((name, value), planes) in names.into_iter().zip(values).zip(&mut planes) {
+            *planes = match value {
+                0 => PLANES,
+                2..=4 if format == Format::Aligned => value as usize,
+                _ if format == Format::Aligned => {
+                    return Err(wrong(format_args!("desc->{name}"), value, "0, 2, 3 or 4"));
+                }
+                _ => return Err(wrong(format_args!("desc->{name}"), value, "0 with this format, which has no planes")),
+            };
+        }
+        Ok((values != [0; 2]).then_some((planes[0], planes[1])))
+    };
+    let known = planes(["known_k", "known_v"], [desc.known_k, desc.known_v])?;
+    if known.is_some() && (desc.known_k == 0 || desc.known_v == 0) {
+        let name = if desc.known_k == 0 { "desc->known_k" } else { "desc->known_v" };
+        return Err(wrong(name, 0, "planes of both K and V, or of neither"));
+    }
+    Ok(Excerpt {
+        first_layer,
+        n_layers: (n_layers > 0).then_some(n_layers),
+        planes: planes(["planes_k", "planes_v"], [desc.planes_k, desc.planes_v])?,
+        known,
+    })
+}
+
+/// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
+/// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+/// `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
+/// smaller exact_tail of both). Otherwise the stream brings layers that
+/// sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
+/// used in batches once it has all. `out` may be NULL then. On error there is no new sequence, and `into` is as before.
+///
+/// Errors: AKV_E_CORRUPT (damaged, no such stream, or `read` returned other than 0, as at the end of a file cut short),
+/// AKV_E_VERSION (of a later version), AKV_E_ARGUMENT (of another kind of cache: says what differs), AKV_E_CAPACITY,
+/// AKV_E_MEMORY; AKV_E_UNSUPPORTED for tiles that lack digits on CUDA. No memory is taken for more than the bytes that have
+/// come.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn akv_sequence_import(
     cache: *mut akv_cache,
+    into: akv_sequence,
     read: akv_read_fn,
     user: *mut c_void,
     out: *mut akv_sequence,
 ) -> akv_status {
-    let _ = (cache, read, user, out);
-    guard(|| unbuilt("akv_sequence_import"))
+    guard(|| {
+        let cache = CACHES.get(cache, "cache")?;
+        let read = read.ok_or_else(|| wrong("read", "NULL", "a function"))?;
+        let out = if into != 0 && out.is_null() { None } else { Some(pointer(out, "out")?) };
+        let sequence = cache.cache.import((into != 0).then_some(into), &mut |bytes: &mut [u8]| {
+            // SAFETY: the caller's function, with the caller's pointer, and bytes that live through the call.
+            unsafe { read(user, bytes.as_mut_ptr().cast(), bytes.len()) }
+        })?;
+        if let Some(out) = out {
+            // SAFETY: checked, and the caller's contract.
+            unsafe { out.write(sequence) };
+        }
+        Ok(())
+    })
 }
 
 /// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 /// as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 /// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
-/// nothing written, if a value is too large for the dtype.
+/// nothing written, if a value is too large for the dtype. Tokens that have been removed are zeros.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -235,7 +322,7 @@ pub(super) unsafe fn write_rows(
     }
     type Use<'a> = &'a mut dyn FnMut(usize, usize, &[f32], &[f32]) -> Result<()>;
     let each = |f: Use| {
-        let (mut k, mut v) = ([0.0; MAX_DIM], [0.0; MAX_DIM]);
+        let (mut k, mut v) = ([0.0; MAX_LATENT], [0.0; MAX_LATENT]);
         let (k, v) = (&mut k[..shape.dim_k], &mut v[..shape.dim_v]);
         for row in 0..n {
             for head in 0..shape.n_kv_heads {
@@ -291,6 +378,11 @@ unsafe fn output(
 
 /// A token as attention sees it with all planes.
 fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+    if view.written(token / TILE) >> (token % TILE) & 1 == 0 {
+        k.fill(0.0);
+        v.fill(0.0);
+        return;
+    }
     match &view.exact {
         Some((exact_k, exact_v)) if token < view.n_exact => {
             exact_k.read(token, head, k);
@@ -298,16 +390,21 @@ fn decode(view: &cache::SequenceView, token: usize, head: usize, k: &mut [f32], 
         }
         _ => view.layout.decode(view.page(token / TILE), head, token % TILE, k, v),
     }
+    for (side, x) in [k, v].into_iter().enumerate() {
+        if view.layout.marks(view.page(token / TILE), head, side) >> (token % TILE) & 1 == 1 {
+            x.fill(f32::NAN);
+        }
+    }
 }
 
 /// The first value that `dtype` would turn into infinity.
 fn fits(dtype: Dtype, x: &[f32]) -> Result<(), f32> {
-    let finite = |x: f32| match dtype {
-        Dtype::F32 => x.is_finite(),
-        Dtype::F16 => f16::from_f32(x).is_finite(),
-        Dtype::Bf16 => bf16::from_f32(x).is_finite(),
+    let infinite = |x: f32| match dtype {
+        Dtype::F32 => x.is_infinite(),
+        Dtype::F16 => f16::from_f32(x).is_infinite(),
+        Dtype::Bf16 => bf16::from_f32(x).is_infinite(),
     };
-    x.iter().find(|&&x| !finite(x)).map_or(Ok(()), |&x| Err(x))
+    x.iter().find(|&&x| infinite(x)).map_or(Ok(()), |&x| Err(x))
 }
 
 fn too_large(name: &str, row: usize, head: usize, x: f32, dtype: Dtype) -> Error {

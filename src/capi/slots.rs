@@ -1,6 +1,6 @@
 //! Placements where the engine's cells are the truth (AKV_SLOTS, AKV_ATTACHED), and their masks.
 
-use super::attention::{Frame, MAX_PROGRESSIVE, Scene};
+use super::attention::{Asking, Frame, MAX_PROGRESSIVE, Scene};
 use super::batch::WORKSPACE_ALIGN;
 use super::check::{Bytes, Grid, array, count, descriptor, pointer, within, wrong};
 use super::handle::{CACHES, CONTEXTS, MASKS};
@@ -9,8 +9,9 @@ use super::types::*;
 use super::{cache, context, guard};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Mask, QueryRow};
-use crate::cache::{SequenceView, SlotLayer};
-use crate::format::{Dtype, Rows, TILE};
+use crate::cache::{NanPolicy, SequenceView, SlotLayer};
+use crate::error::{collect, reserve};
+use crate::format::{Clean, Dtype, Rows, TILE};
 use crate::{Error, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
 use std::ffi::c_void;
@@ -80,7 +81,9 @@ unsafe fn write(
     key: *const akv_rows,
     value: *const akv_rows,
 ) -> Result<()> {
-    let mut cells = cache.cache.write_slots(cache.layer(layer)?)?;
+    let index = cache.layer(layer)?;
+    let place = |error: Error| error.at(format_args!("layer {index}"));
+    let mut cells = cache.cache.write_slots(index)?;
     let n = count("n", n)?;
     // SAFETY: the caller's contract.
     let slots = unsafe { array(slots, n, "slots") }?;
@@ -96,8 +99,9 @@ unsafe fn write(
             }
         }
         let changed = || slots.iter().map(|&slot| slot as usize);
-        layout.check_rows("attached key", &k, changed())?;
-        layout.check_rows("attached value", &v, changed())?;
+        for (name, rows) in [("attached key", &k), ("attached value", &v)] {
+            layout.check_rows(name, rows, changed()).map_err(place)?;
+        }
         cells.write(slots, None, None);
         return Ok(());
     }
@@ -111,18 +115,29 @@ unsafe fn write(
     if k.is_none() && v.is_none() {
         return Err(wrong("key, value", "NULL", "rows of one of them at least"));
     }
-    for (name, rows) in [("key", &k), ("value", &v)] {
+    let clean = |rows: &Option<Rows>| match (cache.cache.config().nan, rows) {
+        (NanPolicy::Error, _) | (_, None) => Ok(None),
+        (_, Some(rows)) => Clean::new(rows, n, shape.n_kv_heads),
+    };
+    let (clean_k, clean_v) = (clean(&k)?, clean(&v)?);
+    let pairs = [("key", k, &clean_k), ("value", v, &clean_v)];
+    let [k, v] = pairs.map(|(name, rows, clean)| (name, rows.map(|rows| clean.as_ref().map_or(rows, Clean::rows))));
+    for (name, rows) in [k, v] {
         if let Some(rows) = rows {
-            layout.check_rows(name, rows, 0..n)?;
+            layout.check_rows(name, &rows, 0..n).map_err(place)?;
         }
     }
-    cells.write(slots, k, v);
+    cells.write(slots, k.1, v.1);
+    if layout.marked() {
+        let bad = [(k.1, &clean_k), (v.1, &clean_v)];
+        cells.mark(slots, bad.map(|(rows, clean)| rows.map(|_| clean.as_ref().map_or(&[][..], Clean::bad))));
+    }
     Ok(())
 }
 
 /// What a query row sees of its span.
 fn query_row(view: &SequenceView, sequence: usize, mask: Option<&Mask>, row: usize, dense: bool) -> QueryRow {
-    let mut seen = QueryRow { sequence, from: 0, to: 0, n: 0, dense };
+    let mut seen = QueryRow::new(sequence, 0, 0, dense);
     for tile in 0..view.len.div_ceil(TILE) {
         let within = crate::format::range_bits(0, TILE.min(view.len - tile * TILE));
         let cells = mask.map_or(u128::MAX, |mask| mask.seen(row, tile)) & view.written(tile) & within;
@@ -177,28 +192,39 @@ unsafe fn attend(
     let layout = &cache.cache.layouts()[layer];
     // SAFETY: the caller's contract.
     unsafe { cache.context.stream("desc->stream", desc.stream) }?;
+    let place = |row: usize| {
+        let mut end = 0;
+        let span = spans.iter().position(|span| {
+            end += span.n_q as usize;
+            row < end
+        });
+        format!("layer {layer}, spans[{}]", span.unwrap_or(0))
+    };
+    let asking = Asking { n_q, max_kv, nan: cache.cache.config().nan, place: &place };
     // SAFETY: the caller's contract.
-    let frame = unsafe { Frame::new(desc, layout, true, n_q, max_kv, MAX_THREADS, cpu) }?;
+    let frame = unsafe { Frame::new(desc, layout, true, asking, MAX_THREADS, cpu) }?;
     let mask = mask.as_ref().map(|mask| mask.mask.try_read().ok_or_else(busy)).transpose();
     // From here on a thread that fails takes its error through the call, so that all of them meet at every barrier.
     let cells = cache.cache.read_slots(layer).and_then(|cells| cells.attached().map(|_| ()).map(|()| cells));
     let prepared: Result<(Option<RwLockReadGuard<Mask>>, RwLockReadGuard<SlotLayer>)> =
         mask.and_then(|mask| cells.map(|cells| (mask, cells)));
-    let (mut views, mut rows) = (Vec::new(), Vec::new());
-    if let Ok((mask, cells)) = &prepared {
+    let seen = prepared.as_ref().map_err(Clone::clone).and_then(|(mask, cells)| {
+        let (mut views, mut rows) = (Vec::new(), Vec::new());
+        reserve(&mut views, n_spans)?;
+        reserve(&mut rows, n_q)?;
         for (i, span) in spans.iter().enumerate() {
             let view = cells.view(span.stream as usize, span.n_kv as usize);
             let dense = frame.options.all_dense || span.n_q as usize > MAX_PROGRESSIVE;
             for _ in 0..span.n_q {
-                rows.push(query_row(&view, i, mask.as_deref(), rows.len(), dense));
+                let row = query_row(&view, i, mask.as_deref(), rows.len(), dense);
+                rows.push(QueryRow { many: span.n_q as usize > MAX_PROGRESSIVE, ..row });
             }
             views.push(view);
         }
-    }
-    let scene = match &prepared {
-        Ok((mask, _)) => Ok(Scene { sequences: &views, rows: &rows, mask: mask.as_deref() }),
-        Err(error) => Err(error.clone()),
-    };
+        Ok((views, rows, mask.as_deref()))
+    });
+    let scene = seen.as_ref().map_err(Clone::clone);
+    let scene = scene.map(|(sequences, rows, mask)| Scene { sequences, rows, mask: *mask, positions: None });
     // SAFETY: the caller's contract.
     unsafe { frame.run(cpu, scene, &cache.workspaces) }
 }
@@ -266,7 +292,10 @@ pub unsafe extern "C" fn akv_slots_read(
             return Err(Error::Argument(format!("cache is AKV_ATTACHED, whose rows are the caller's: {expected}")));
         }
         let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
-        let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| cells.read(first + row, head, k, v);
+        let read = |row: usize, head: usize, k: &mut [f32], v: &mut [f32]| {
+            cells.read(first + row, head, k, v);
+            cells.spread(first + row, head, k, v);
+        };
         // SAFETY: the caller's contract.
         unsafe { write_rows(key, value, n, &cells.layout().shape, read) }
     })
@@ -282,8 +311,7 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
         // All locks before the first change.
-        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
-        for mut cells in cells? {
+        for mut cells in collect(layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)))? {
             let (first, n) = stretch(&cells, ["first", "n"], first, n)?;
             cells.invalidate(first, n);
         }
@@ -302,9 +330,10 @@ pub unsafe extern "C" fn akv_slots_invalidate(cache: *mut akv_cache, layer: i32,
 pub unsafe extern "C" fn akv_slots_copy(cache: *mut akv_cache, layer: i32, from: i64, to: i64, n: i64) -> akv_status {
     guard(|| {
         let cache = CACHES.get(cache, "cache")?;
-        let cells: Result<Vec<_>> = layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)).collect();
         // What can fail comes before the first change.
-        let (mut cells, mut spares) = (cells?, Vec::new());
+        let mut cells = collect(layers(&cache, layer)?.map(|layer| cache.cache.write_slots(layer)))?;
+        let mut spares = Vec::new();
+        reserve(&mut spares, cells.len())?;
         for cells in &cells {
             if cells.is_index() {
                 let expected = "expected AKV_SLOTS";

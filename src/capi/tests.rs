@@ -552,7 +552,9 @@ fn support_is_told_beforehand() {
         let attached = akv_cache_desc { placement: AKV_ATTACHED, format: AKV_FORMAT_RAW, ..slots };
         assert_eq!(supports(attached, &call).0, AKV_E_ARGUMENT);
         let tree = std::ptr::dangling();
-        assert_eq!(supports(cache, &akv_attention_desc { tree, ..call }).0, AKV_E_UNSUPPORTED);
+        assert_eq!(supports(cache, &akv_attention_desc { tree, ..call }).0, AKV_OK);
+        assert_eq!(supports(published, &akv_attention_desc { tree, ..call }).0, AKV_E_ARGUMENT);
+        assert_eq!(supports(slots, &akv_attention_desc { tree, ..call }).0, AKV_E_ARGUMENT);
         assert_eq!(supports(cache, &akv_attention_desc { tolerance: -1.0, ..call }).0, AKV_E_ARGUMENT);
         assert_eq!(supports(akv_cache_desc { flags: 1, ..cache }, null()).0, AKV_E_ARGUMENT);
     }

@@ -105,11 +105,14 @@ pub const AKV_CAUSAL: i32 = 0;
 pub const AKV_FULL: i32 = 1;
 
 /// # NaN or infinity in K, V or q: akv_cache_desc.nan_policy
-/// The call fails with AKV_E_NONFINITE.
+/// The call fails with AKV_E_NONFINITE; its text names sequence, layer, argument, row and head.
 pub const AKV_NAN_ERROR: i32 = 0;
-/// It spreads to what it touches. Not built yet: AKV_E_UNSUPPORTED.
+/// It spreads to what it touches: where a query row sees a token whose K or V has one on a KV head, all query heads of
+/// that KV head get NaN as output, lse and amplitude, and infinity as bounds and estimate; where q has one, that row's
+/// head does. The rest is as if these were 0. Read back, such rows are NaN. It costs 32 bytes per tile and KV head.
+/// On the CPU, not with AKV_ATTACHED.
 pub const AKV_NAN_PROPAGATE: i32 = 1;
-/// It is stored as 0. Not built yet: AKV_E_UNSUPPORTED.
+/// It counts as 0, and is stored so. On the CPU, not with AKV_ATTACHED.
 pub const AKV_NAN_ZERO: i32 = 2;
 
 /// # RoPE pairings: akv_rope.pairing
@@ -151,9 +154,10 @@ pub struct akv_mask {
 /// another cache.
 pub type akv_sequence = u64;
 
-/// Takes `n` bytes that are being exported. Returns 0 to go on; anything else ends the export.
+/// Takes `n` bytes (at most 65536) that are being exported. Returns 0 to go on; anything else ends the export.
 pub type akv_write_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *const c_void, n: usize) -> c_int>;
-/// Fills `n` bytes that are being imported. Returns 0 to go on; anything else ends the import.
+/// Fills `n` bytes (at most 65536) that are being imported; no byte beyond the stream's end is asked for. Returns 0 to go
+/// on; anything else ends the import.
 pub type akv_read_fn = Option<unsafe extern "C" fn(user: *mut c_void, bytes: *mut c_void, n: usize) -> c_int>;
 /// Allocates `bytes` aligned to `align` (a power of two) for `backend` (AKV_CPU: host memory), or returns NULL.
 /// `stream` is NULL for host memory. Called from any thread that calls the library; must not call back into it.
@@ -215,13 +219,13 @@ pub struct akv_context_desc {
 #[derive(Debug, Clone, Copy)]
 pub struct akv_layer_desc {
     /// Query heads: a multiple of n_kv_heads; query head h reads KV head h / (n_q_heads / n_kv_heads). Groups of
-    /// up to 64.
+    /// up to 64 (128 where v_is_prefix_of_k).
     pub n_q_heads: i32,
     /// KV heads, 1 to 4096.
     pub n_kv_heads: i32,
-    /// Channels of q and K (head_dim): a multiple of 8 from 16 to 256.
+    /// Channels of q and K (head_dim): a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k).
     pub dim_k: i32,
-    /// Channels of V and of the output: a multiple of 8 from 16 to 256; 0 = dim_k.
+    /// Channels of V and of the output: a multiple of 8 from 16 to 256 (576 where v_is_prefix_of_k); 0 = dim_k.
     pub dim_v: i32,
     /// AKV_F32, AKV_F16 or AKV_BF16: element type of the K rows that will be appended.
     pub dtype_k: i32,
@@ -233,13 +237,17 @@ pub struct akv_layer_desc {
     /// The same of V.
     pub planes_v: i32,
     /// Sliding window: a row at position p sees positions above p - window; 0 = none. 0 with AKV_SLOTS and AKV_ATTACHED,
-    /// whose masks say it.
+    /// whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
+    /// their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
     pub window: i32,
     /// Layers whose page tables are shared; 0 (the only one built).
     pub group: i32,
     /// 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
     pub share_with: i32,
-    /// Non-zero: V is the first dim_v channels of K (MLA). Not built yet.
+    /// 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
+    /// query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the
+    /// dense path, which reads all stored planes of K. AKV_APPEND on the CPU only, not AKV_FORMAT_PUBLISHED. 0: V has
+    /// rows of its own.
     pub v_is_prefix_of_k: i32,
 }
 
@@ -338,6 +346,30 @@ pub struct akv_rope {
     pub inv_freq: *const f32,
 }
 
+/// What of a sequence is exported. Zeroed apart from `struct_size`: everything.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct akv_export_desc {
+    /// sizeof(akv_export_desc).
+    pub struct_size: u32,
+    /// 0.
+    pub flags: u32,
+    /// First layer.
+    pub first_layer: i32,
+    /// Layers; 0 = all from first_layer on.
+    pub n_layers: i32,
+    /// Digit planes of K, from the first, that the importing side will have: 2 to 4, with AKV_FORMAT_ALIGNED; 0 = all that
+    /// are stored. Tiles whose rows are kept as given (the open one, and the exact tail's) are exported whole.
+    pub planes_k: i32,
+    /// The same of V.
+    pub planes_v: i32,
+    /// Digit planes of K that it has by an earlier export of the same tokens: only further ones are exported. 0 = none,
+    /// and then known_v is 0, too.
+    pub known_k: i32,
+    /// The same of V.
+    pub known_v: i32,
+}
+
 /// One model step, or (in akv_batch_create) the bounds of all steps that a batch will serve.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -351,7 +383,7 @@ pub struct akv_batch_desc {
     /// `[n_sequences]` tokens that the step appends to each (0 allowed); NULL = 0 for all.
     pub n_new: *const i32,
     /// `[n_sequences]` query rows of each (0 allowed): its last n_q tokens, new or not; NULL = as n_new. Prefill and
-    /// decode may mix.
+    /// decode may mix. More than there are tokens: see akv_aligned_attention.
     pub n_q: *const i32,
     /// `[sum of n_new]` positions of the new tokens, sequence by sequence, never descending within a sequence (its
     /// older tokens included); NULL = consecutive from the last one. Causal visibility and windows go by them.
@@ -458,7 +490,14 @@ pub struct akv_attention_desc {
     pub visibility: i32,
     /// Sliding window of this call; 0 = the layer's.
     pub window: i32,
-    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask not built yet.
+    /// First tokens of a sequence that its rows see in spite of a window (attention sinks), on the CPU; 0 = none. Not
+    /// for AKV_FORMAT_PUBLISHED.
+    pub sink_tokens: i32,
+    /// 0.
+    pub reserved: i32,
+    /// `[n_q_heads]`: factors of what `mask` adds; NULL = 1. Without a mask (ALiBi of sequences, on the CPU): to a score of
+    /// head h, after the cap, is added alibi_slopes[h] times the distance, the token's position less the query row's;
+    /// NULL = nothing. Not for AKV_FORMAT_PUBLISHED.
     pub alibi_slopes: *const f32,
     /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
     /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
@@ -470,7 +509,12 @@ pub struct akv_attention_desc {
     pub kv_from: *const i64,
     /// `[sum of n_q]`: and only those below kv_to[r]; NULL = no limit.
     pub kv_to: *const i64,
-    /// `[sum of n_q]` bits over the last 64 tokens, for speculative trees; NULL = none (the only one built).
+    /// `[sum of n_q]`, for speculative trees (on the CPU): of the last 64 tokens of its sequence, the step's new ones
+    /// included, row r sees only those whose bit is set in tree[r], of what it would see. Bit 63 is the sequence's last
+    /// token, bit 63 - i the token i before it; the row's own token has a bit like any other, bits of tokens that are not
+    /// there do not count, and tokens before the last 64 are seen as ever. If the step's n new tokens (below 64) are a
+    /// tree, each after its parent, then the row of node r sees what came before and the nodes j with bit j set in `path`
+    /// by tree[r] = path << (64 - n) | UINT64_MAX >> n. NULL = none. Not for AKV_FORMAT_PUBLISHED.
     pub tree: *const u64,
     /// Each of the next five is NULL or `[sum of n_q][n_q_heads]` f32, contiguous, and feeds akv_merge_states.
     /// Log of the softmax's normaliser: log sum exp(score).
@@ -526,9 +570,10 @@ const _: () = {
     assert!(size_of::<akv_usage>() == 64);
     assert!(size_of::<akv_rows>() == 32);
     assert!(size_of::<akv_rope>() == 24);
+    assert!(size_of::<akv_export_desc>() == 32 && offset_of!(akv_export_desc, planes_k) == 16);
     assert!(size_of::<akv_batch_desc>() == 64 && offset_of!(akv_batch_desc, max_kv) == 48);
     assert!(size_of::<akv_threads>() == 24);
     assert!(size_of::<akv_stats>() == 144 && offset_of!(akv_stats, backend) == 128);
-    assert!(size_of::<akv_attention_desc>() == 224 && offset_of!(akv_attention_desc, alibi_slopes) == 96);
+    assert!(size_of::<akv_attention_desc>() == 232 && offset_of!(akv_attention_desc, alibi_slopes) == 104);
     assert!(size_of::<akv_state>() == 48);
 };

@@ -12,11 +12,16 @@
 //! | V scale bytes | `[TILE]` | |
 //! | V mean | `[dim_v]` int8 | of a closed tile; in sixteenths of a scale of its own; all 0 while it is open |
 //! | meta | 12 bytes | see [`Meta`] |
+//!
+//! Where V is a part of K there are no arrays of V.
 
 use super::layout::align;
 use super::{
-    Bits, LEFT, MAX_DIM, OFFSET, PLANES, Rows, Shape, Source, TILE, decode, encode as code_of, inverse, scale,
+    Bits, LEFT, MAX_DIM, MAX_LATENT, OFFSET, PLANES, Planes, Rows, Shape, Source, TILE, decode, encode as code_of,
+    inverse, scale,
 };
+use crate::Result;
+use std::ops::Range;
 
 pub(super) struct Offsets {
     k_rest: usize,
@@ -31,12 +36,13 @@ pub(super) struct Offsets {
 impl Offsets {
     #[inline(always)]
     pub fn new(s: &Shape) -> Offsets {
+        let (dim_v, v_tokens) = (s.stored_v(), s.v_tokens());
         let k_rest = align(TILE * s.dim_k / 2);
         let v = k_rest + align(TILE * (s.planes_k - 1) * s.dim_k / 2);
-        let k_scales = v + align(TILE * s.planes_v * s.dim_v / 2);
+        let k_scales = v + align(TILE * s.planes_v * dim_v / 2);
         let v_scales = k_scales + align(s.dim_k);
-        let v_mean = v_scales + align(TILE);
-        let meta = v_mean + align(s.dim_v);
+        let v_mean = v_scales + align(v_tokens);
+        let meta = v_mean + align(dim_v);
         Offsets { k_rest, v, k_scales, v_scales, v_mean, meta, bytes: meta + align(Meta::BYTES) }
     }
 }
@@ -52,15 +58,24 @@ pub struct Meta {
     pub slack: f32,
     /// Scale byte of the V mean.
     pub v_mean: u8,
+    /// Last planes of K that are stored but hold nothing: they have not been imported.
+    pub missing_k: u8,
+    /// The same of V.
+    pub missing_v: u8,
 }
 
 impl Meta {
     /// Bytes of it in a page.
     pub const BYTES: usize = 12;
 
+    /// Bytes of it that do not depend on what has been imported.
+    const LASTING: usize = 9;
+
+    const NONE: Meta = Meta { digit_sum: 0, digit_square_sum: 0, slack: 0.0, v_mean: 0, missing_k: 0, missing_v: 0 };
+
     /// Of an open tile: what holds for any digits, so that it does not depend on how the rows came in.
     fn open(dim: usize, slack: f32) -> Meta {
-        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack, v_mean: 0 }
+        Meta { digit_sum: (8 * dim) as u16, digit_square_sum: (64 * dim) as u16, slack, ..Meta::NONE }
     }
 
     #[inline(always)]
@@ -70,6 +85,8 @@ impl Meta {
             digit_square_sum: u16::from_le_bytes([bytes[2], bytes[3]]),
             slack: f32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
             v_mean: bytes[8],
+            missing_k: bytes[9],
+            missing_v: bytes[10],
         }
     }
 
@@ -77,7 +94,7 @@ impl Meta {
         bytes[0..2].copy_from_slice(&self.digit_sum.to_le_bytes());
         bytes[2..4].copy_from_slice(&self.digit_square_sum.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.slack.to_le_bytes());
-        bytes[8..12].copy_from_slice(&[self.v_mean, 0, 0, 0]);
+        bytes[8..12].copy_from_slice(&[self.v_mean, self.missing_k, self.missing_v, 0]);
     }
 }
 
@@ -106,17 +123,17 @@ impl<'a> Tile<'a> {
     /// The tile in a head's part of a page.
     #[inline(always)]
     pub fn new(s: &Shape, part: &'a [u8]) -> Tile<'a> {
-        let o = Offsets::new(s);
+        let (o, dim_v) = (Offsets::new(s), s.stored_v());
         Tile {
             k0: &part[..TILE * s.dim_k / 2],
             k_rest: &part[o.k_rest..o.k_rest + TILE * (s.planes_k - 1) * s.dim_k / 2],
-            v: &part[o.v..o.v + TILE * s.planes_v * s.dim_v / 2],
+            v: &part[o.v..o.v + TILE * s.planes_v * dim_v / 2],
             k_scales: &part[o.k_scales..o.k_scales + s.dim_k],
-            v_scales: &part[o.v_scales..o.v_scales + TILE],
-            v_mean: &part[o.v_mean..o.v_mean + s.dim_v],
+            v_scales: &part[o.v_scales..o.v_scales + s.v_tokens()],
+            v_mean: &part[o.v_mean..o.v_mean + dim_v],
             meta: Meta::read(&part[o.meta..]),
             dim_k: s.dim_k,
-            dim_v: s.dim_v,
+            dim_v,
         }
     }
 
@@ -130,6 +147,18 @@ impl<'a> Tile<'a> {
     #[inline(always)]
     pub fn planes_v(&self) -> usize {
         self.v.len() / (TILE * self.dim_v / 2)
+    }
+
+    /// Planes of K that hold digits.
+    #[inline(always)]
+    pub fn known_k(&self) -> usize {
+        self.planes_k() - usize::from(self.meta.missing_k)
+    }
+
+    /// Planes of V that hold digits.
+    #[inline(always)]
+    pub fn known_v(&self) -> usize {
+        self.planes_v() - usize::from(self.meta.missing_v)
     }
 
     /// Planes 1 and up of a token's K, one after another.
@@ -277,14 +306,14 @@ impl<'a> PartMut<'a> {
         let (k_scales, rest) = scales.split_at_mut(o.v_scales - o.k_scales);
         let (v_scales, rest) = rest.split_at_mut(o.v_mean - o.v_scales);
         let (v_mean, meta) = rest.split_at_mut(o.meta - o.v_mean);
-        let (k_scales, v_mean) = (&mut k_scales[..s.dim_k], &mut v_mean[..s.dim_v]);
+        let (k_scales, v_mean) = (&mut k_scales[..s.dim_k], &mut v_mean[..s.stored_v()]);
         PartMut { k0, k_rest, v, k_scales, v_scales, v_mean, meta }
     }
 
     /// Writes the digits of a token's K codes.
     #[inline(always)]
     fn put_k(&mut self, row: usize, half: usize, planes: usize, codes: &[u16]) {
-        let mut first = [0u8; MAX_DIM / 2];
+        let mut first = [0u8; MAX_LATENT / 2];
         pack(codes, 0, &mut first[..half]);
         for (b, word) in (0..half).step_by(4).zip(first[..half].chunks_exact(4)) {
             let at = k0_place(row, b, half);
@@ -323,8 +352,75 @@ pub(super) fn encode(
     to: usize,
 ) {
     encode_keys(s, part, base.map(|base| (base, source.base_rows)), &source.k, head, skip, from, to);
-    encode_values(s, part, &source.v, head, skip, from, to);
+    if !s.v_is_prefix {
+        encode_values(s, part, &source.v, head, skip, from, to);
+    }
 }
+
+/// See [`super::Layout::stretches`].
+pub(super) fn stretches(
+    s: &Shape,
+    rows: usize,
+    planes: Planes,
+    f: &mut impl FnMut(Range<usize>) -> Result<()>,
+) -> Result<()> {
+    let (o, half, half_v) = (Offsets::new(s), s.dim_k / 2, s.stored_v() / 2);
+    if planes.k.0 == 0 && planes.k.1 > 0 {
+        let (whole, more) = (rows / LANES * LANES * half, rows % LANES);
+        f(0..whole)?;
+        for word in (0..if more > 0 { half } else { 0 }).step_by(4) {
+            let at = whole + word * LANES;
+            f(at..at + 4 * more)?;
+        }
+    }
+    // Planes from `from` to `to` of the `n` that lie together for every token.
+    let mut digits = |start: usize, n: usize, bytes: usize, from: usize, to: usize| {
+        if (from, to) == (0, n) {
+            return f(start..start + rows * n * bytes);
+        }
+        for row in 0..if from < to { rows } else { 0 } {
+            f(start + (row * n + from) * bytes..start + (row * n + to) * bytes)?;
+        }
+        Ok(())
+    };
+    digits(o.k_rest, s.planes_k - 1, half, planes.k.0.saturating_sub(1), planes.k.1.saturating_sub(1))?;
+    digits(o.v, s.planes_v, half_v, planes.v.0, planes.v.1)?;
+    if planes.k.0 == 0 {
+        for (at, bytes) in [
+            (o.k_scales, s.dim_k),
+            (o.v_scales, rows.min(s.v_tokens())),
+            (o.v_mean, s.stored_v()),
+            (o.meta, Meta::LASTING),
+        ] {
+            f(at..at + bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// True if what attention computes with is within what [`encode`] writes; digits and scales are, whatever they are.
+pub(super) fn sound(s: &Shape, part: &[u8]) -> bool {
+    let at = Offsets::new(s).meta;
+    let meta = Meta::read(&part[at..]);
+    let sums = usize::from(meta.digit_sum) <= 8 * s.dim_k && usize::from(meta.digit_square_sum) <= 64 * s.dim_k;
+    sums && (0.0..=SLACK_LIMIT).contains(&meta.slack)
+}
+
+/// Planes of K and of V that hold digits.
+pub(super) fn known(s: &Shape, part: &[u8]) -> (usize, usize) {
+    let tile = Tile::new(s, part);
+    (tile.known_k(), tile.known_v())
+}
+
+/// Says that the first planes hold digits, and the others nothing.
+pub(super) fn set_known(s: &Shape, part: &mut [u8], k: usize, v: usize) {
+    let at = Offsets::new(s).meta;
+    let (missing_k, missing_v) = ((s.planes_k - k) as u8, (s.planes_v - v) as u8);
+    Meta { missing_k, missing_v, ..Meta::read(&part[at..]) }.write(&mut part[at..]);
+}
+
+/// No tile has lost more: it would be worth nothing.
+const SLACK_LIMIT: f32 = 65536.0;
 
 /// Functions that are compiled for wide vectors too, and called so where the machine has them: the arithmetic is the same,
 /// and so are the bytes.
@@ -381,13 +477,13 @@ fn keys(
 ) {
     let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
     let mut part = PartMut::new(s, part);
-    let mut x = [0.0f32; MAX_DIM];
+    let mut x = [0.0f32; MAX_LATENT];
     let x = &mut x[..d];
     let base = base.map(|(part, rows)| (Tile::new(s, part), rows));
     if from == 0 {
         part.k_scales.fill(0);
     }
-    let mut peak = [0.0f32; MAX_DIM];
+    let mut peak = [0.0f32; MAX_LATENT];
     for row in from.max(skip)..to {
         k.read_finite(row, head, x);
         raise(&mut peak, x);
@@ -402,7 +498,8 @@ fn keys(
         for row in skip..from {
             let value = match &base {
                 Some((tile, rows)) if row < *rows => {
-                    decode(tile.k_stored(row, c, planes), planes) * scale(tile.k_scales[c])
+                    let known = tile.known_k();
+                    decode(tile.k_stored(row, c, known), known) * scale(tile.k_scales[c])
                 }
                 _ => k.element(row, head, c),
             };
@@ -413,7 +510,7 @@ fn keys(
 
     // Rows that only the base knows carry its error, grown by what re-encoding them lost.
     let slack = base.map_or(0.0, |(tile, _)| {
-        let lost = LEFT[planes] + tile.meta.slack;
+        let lost = LEFT[tile.known_k()] + tile.meta.slack;
         (0..d).fold(tile.meta.slack, |slack, c| {
             let (old, new) = (scale(tile.k_scales[c]), scale(part.k_scales[c]));
             if part.k_scales[c] > tile.k_scales[c] { slack.max(lost * (old / new)) } else { slack }
@@ -421,12 +518,15 @@ fn keys(
     });
     let whole = if to == TILE { digit_sums(part.k0, half, skip) } else { (8 * d as u32, 64 * d as u32) };
     let v_mean = if from == 0 { 0 } else { Meta::read(part.meta).v_mean };
-    Meta { digit_sum: whole.0 as u16, digit_square_sum: whole.1 as u16, slack, v_mean }.write(part.meta);
+    // And no more planes than it has.
+    let Meta { missing_k, missing_v, .. } = base.map_or(Meta::NONE, |(tile, _)| tile.meta);
+    let (digit_sum, digit_square_sum) = (whole.0 as u16, whole.1 as u16);
+    Meta { digit_sum, digit_square_sum, slack, v_mean, missing_k, missing_v }.write(part.meta);
 }
 
 /// Raises the peaks to the magnitudes of a row.
 #[inline(always)]
-fn raise(peak: &mut [f32; MAX_DIM], x: &[f32]) {
+fn raise(peak: &mut [f32; MAX_LATENT], x: &[f32]) {
     for (p, v) in peak.iter_mut().zip(x.iter()) {
         *p = if v.abs() > *p { v.abs() } else { *p };
     }
@@ -436,8 +536,11 @@ fn raise(peak: &mut [f32; MAX_DIM], x: &[f32]) {
 #[inline(always)]
 fn put_rows(s: &Shape, part: &mut PartMut, k: &Rows, head: usize, rows: impl Iterator<Item = (usize, bool)>) {
     let d = s.dim_k;
-    let factors: [f32; MAX_DIM] = std::array::from_fn(|c| part.k_scales.get(c).map_or(0.0, |&u| inverse(u)));
-    let (mut x, mut codes) = ([0.0f32; MAX_DIM], [ZERO; MAX_DIM]);
+    let mut factors = [0.0f32; MAX_LATENT];
+    for (factor, &u) in factors.iter_mut().zip(part.k_scales.iter()) {
+        *factor = inverse(u);
+    }
+    let (mut x, mut codes) = ([0.0f32; MAX_LATENT], [ZERO; MAX_LATENT]);
     let (x, codes) = (&mut x[..d], &mut codes[..d]);
     for (row, zero) in rows {
         if zero {
@@ -469,8 +572,8 @@ pub(super) fn blank(s: &Shape, part: &mut [u8]) {
 pub(super) fn rewrite_keys(s: &Shape, part: &mut [u8], k: &Rows, head: usize, new: u128, written: u128, known: u128) {
     let (d, half, planes) = (s.dim_k, s.dim_k / 2, s.planes_k);
     let mut part = PartMut::new(s, part);
-    let mut x = [0.0f32; MAX_DIM];
-    let mut peak = [0.0f32; MAX_DIM];
+    let mut x = [0.0f32; MAX_LATENT];
+    let mut peak = [0.0f32; MAX_LATENT];
     for row in Bits(new) {
         k.read_finite(row, head, &mut x[..d]);
         raise(&mut peak, &x[..d]);
@@ -599,11 +702,12 @@ fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut
     let (d, row_bytes) = (s.dim_v, s.planes_v * s.dim_v / 2);
     let (mut sums, mut x) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
     let (sums, x) = (&mut sums[..d], &mut x[..d]);
+    let known = s.planes_v - usize::from(Meta::read(part.meta).missing_v).min(s.planes_v);
     for row in skip..TILE {
         if s.planes_v == 0 {
             v.read_finite(row, head, x);
         } else {
-            decode_v(&part.v[row * row_bytes..(row + 1) * row_bytes], part.v_scales[row], s.planes_v, x);
+            decode_v(&part.v[row * row_bytes..(row + 1) * row_bytes], part.v_scales[row], known, x);
         }
         for (sum, x) in sums.iter_mut().zip(x.iter()) {
             *sum += x;
@@ -621,10 +725,10 @@ fn encode_mean(s: &Shape, skip: usize, v: &Rows, head: usize, part: &mut PartMut
 
 /// Forgets what only a whole tile has.
 pub(super) fn reopen(s: &Shape, part: &mut [u8]) {
-    let (v_mean, meta) = part[Offsets::new(s).v_mean..].split_at_mut(align(s.dim_v));
+    let (v_mean, meta) = part[Offsets::new(s).v_mean..].split_at_mut(align(s.stored_v()));
     v_mean.fill(0);
-    let slack = Meta::read(meta).slack;
-    Meta::open(s.dim_k, slack).write(meta);
+    let Meta { slack, missing_k, missing_v, .. } = Meta::read(meta);
+    Meta { missing_k, missing_v, ..Meta::open(s.dim_k, slack) }.write(meta);
 }
 
-const _: () = assert!(PLANES == 4 && 64 * 256 <= u16::MAX as usize);
+const _: () = assert!(PLANES == 4 && 64 * MAX_LATENT <= u16::MAX as usize);

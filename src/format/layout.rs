@@ -2,6 +2,7 @@
 
 use super::{Dtype, MAX_DIM, PLANES, Rows, RowsMut, TILE, aligned, published, raw};
 use crate::{Error, Result};
+use std::ops::Range;
 
 /// How a cache stores its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,12 +36,26 @@ pub struct Shape {
     pub planes_v: usize,
     /// Sliding window in positions; 0 = none.
     pub window: usize,
+    /// V is the first `dim_v` channels of K, and not stored by itself.
+    pub v_is_prefix: bool,
 }
 
 impl Shape {
     /// Query heads that share a KV head.
     pub fn group(&self) -> usize {
         self.n_q_heads / self.n_kv_heads
+    }
+
+    /// Channels of V that are stored beside K.
+    #[inline(always)]
+    pub fn stored_v(&self) -> usize {
+        if self.v_is_prefix { 0 } else { self.dim_v }
+    }
+
+    /// Tokens of a tile with V of their own.
+    #[inline(always)]
+    pub(super) fn v_tokens(&self) -> usize {
+        if self.v_is_prefix { 0 } else { TILE }
     }
 }
 
@@ -65,6 +80,19 @@ pub struct Layout {
     /// Shape.
     pub shape: Shape,
     part: usize,
+    /// Pages end with marks.
+    marked: bool,
+}
+
+/// Of each KV head, tokens of a tile whose K, and whose V, were no numbers: two words of 128 bits.
+const MARKS: usize = 2 * size_of::<u128>();
+
+/// Digit planes of K and of V, from one to before another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Planes {
+    pub k: (usize, usize),
+    pub v: (usize, usize),
 }
 
 /// Arrays start on cache lines.
@@ -80,12 +108,50 @@ impl Layout {
             Format::Published => published::Offsets::new(&shape).bytes,
             Format::Raw => raw::Offsets::new(&shape).bytes,
         };
-        Layout { format, shape, part }
+        Layout { format, shape, part, marked: false }
     }
 
-    /// Bytes of a page: a tile of every KV head.
+    /// The same with room for marks: which rows were no numbers, and are stored without them.
+    pub fn with_marks(self) -> Layout {
+        Layout { marked: true, ..self }
+    }
+
+    /// True if pages have marks.
+    pub fn marked(&self) -> bool {
+        self.marked
+    }
+
+    /// Bytes of a page: a tile of every KV head, and the marks.
     pub fn page_bytes(&self) -> usize {
+        self.rows_bytes() + if self.marked { align(MARKS * self.shape.n_kv_heads) } else { 0 }
+    }
+
+    /// Bytes of its rows.
+    pub fn rows_bytes(&self) -> usize {
         self.part * self.shape.n_kv_heads
+    }
+
+    /// Where K's (0) or V's (1) mark of a head is.
+    fn mark_at(&self, head: usize, side: usize) -> std::ops::Range<usize> {
+        let at = self.rows_bytes() + head * MARKS + side * size_of::<u128>();
+        at..at + size_of::<u128>()
+    }
+
+    /// Tokens whose K (0) or V (1) was no number. Of tokens that were never marked, either way, this says nothing.
+    #[inline(always)]
+    pub fn marks(&self, page: &[u8], head: usize, side: usize) -> u128 {
+        match page[..].get(self.mark_at(head, side)) {
+            Some(bytes) if self.marked => u128::from_le_bytes(bytes.try_into().unwrap_or_default()),
+            _ => 0,
+        }
+    }
+
+    /// Marks the tokens `bad` among `some`, and no others of them.
+    pub fn mark(&self, page: &mut [u8], head: usize, side: usize, some: u128, bad: u128) {
+        if self.marked {
+            let marks = self.marks(page, head, side) & !some | bad & some;
+            page[self.mark_at(head, side)].copy_from_slice(&marks.to_le_bytes());
+        }
     }
 
     /// True if stored rows are exactly the caller's: nothing need be kept beside them.
@@ -152,7 +218,7 @@ impl Layout {
         }
     }
 
-    /// A page of zeros, none of them a row.
+    /// A page of zeros, none of them a row. (Marks are made when there is one.)
     pub fn blank(&self, page: &mut [u8]) {
         match self.format {
             Format::Aligned => {
@@ -243,8 +309,12 @@ impl Layout {
         match self.format {
             Format::Aligned => {
                 let tile = aligned::Tile::new(shape, part);
-                tile.decode_k(row, shape.planes_k, k);
-                tile.decode_v(row, shape.planes_v, v);
+                tile.decode_k(row, tile.known_k(), k);
+                if shape.v_is_prefix {
+                    v.copy_from_slice(&k[..shape.dim_v]);
+                } else {
+                    tile.decode_v(row, tile.known_v(), v);
+                }
             }
             Format::Published => {
                 let tile = published::Tile::new(shape, part);
@@ -259,10 +329,68 @@ impl Layout {
         }
     }
 
+    /// All digit planes of K and of V that a page stores.
+    pub fn planes(&self) -> Planes {
+        Planes { k: (0, self.shape.planes_k), v: (0, self.shape.planes_v) }
+    }
+
+    /// Calls `f` with every stretch of a page that holds something of its first `rows` tokens, in order: the digit planes
+    /// `planes`, and with the first one of K all else. What lies between them is of no account.
+    pub fn stretches(&self, rows: usize, planes: Planes, mut f: impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
+        for head in 0..self.shape.n_kv_heads {
+            let start = head * self.part;
+            let mut f = |range: Range<usize>| f(start + range.start..start + range.end);
+            match self.format {
+                Format::Aligned => aligned::stretches(&self.shape, rows, planes, &mut f)?,
+                Format::Published => published::stretches(&self.shape, rows, &mut f)?,
+                Format::Raw => raw::stretches(&self.shape, rows, &mut f)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails if the first `rows` tokens of a page from outside are nothing that [`Layout::encode`] could have written and
+    /// attention could not bear.
+    pub fn check_page(&self, page: &[u8], rows: usize) -> Result<()> {
+        for head in 0..self.shape.n_kv_heads {
+            let part = self.part(page, head);
+            let sound = match self.format {
+                Format::Aligned => aligned::sound(&self.shape, part),
+                Format::Published => published::sound(&self.shape, part, rows),
+                Format::Raw => {
+                    let tile = raw::Tile::new(&self.shape, part);
+                    (0..rows).all(|row| tile.k.peak(row, 0).is_finite() && tile.v.peak(row, 0).is_finite())
+                }
+            };
+            if !sound {
+                return Err(Error::Corrupt(format!("head {head}: values that no rows have")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Planes of K and of V of a page that hold digits, from the first.
+    pub fn known(&self, page: &[u8]) -> Planes {
+        let (k, v) = match self.format {
+            Format::Aligned => aligned::known(&self.shape, self.part(page, 0)),
+            _ => (self.shape.planes_k, self.shape.planes_v),
+        };
+        Planes { k: (0, k), v: (0, v) }
+    }
+
+    /// Says which do.
+    pub fn set_known(&self, page: &mut [u8], planes: Planes) {
+        if self.format == Format::Aligned {
+            for head in 0..self.shape.n_kv_heads {
+                aligned::set_known(&self.shape, self.part_mut(page, head), planes.k.1, planes.v.1);
+            }
+        }
+    }
+
     /// Bytes of a block that keeps `n` rows as given (exact head rows; the rows of an open tile).
     pub fn kept_bytes(&self, n: usize) -> usize {
         let s = &self.shape;
-        align(n * s.n_kv_heads * s.dim_k * s.dtype_k.size()) + align(n * s.n_kv_heads * s.dim_v * s.dtype_v.size())
+        self.kept_offset(n) + align(n * s.n_kv_heads * s.stored_v() * s.dtype_v.size())
     }
 
     /// Where V begins in it.
@@ -276,13 +404,16 @@ impl Layout {
         assert!(block.len() >= self.kept_bytes(n));
         let s = &self.shape;
         let (k, v) = block.split_at(self.kept_offset(n));
-        (Rows::contiguous(k, s.n_kv_heads, s.dtype_k, s.dim_k), Rows::contiguous(v, s.n_kv_heads, s.dtype_v, s.dim_v))
+        let k = Rows::contiguous(k, s.n_kv_heads, s.dtype_k, s.dim_k);
+        (k, if s.v_is_prefix { k.prefix(s.dim_v) } else { Rows::contiguous(v, s.n_kv_heads, s.dtype_v, s.dim_v) })
     }
 
     /// Copies row 0 of `k` and `v` into row `row` of such a block.
     pub fn keep(&self, block: &mut [u8], n: usize, row: usize, k: Rows, v: Rows) {
         self.keep_key(block, n, row, k);
-        self.keep_value(block, n, row, v);
+        if !self.shape.v_is_prefix {
+            self.keep_value(block, n, row, v);
+        }
     }
 
     /// The same of K alone.
@@ -315,6 +446,13 @@ impl Layout {
             assert!(head < s.n_kv_heads);
             rows.write(0, head, clamped);
         }
+    }
+
+    /// The bytes of rows `rows` in such a block, of K and of V.
+    pub fn kept_stretches(&self, n: usize, rows: Range<usize>) -> [Range<usize>; 2] {
+        let (s, at) = (&self.shape, self.kept_offset(n));
+        let (k, v) = (s.n_kv_heads * s.dim_k * s.dtype_k.size(), s.n_kv_heads * s.dim_v * s.dtype_v.size());
+        [rows.start * k..rows.end * k, at + rows.start * v..at + rows.end * v]
     }
 
     fn keep_row(&self, to: &mut [u8], row: usize, rows: Rows) {

@@ -9,13 +9,15 @@
 //! A *tile* is [`TILE`] tokens of one KV head of one layer. A *page* holds one tile of every KV head of a layer.
 
 pub mod aligned;
+mod clean;
 mod layout;
 pub mod published;
 pub mod raw;
 mod rows;
 mod scale;
 
-pub use layout::{Format, Layout, Shape, Source};
+pub use clean::Clean;
+pub use layout::{Format, Layout, Planes, Shape, Source};
 pub use rows::{Dtype, Rows, RowsMut, finite_f16};
 pub use scale::{PEAK_LIMIT, inverse, scale, scale_byte};
 
@@ -23,8 +25,12 @@ pub use scale::{PEAK_LIMIT, inverse, scale, scale_byte};
 pub const TILE: usize = 128;
 /// Largest head_dim.
 pub const MAX_DIM: usize = 256;
+/// Largest row of K of which V is a part.
+pub const MAX_LATENT: usize = 576;
 /// Largest GQA group.
 pub const MAX_GROUP: usize = 64;
+/// Largest group that shares rows of which V is a part.
+pub const MAX_LATENT_GROUP: usize = 128;
 /// Hex digits of a code.
 pub const PLANES: usize = 4;
 /// A stored code is `code + OFFSET`.

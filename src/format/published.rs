@@ -4,7 +4,9 @@
 
 use super::layout::align;
 use super::{MAX_DIM, Shape, Source, TILE};
+use crate::Result;
 use half::f16;
+use std::ops::Range;
 
 pub(super) struct Offsets {
     v: usize,
@@ -95,4 +97,26 @@ pub(super) fn encode(s: &Shape, part: &mut [u8], source: &Source, head: usize, f
             }
         }
     }
+}
+
+/// See [`super::Layout::stretches`].
+pub(super) fn stretches(s: &Shape, rows: usize, f: &mut impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
+    for (start, d) in [(0, s.dim_k), (Offsets::new(s).v, s.dim_v)] {
+        for (at, bytes) in [(0, d), (TILE * d, d / 2), (TILE * d + TILE * d / 2, d / 2)] {
+            f(start + at..start + at + rows * bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// True if the first `rows` rows are finite.
+pub(super) fn sound(s: &Shape, part: &[u8], rows: usize) -> bool {
+    let tile = Tile::new(s, part);
+    let mut bits = [0u16; MAX_DIM];
+    (0..rows).all(|row| {
+        [tile.k, tile.v].into_iter().all(|cut| {
+            cut.row(row, &mut bits[..cut.dim]);
+            bits[..cut.dim].iter().all(|&bits| f16::from_bits(bits).is_finite())
+        })
+    })
 }

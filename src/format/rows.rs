@@ -62,6 +62,12 @@ impl<'a> Rows<'a> {
         Rows { data: self.data.wrapping_offset(n as isize * self.stride_row), ..self }
     }
 
+    /// The first `dim` elements of the same rows.
+    pub fn prefix(self, dim: usize) -> Self {
+        assert!(dim <= self.dim);
+        Rows { dim, ..self }
+    }
+
     /// Elements of a row of one head.
     pub fn dim(&self) -> usize {
         self.dim

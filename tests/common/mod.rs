@@ -3,7 +3,7 @@
 
 use alignedkv::backend::cpu::{Cpu, Isa};
 use alignedkv::backend::{Attention, Floats, Mask, Mode, QueryRow, Stats};
-use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, Placement, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Block, Bounds, Cache, Config, NanPolicy, Placement, StepSequence};
 use alignedkv::format::{Dtype, Format, Rows, RowsMut, Shape, scale};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -135,6 +135,7 @@ pub fn shape(group: usize, n_kv_heads: usize, dim_k: usize, dim_v: usize, dtype:
         planes_k: planes,
         planes_v: planes,
         window: 0,
+        v_is_prefix: false,
     }
 }
 
@@ -144,8 +145,9 @@ impl Single {
         let config = Config {
             placement: Placement::Append,
             format,
+            nan: NanPolicy::Error,
             layers: vec![shape],
-            max_sequences: 4,
+            max_sequences: 64,
             exact_head: if lossless { 0 } else { exact_head },
             exact_tail: if lossless { 0 } else { 64 },
             max_bytes: 0,
@@ -158,11 +160,16 @@ impl Single {
 
     /// Appends rows `[row][kv head][dim]` as one step.
     pub fn append(&self, k: &[f32], v: &[f32]) {
+        self.append_to(self.sequence, k, v);
+    }
+
+    /// The same to another sequence.
+    pub fn append_to(&self, sequence: u64, k: &[f32], v: &[f32]) {
         let s = &self.shape;
         let n_new = k.len() / (s.n_kv_heads * s.dim_k);
         let (k, v) =
             (Packed::new(k, s.n_kv_heads, s.dim_k, s.dtype_k), Packed::new(v, s.n_kv_heads, s.dim_v, s.dtype_v));
-        self.batch.begin(&[StepSequence { sequence: self.sequence, n_new, n_q: 0 }], None).unwrap();
+        self.batch.begin(&[StepSequence { sequence, n_new, n_q: 0 }], None).unwrap();
         self.batch.append(0, k.rows(), v.rows()).unwrap();
         self.batch.commit().unwrap();
     }
@@ -170,6 +177,18 @@ impl Single {
     /// Attends `[row][q head][dim_k]` f32 queries, each row over tokens `ranges[row]`.
     pub fn attend(&self, cpu: &Cpu, q: &[f32], ranges: &[(usize, usize)], how: How) -> alignedkv::Result<Output> {
         self.attend_bent(cpu, q, ranges, how, Bent::default())
+    }
+
+    /// The same over another sequence.
+    pub fn attend_sequence(
+        &self,
+        sequence: u64,
+        cpu: &Cpu,
+        q: &[f32],
+        ranges: &[(usize, usize)],
+        how: How,
+    ) -> alignedkv::Result<Output> {
+        self.attend_any(sequence, cpu, q, ranges, how, Bent::default())
     }
 
     /// The same, of scores that are not the products alone.
@@ -181,13 +200,29 @@ impl Single {
         how: How,
         bent: Bent,
     ) -> alignedkv::Result<Output> {
+        self.attend_any(self.sequence, cpu, q, ranges, how, bent)
+    }
+
+    fn attend_any(
+        &self,
+        sequence: u64,
+        cpu: &Cpu,
+        q: &[f32],
+        ranges: &[(usize, usize)],
+        how: How,
+        bent: Bent,
+    ) -> alignedkv::Result<Output> {
         let s = &self.shape;
         let (n_q, heads) = (ranges.len(), s.n_q_heads);
-        let reader = self.cache.read(self.sequence, 0)?;
+        let reader = self.cache.read(sequence, 0)?;
         let views = [reader.view()];
         let rows: Vec<QueryRow> = ranges
             .iter()
-            .map(|&(from, to)| QueryRow { sequence: 0, from, to, n: to.saturating_sub(from), dense: how.dense })
+            .map(|&(from, to)| {
+                let mut row = QueryRow::new(0, from, to, how.dense);
+                row.n -= reader.positions().removed_within(from, to);
+                row
+            })
             .collect();
         let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
         let mut o = Output {
@@ -207,10 +242,12 @@ impl Single {
                 sequences: &views,
                 rows: &rows,
                 q: q.rows(),
+                lost: &[],
                 out: RowsMut::new(o.out.as_mut_ptr().cast(), stride * heads as isize, stride, Dtype::F32, s.dim_v),
                 scale: how.scale,
                 softcap: bent.softcap,
                 mask: bent.mask,
+                positions: None,
                 slopes: None,
                 sinks: bent.sinks,
                 tolerance: how.tolerance,

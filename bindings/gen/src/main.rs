@@ -1,185 +1,54 @@
-//! Writes `include/alignedkv.h` from the C ABI in `src/capi`. With `--check`, writes nothing and fails on a difference.
-//!
-//! cbindgen knows the language; order and look are this program's: items stand in the order of the sources, constants
-//! in groups (a `# heading` in the first one's documentation) with their comments beside them, functions under the
-//! first line of their file.
+//! Writes everything that follows from the C ABI in `src/capi`: `include/alignedkv.h`, the list of exported symbols, and
+//! the raw layers of the Go and C# bindings. With `--check`, writes nothing and fails if a committed file differs.
 
-use std::fmt::Write;
-use std::path::Path;
+mod abi;
+mod csharp;
+mod go;
+mod header;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// In the order in which a reader meets them.
+/// The files of `src/capi` that declare something, in the order in which a reader meets them.
 const FILES: [&str; 8] = ["types", "status", "context", "cache", "sequence", "batch", "attention", "slots"];
-const WIDTH: usize = 120;
 
-/// What a source file defines.
-struct Source {
-    title: String,
-    names: Vec<String>,
-}
-
-impl Source {
-    fn new(text: &str) -> Source {
-        const DEFINITIONS: [&str; 5] =
-            ["pub const ", "pub type ", "pub struct ", "pub unsafe extern \"C\" fn ", "pub extern \"C\" fn "];
-        let title = text.lines().next().unwrap_or_default().trim_start_matches("//! ").trim_end_matches('.').to_owned();
-        let name = |line: &str| {
-            let rest = DEFINITIONS.iter().find_map(|start| line.strip_prefix(start))?;
-            rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().map(str::to_owned)
-        };
-        Source { title, names: text.lines().filter_map(name).collect() }
+fn sources(root: &Path) -> Vec<PathBuf> {
+    let directory = root.join("src/capi");
+    for entry in std::fs::read_dir(&directory).expect("src/capi") {
+        let path = entry.expect("an entry").path();
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let listed = path.file_stem().is_some_and(|stem| FILES.iter().any(|f| stem == *f));
+        assert!(listed || !text.contains("no_mangle"), "{} exports functions: add it to FILES", path.display());
     }
-}
-
-/// A declaration and the comment that belongs to it.
-struct Item {
-    heading: Option<String>,
-    comment: Vec<String>,
-    code: String,
-    /// File and index in it.
-    place: (usize, usize),
-}
-
-impl Item {
-    /// Of what stands between two blank lines.
-    fn new(block: &str, sources: &[Source]) -> Option<Item> {
-        let (comment, code): (Vec<&str>, Vec<&str>) = block.lines().partition(|line| line.starts_with("//"));
-        let mut comment: Vec<String> = comment.iter().map(|line| line[2..].trim().to_owned()).collect();
-        let code = code.join("\n");
-        // Rust's safety notes say nothing to a C caller.
-        if let Some(i) = comment.iter().position(|line| line == "# Safety") {
-            comment.truncate(i);
-        }
-        while comment.last().is_some_and(String::is_empty) {
-            comment.pop();
-        }
-        let heading = comment.first().and_then(|line| line.strip_prefix("# ")).map(str::to_owned);
-        if heading.is_some() {
-            comment.remove(0);
-        }
-        let name = name_of(&code)?;
-        let place = sources
-            .iter()
-            .enumerate()
-            .find_map(|(file, source)| source.names.iter().position(|n| n == name).map(|index| (file, index)))?;
-        Some(Item { heading, comment, code, place })
-    }
-
-    fn define(&self) -> Option<(&str, String)> {
-        let (name, value) = self.code.strip_prefix("#define ")?.split_once(' ')?;
-        let value = value.trim();
-        Some((name, if value.starts_with('-') { format!("({value})") } else { value.to_owned() }))
-    }
-}
-
-/// The name that a C declaration declares.
-fn name_of(code: &str) -> Option<&str> {
-    let is_name = |c: char| c.is_alphanumeric() || c == '_';
-    if let Some(rest) = code.strip_prefix("#define ") {
-        return rest.split_whitespace().next();
-    }
-    let before = match (code.starts_with("typedef"), code.find("(*")) {
-        // typedef int (*name)(...);
-        (true, Some(i)) if !code.contains('{') => {
-            let rest = &code[i + 2..];
-            return rest.split(')').next();
-        }
-        // typedef struct { ... } name;
-        (true, _) => code.strip_suffix(';')?,
-        // int name(...);
-        (false, _) => &code[..code.find('(')?],
-    };
-    Some(&before[before.trim_end_matches(is_name).len()..])
-}
-
-/// A group of constants, their comments in a column beside them.
-fn write_defines(header: &mut String, items: &[&Item]) {
-    let defines: Vec<_> = items.iter().filter_map(|i| i.define()).collect();
-    let name_width = defines.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let value_width = defines.iter().map(|(_, value)| value.len()).max().unwrap_or(0);
-    for (item, (name, value)) in items.iter().zip(&defines) {
-        let code = format!("#define {name:name_width$} {value:value_width$}  ");
-        let mut line = code.clone() + "//";
-        for word in item.comment.join(" ").split(' ') {
-            if line.len() + 1 + word.len() > WIDTH {
-                let _ = writeln!(header, "{line}");
-                line = " ".repeat(code.len()) + "//";
-            }
-            line = line + " " + word;
-        }
-        let _ = writeln!(header, "{line}");
-    }
-}
-
-fn write_comment(header: &mut String, comment: &[String]) {
-    for line in comment {
-        let _ = writeln!(header, "{}", format!("// {line}").trim_end());
-    }
+    FILES.iter().map(|file| directory.join(file).with_extension("rs")).collect()
 }
 
 fn main() -> ExitCode {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("bindings/gen lies in the repository");
-    let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml");
-    let mut builder = cbindgen::Builder::new().with_config(config);
-    let mut sources = Vec::new();
-    for file in FILES {
-        let path = root.join("src/capi").join(file).with_extension("rs");
-        sources.push(Source::new(&std::fs::read_to_string(&path).expect("a source")));
-        builder = builder.with_src(path);
-    }
-    let mut generated = Vec::new();
-    builder.generate().expect("cbindgen").write(&mut generated);
-    let generated = String::from_utf8(generated).expect("UTF-8");
-
-    // What comes before the first item is the header's start; other blocks that are no items only close what it opens.
-    let (mut start, mut items) = (Vec::new(), Vec::new());
-    for block in generated.split("\n\n").map(str::trim).filter(|b| !b.is_empty()) {
-        match Item::new(block, &sources) {
-            Some(item) => items.push(item),
-            None if items.is_empty() => start.push(block),
-            None => {}
+    let abi = abi::Abi::read(&sources(root));
+    let outputs = [
+        ("include/alignedkv.h", header::generate(root)),
+        ("bindings/abi/symbols.txt", abi.symbols()),
+        ("bindings/go/zabi.go", go::raw(&abi)),
+        ("bindings/go/zerrors.go", go::errors(&abi)),
+        ("bindings/csharp/src/Native.g.cs", csharp::raw(&abi, &sources(root))),
+        ("bindings/csharp/src/Status.g.cs", csharp::status(&abi)),
+        ("bindings/csharp/test/Layout.g.cs", csharp::layout(&abi)),
+    ];
+    let check = std::env::args().any(|a| a == "--check");
+    let mut stale = false;
+    for (path, text) in outputs {
+        let file = root.join(path);
+        if std::fs::read_to_string(&file).unwrap_or_default() == text {
+            continue;
         }
-    }
-    let known: usize =
-        sources.iter().map(|s| s.names.iter().filter(|n| n.to_lowercase().starts_with("akv_")).count()).sum();
-    assert_eq!(items.len(), known, "every public item of src/capi has one declaration");
-    items.sort_by_key(|item| item.place);
-
-    let mut header = start.join("\n\n") + "\n";
-    let mut at = 0;
-    while at < items.len() {
-        let item = &items[at];
-        if item.place.0 > 0 && (at == 0 || items[at - 1].place.0 != item.place.0) {
-            if item.place.0 == 1 {
-                header += "\n#ifdef __cplusplus\nextern \"C\" {\n#endif\n";
-            }
-            let title = format!("// ---- {} ", sources[item.place.0].title);
-            let _ = writeln!(header, "\n{title:-<WIDTH$}");
-        }
-        header.push('\n');
-        if item.define().is_some() {
-            let group = items[at + 1..].iter().take_while(|i| i.define().is_some() && i.heading.is_none()).count() + 1;
-            if let Some(heading) = &item.heading {
-                write_comment(&mut header, std::slice::from_ref(heading));
-            }
-            write_defines(&mut header, &items[at..at + group].iter().collect::<Vec<_>>());
-            at += group;
+        if check {
+            eprintln!("{path} is not what src/capi says: run `make header`");
+            stale = true;
         } else {
-            write_comment(&mut header, &item.comment);
-            let _ = writeln!(header, "{}", item.code);
-            at += 1;
+            std::fs::create_dir_all(file.parent().expect("a folder")).expect(path);
+            std::fs::write(&file, text).expect(path);
         }
     }
-    header += "\n#ifdef __cplusplus\n}\n#endif\n\n#endif\n";
-
-    let path = root.join("include/alignedkv.h");
-    if std::env::args().any(|a| a == "--check") {
-        if std::fs::read_to_string(&path).unwrap_or_default() != header {
-            eprintln!("include/alignedkv.h is not what src/capi says: run `make header`");
-            return ExitCode::FAILURE;
-        }
-    } else {
-        std::fs::write(&path, header).expect("include/alignedkv.h");
-    }
-    ExitCode::SUCCESS
+    if stale { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

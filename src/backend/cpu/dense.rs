@@ -1,5 +1,6 @@
 //! Dense attention: every stored digit of every visible row. A tile is decoded once for a block of query rows; a few heads
-//! read rows that lie as given where they are (`super::rows`).
+//! of a few query rows read rows that lie as given where they are (`super::rows`). Which of the two it is, and every bit of
+//! a row's result, depends on neither the other rows of the block nor on where it begins.
 
 use super::fold::score_rounding;
 use super::math::{self, Lane128};
@@ -9,7 +10,7 @@ use super::unit::{Unit, Worker, bend_error, logits, overflows, seen_exact, seen_
 use crate::alignment::{ScoreError, Sums};
 use crate::backend::Attention;
 use crate::cache::SequenceView;
-use crate::format::{CENTRE, Format, LEFT, MAX_DIM, PEAK, Rows, Shape, TILE, aligned, published, raw, scale};
+use crate::format::{CENTRE, Format, LEFT, MAX_LATENT, PEAK, Rows, Shape, TILE, aligned, published, raw, scale};
 
 /// What scores of a tile are uncertain by, and at most.
 #[derive(Debug, Clone, Copy)]
@@ -36,14 +37,16 @@ impl Uncertain {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Decoded {
-    k: [Lane128; MAX_DIM],
-    v: [[f32; MAX_DIM]; TILE],
+    k: [Lane128; MAX_LATENT],
+    v: [[f32; MAX_LATENT]; TILE],
     /// Per channel: K is known to `left_k` times this, and |k| is at most PEAK times this.
-    k_unit: [f32; MAX_DIM],
+    k_unit: [f32; MAX_LATENT],
     /// Per token: the same of V.
     pub v_unit: Lane128,
     left_k: f32,
     left_v: f32,
+    /// Of 16 tokens, on their way into `k`.
+    rows: [[f32; MAX_LATENT]; LANES],
 }
 
 impl Decoded {
@@ -88,13 +91,14 @@ impl Decoded {
         }
     }
 
-    /// 16 rows of K, turned so that lanes are tokens. (The last vector's channels may go beyond `d`: nobody asks for them.)
+    /// The 16 rows of K, turned so that lanes are tokens. (The last vector's channels may go beyond `d`, and there may be fewer
+    /// rows: nobody asks for what was in the memory before.)
     #[inline(always)]
-    fn put_k<S: Simd>(&mut self, first: usize, d: usize, rows: &[[f32; MAX_DIM]; 16]) {
+    fn put_k<S: Simd>(&mut self, first: usize, d: usize) {
         for b in 0..d.div_ceil(LANES) {
             let mut block = [S::splat(0.0); LANES];
             for i in 0..LANES {
-                block[i] = S::load(&rows[i].as_chunks().0[b]);
+                block[i] = S::load(&self.rows[i].as_chunks().0[b]);
             }
             let turned = S::transpose(&block);
             for i in 0..LANES {
@@ -107,17 +111,16 @@ impl Decoded {
     #[inline(always)]
     fn rows<S: Simd>(&mut self, s: &Shape, n: usize, k: impl Fn(usize, &mut [f32]), v: impl Fn(usize, &mut [f32])) {
         (self.left_k, self.left_v) = (0.0, 0.0);
-        self.k_unit = [0.0; MAX_DIM];
-        let mut rows = [[0.0f32; MAX_DIM]; 16];
+        self.k_unit = [0.0; MAX_LATENT];
         for first in (0..n).step_by(16) {
             let count = (n - first).min(16);
-            for (i, row) in rows[..count].iter_mut().enumerate() {
+            for (i, row) in self.rows[..count].iter_mut().enumerate() {
                 k(first + i, &mut row[..s.dim_k]);
                 for (unit, x) in self.k_unit.iter_mut().zip(&row[..s.dim_k]) {
                     *unit = if x.abs() > *unit { x.abs() } else { *unit };
                 }
             }
-            self.put_k::<S>(first, s.dim_k, &rows);
+            self.put_k::<S>(first, s.dim_k);
         }
         for unit in &mut self.k_unit {
             *unit *= 1.0 / PEAK;
@@ -131,21 +134,20 @@ impl Decoded {
 
     #[inline(always)]
     fn aligned<S: Simd>(&mut self, s: &Shape, tile: &aligned::Tile, n: usize) {
-        let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, s.planes_k, s.planes_v);
+        let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, tile.known_k(), tile.known_v());
         self.left_k = LEFT[pk] + tile.meta.slack;
         self.left_v = LEFT[pv];
         // Scores go over whole lanes of channels: none of them may be what was in the memory before.
-        self.k_unit = [0.0; MAX_DIM];
+        self.k_unit = [0.0; MAX_LATENT];
         for (unit, &u) in self.k_unit.iter_mut().zip(tile.k_scales) {
             *unit = scale(u);
         }
-        let mut rest = [[0.0f32; MAX_DIM]; 16];
         for first in (0..n).step_by(16) {
             let count = (n - first).min(16);
-            for (i, row) in rest[..count].iter_mut().enumerate() {
+            for (i, row) in self.rows[..count].iter_mut().enumerate() {
                 math::unpack::<S>(tile.k_row(first + i), half_k, pk - 1, 1.0 / 16.0, CENTRE[pk], &mut row[..s.dim_k]);
             }
-            self.put_k::<S>(first, s.dim_k, &rest);
+            self.put_k::<S>(first, s.dim_k);
             // Plane 0 lies by words of 16 tokens: lanes are tokens already.
             let block = &tile.k0[first * half_k..(first + 16) * half_k];
             for (b, line) in (0..half_k).step_by(4).zip(block.chunks_exact(64)) {
@@ -162,6 +164,9 @@ impl Decoded {
                 }
             }
         }
+        if s.v_is_prefix {
+            return self.v_of_k::<S>(s.dim_v, n);
+        }
         for i in 0..n {
             let unit = scale(tile.v_scales[i]);
             let row = &mut self.v[i][..s.dim_v];
@@ -171,6 +176,26 @@ impl Decoded {
             }
             self.v_unit[i] = unit;
         }
+    }
+
+    /// V of the first `n` tokens, which is a part of K. Every token's is known as well as the least known channel.
+    #[inline(always)]
+    fn v_of_k<S: Simd>(&mut self, dim: usize, n: usize) {
+        for first in (0..n).step_by(LANES) {
+            for at in (0..dim).step_by(LANES) {
+                let mut block = [S::splat(0.0); LANES];
+                for i in 0..LANES {
+                    block[i] = S::load(&math::blocks(&self.k[at + i])[first / LANES]);
+                }
+                let turned = S::transpose(&block);
+                for i in 0..LANES {
+                    turned[i].store(&mut self.v[first + i].as_chunks_mut().0[at / LANES]);
+                }
+            }
+        }
+        let unit = self.k_unit[..dim].iter().fold(0.0f32, |m, &unit| m.max(unit));
+        self.v_unit[..n].fill(unit);
+        self.left_v = self.left_k;
     }
 
     /// Products of R query heads with the first `blocks` * 16 tokens of the tile: K is read once for all of them.
@@ -350,9 +375,9 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
     outs.fill(0.0);
     let (first, last) = unit.tiles(split);
     let (rows, n_heads) = (unit.row..unit.row + unit.n_rows, unit.n_rows * g);
-    let few = n_heads <= rows::HEADS;
+    let few = g <= rows::HEADS && !call.rows[unit.row].many;
     // The exact rows come first, as a tile of their own.
-    let exact = split == 0 && unit.from < view.n_exact;
+    let exact = split == 0 && unit.first() < view.n_exact;
     for tile in (if exact { -1 } else { 0 }..(last - first) as isize).map(|t| t.max(-1)) {
         let is_exact = tile < 0;
         let tile = if is_exact { 0 } else { first + tile as usize };
@@ -372,40 +397,44 @@ pub fn split<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             continue;
         }
         let n = TILE - any.leading_zeros() as usize;
-        let given = match is_exact {
-            _ if !few => None,
-            true => Given::exact(view, unit.kv_head),
-            false => Given::page(view, tile, unit.kv_head),
-        };
-        let next = tile + usize::from(!is_exact);
-        let next = given.filter(|_| next < last).and_then(|_| Given::page(view, next, unit.kv_head));
-        if is_exact && given.is_none() {
+        let page = |tile: usize| if few && !is_exact { Given::page(view, tile, unit.kv_head) } else { None };
+        let next = |tile: usize| if tile < last { page(tile) } else { None };
+        let given = page(tile).map(|given| Asked { given, next: next(tile + 1) });
+        if is_exact {
             w.scratch.tile.exact::<S>(view, unit.kv_head);
         } else if given.is_none() {
-            w.scratch.tile.page::<S>(view, tile, unit.kv_head, n);
+            // Peaks of rows as given are of the tile, whoever sees them.
+            let whole = TILE.min(view.len - tile * TILE);
+            let lossy = view.layout.format == Format::Aligned && view.attached.is_none();
+            w.scratch.tile.page::<S>(view, tile, unit.kv_head, if lossy { n } else { whole });
         }
-        let given = given.map(|given| Asked { given, next });
         let mut at = 0;
         while at < n_heads {
+            if let Some(asked) = &given {
+                // A row at a time, so that what it sees is all that counts.
+                let (seen, left) = (seen(unit.row + at / g), g - at % g);
+                let n = TILE - seen.leading_zeros() as usize;
+                let block = Block { at, tile, seen: &[seen; HEADS], any: seen, n };
+                at += match left {
+                    _ if seen == 0 => left,
+                    4.. => given_heads::<S, 4>(w, unit, block, asked, sums, outs),
+                    3 => given_heads::<S, 3>(w, unit, block, asked, sums, outs),
+                    2 => given_heads::<S, 2>(w, unit, block, asked, sums, outs),
+                    _ => given_heads::<S, 1>(w, unit, block, asked, sums, outs),
+                };
+                continue;
+            }
             let left = n_heads - at;
             let seen: [u128; HEADS] = std::array::from_fn(|i| match i < left {
                 true => seen(unit.row + (at + i) / g),
                 false => 0,
             });
             let block = Block { at, tile, seen: &seen, any, n };
-            at += match &given {
-                Some(given) => match left {
-                    4.. => given_heads::<S, 4>(w, unit, block, given, sums, outs),
-                    3 => given_heads::<S, 3>(w, unit, block, given, sums, outs),
-                    2 => given_heads::<S, 2>(w, unit, block, given, sums, outs),
-                    _ => given_heads::<S, 1>(w, unit, block, given, sums, outs),
-                },
-                None if seen == [0; HEADS] => HEADS,
-                None => match left {
-                    8.. if S::WIDE => heads::<S, 8>(w, unit, block, sums, outs),
-                    4.. => heads::<S, 4>(w, unit, block, sums, outs),
-                    _ => heads::<S, 1>(w, unit, block, sums, outs),
-                },
+            at += match left {
+                _ if seen == [0; HEADS] => HEADS,
+                8.. if S::WIDE => heads::<S, 8>(w, unit, block, sums, outs),
+                4.. => heads::<S, 4>(w, unit, block, sums, outs),
+                _ => heads::<S, 1>(w, unit, block, sums, outs),
             };
         }
     }
@@ -504,8 +533,9 @@ fn weights<S: Simd, const R: usize>(
         }
         let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
         math::hide::<S>(&mut s[i], seen);
-        overflow |= overflows(error.bound, math::max::<S>(&s[i]));
+        let max = math::max::<S>(&s[i]);
         error.bound += bend_error(call, row, head, tile, error.reach);
+        overflow |= overflows(error.bound, max);
         let logits = logits::<S>(call, row, head, tile, &s[i], &mut bent);
         let out = &mut outs[at * dv..(at + 1) * dv];
         weigh::<S>(v_unit, left_v, logits, error.score(), seen, &mut sums[at], out, &mut e[i]);

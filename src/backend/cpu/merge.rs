@@ -8,8 +8,10 @@
 //!
 //! Whatever the weights are, the true output lies among the true outputs of the parts: `max (b_i + max|o_i - out|)` bounds
 //! the error too, and is the answer where little is known of the weights, or where there is one part only.
+//!
+//! A part whose normaliser is NaN makes the whole NaN.
 
-use crate::format::MAX_DIM;
+use crate::format::MAX_LATENT;
 
 /// Inputs of [`merge`]: `[rows * heads]` each (`out` times dim).
 #[derive(Debug, Clone, Copy)]
@@ -48,12 +50,17 @@ pub fn merge(states: &[State], index: usize, dim: usize, out: &mut [f32]) -> Mer
     let lse = |s: &State| f64::from(s.lse[index]);
     let max = states.iter().map(lse).fold(f64::NEG_INFINITY, f64::max);
     out.fill(0.0);
+    if states.iter().any(|s| lse(s).is_nan()) {
+        out.fill(f32::NAN);
+        let (nan, unknown) = (f32::NAN, f32::INFINITY);
+        return Merged { lse: nan, bound: unknown, lse_bound: unknown, estimate: unknown, amplitude: nan };
+    }
     if max == f64::NEG_INFINITY {
         return Merged { lse: f32::NEG_INFINITY, bound: 0.0, lse_bound: 0.0, estimate: 0.0, amplitude: 0.0 };
     }
     let sum: f64 = states.iter().map(|s| (lse(s) - max).exp()).sum();
     let seen = || states.iter().filter(|s| lse(s) > f64::NEG_INFINITY).map(|s| (s, (lse(s) - max).exp() / sum));
-    let mut total = [0.0f64; MAX_DIM];
+    let mut total = [0.0f64; MAX_LATENT];
     for (s, w) in seen() {
         for (total, x) in total.iter_mut().zip(s.row(index, dim)) {
             *total += w * x;

@@ -24,14 +24,14 @@ pub use merge::{Merged, State, merge};
 use super::{Attention, Stats, Threads};
 use crate::alignment::Sums;
 use crate::error::caught;
-use crate::format::{Dtype, Layout, MAX_DIM};
+use crate::format::{Dtype, Layout, MAX_LATENT};
 use crate::{Error, Result};
+use parking_lot::{Mutex, MutexGuard};
 use pool::{Pool, SpinBarrier};
 use refine::Refine;
 use scan::Scan;
 use simd::Simd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use unit::{Path, Shares, Unit, Worker};
 use workspace::{Arena, ThreadScratch, UnitScratch};
 
@@ -136,10 +136,11 @@ fn finish(w: &mut Worker, unit: &Unit) {
         }
     }
     let limit = if call.out.dtype() == Dtype::F16 { 65519.0 } else { f32::MAX };
+    let lost = unit.lost(call);
     for at in 0..n {
         let (row, head) = (unit.row + at / g, unit.kv_head * g + at % g);
         let sums = &w.scratch.total[at];
-        let mut out = [0.0f32; MAX_DIM];
+        let mut out = [0.0f32; MAX_LATENT];
         let out = &mut out[..dv];
         let mut peak = 0.0f32;
         if sums.sum > 0.0 {
@@ -151,8 +152,13 @@ fn finish(w: &mut Worker, unit: &Unit) {
         }
         w.overflow |= peak.is_nan() || peak > limit;
         let mut c = sums.certificate(peak);
-        if unit.path == Path::Published {
+        let is_lost = lost >> (at / g) & 1 == 1 || call.lost.binary_search(&(row, head)).is_ok();
+        if unit.path == Path::Published || is_lost {
             (c.bound, c.lse_bound, c.estimate) = (f32::INFINITY, f32::INFINITY, f32::INFINITY);
+        }
+        if is_lost {
+            (c.lse, c.amplitude) = (f32::NAN, f32::NAN);
+            out.fill(f32::NAN);
         }
         let index = row * call.shape.n_q_heads + head;
         // SAFETY: a unit's rows and heads are its own, and one thread merges it; rows and heads are within the call's.
@@ -216,7 +222,7 @@ struct Shared {
 
 impl Shared {
     fn failed(&self, end: usize) -> MutexGuard<'_, Option<Error>> {
-        self.failed[end].lock().unwrap_or_else(PoisonError::into_inner)
+        self.failed[end].lock()
     }
 
     /// Meets the other threads at the beginning (0) or the end (1) of their parts: if one has failed, all fail alike,
@@ -307,11 +313,11 @@ impl Cpu {
                 // SAFETY: the caller's contract; each thread its own ith.
                 let stats = unsafe { self.run(Ok(call), threads, workspace.start()) };
                 if ith == 0 {
-                    *result.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+                    *result.lock() = stats;
                 }
             };
             if pool.run(&part) {
-                return result.into_inner().unwrap_or_else(PoisonError::into_inner);
+                return result.into_inner();
             }
         }
         // The context's threads are busy with another call: the bits are the same without them.

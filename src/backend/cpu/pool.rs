@@ -1,8 +1,9 @@
 //! The context's own threads: started when the context is made, joined when it goes.
 
 use crate::{Error, Result};
+use parking_lot::{Condvar, Mutex};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 
 /// What a round runs: the same closure on every thread, which gets its index.
@@ -29,17 +30,13 @@ struct Shared {
     end: Condvar,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Round> {
-        self.round.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// Workers that wait for closures.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     in_use: Mutex<()>,
+    /// The process that has the workers: a fork does not take threads along.
+    process: u32,
 }
 
 impl std::fmt::Debug for Pool {
@@ -51,7 +48,8 @@ impl std::fmt::Debug for Pool {
 impl Pool {
     /// Starts `n_workers` threads.
     pub fn new(n_workers: usize) -> Result<Pool> {
-        let mut pool = Pool { shared: Arc::default(), workers: Vec::new(), in_use: Mutex::new(()) };
+        let mut pool =
+            Pool { shared: Arc::default(), workers: Vec::new(), in_use: Mutex::new(()), process: std::process::id() };
         for ith in 1..=n_workers {
             let shared = Arc::clone(&pool.shared);
             let worker = std::thread::Builder::new()
@@ -63,24 +61,25 @@ impl Pool {
         Ok(pool)
     }
 
+    fn has_workers(&self) -> bool {
+        std::process::id() == self.process
+    }
+
     /// Threads besides the caller's.
     pub fn n_workers(&self) -> usize {
         self.workers.len()
     }
 
-    /// Runs `f(0)` here and `f(1..)` on the workers, and returns when all are done. False if another call has them.
+    /// Runs `f(0)` here and `f(1..)` on the workers, and returns when all are done. False if another call has them, or this is
+    /// a child process, where they are not.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) -> bool {
-        let _in_use = match self.in_use.try_lock() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
-        };
+        let Some(_in_use) = self.in_use.try_lock().filter(|_| self.has_workers()) else { return false };
         // SAFETY: only the lifetime changes, and the closure is not used after this call: see `Ended`.
         let task = Task(unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(f)
         });
         {
-            let mut round = self.shared.lock();
+            let mut round = self.shared.round.lock();
             round.number += 1;
             self.shared.number.store(round.number, Ordering::Release);
             round.task = Some(task);
@@ -91,9 +90,9 @@ impl Pool {
         struct Ended<'a>(&'a Shared);
         impl Drop for Ended<'_> {
             fn drop(&mut self) {
-                let mut round = self.0.lock();
+                let mut round = self.0.round.lock();
                 while round.running > 0 {
-                    round = self.0.end.wait(round).unwrap_or_else(PoisonError::into_inner);
+                    self.0.end.wait(&mut round);
                 }
                 round.task = None;
             }
@@ -119,9 +118,9 @@ fn work(shared: &Shared, ith: usize) {
             std::hint::spin_loop();
         }
         let task = {
-            let mut round = shared.lock();
+            let mut round = shared.round.lock();
             while !round.stop && round.number == done {
-                round = shared.start.wait(round).unwrap_or_else(PoisonError::into_inner);
+                shared.start.wait(&mut round);
             }
             if round.stop {
                 return;
@@ -134,7 +133,7 @@ fn work(shared: &Shared, ith: usize) {
             // SAFETY: `run` waits for `running` to reach 0 before its closure goes.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| unsafe { (*f)(ith) }));
         }
-        let mut round = shared.lock();
+        let mut round = shared.round.lock();
         round.running -= 1;
         if round.running == 0 {
             shared.end.notify_all();
@@ -144,7 +143,11 @@ fn work(shared: &Shared, ith: usize) {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.lock().stop = true;
+        if !self.has_workers() {
+            // Nobody to be joined, and whoever held the lock at the fork holds it for ever.
+            return self.workers.drain(..).for_each(std::mem::forget);
+        }
+        self.shared.round.lock().stop = true;
         self.shared.start.notify_all();
         for worker in self.workers.drain(..) {
             let _ = worker.join();

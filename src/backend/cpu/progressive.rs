@@ -70,7 +70,7 @@ pub fn scan<S: Simd>(w: &mut Worker, unit: &Unit, split: usize) {
             let reach = folded.error.worst * PEAK;
             folded.error.bend = bend_error(call, unit.row, unit.kv_head * g + h, tile, reach);
             *scanned = Scanned { folded, ..weigh::<S>(call, unit, h, tile, &scores[h], &units, unit_max) };
-            w.check(reach, scanned.max);
+            w.check(reach + folded.error.bend, scanned.max);
         }
     }
 
@@ -123,7 +123,7 @@ fn scan_exact<S: Simd>(w: &mut Worker, unit: &Unit, view: &SequenceView, seen: u
         let error = TileError { worst: reach * (1.0 / PEAK), slack: score_rounding(d), bend, ..TileError::NONE };
         let folded = Folded { error, ..Folded::NONE };
         *scanned = Scanned { folded, ..weigh::<S>(call, unit, h, 0, &scores[h], &units, 0.0) };
-        w.check(reach, scanned.max);
+        w.check(reach + bend, scanned.max);
     }
 }
 
@@ -368,7 +368,7 @@ fn align<S: Simd>(w: &mut Worker, unit: &Unit, view: &SequenceView, t: &Tile, ti
         return Reads::SCANNED;
     }
     let (most_k, most_v) = match view.attached {
-        None => (w.call.shape.planes_k, w.call.shape.planes_v),
+        None => (t.known_k(), t.known_v()),
         Some(_) => (PLANES, PLANES),
     };
     let whole = view.attached.is_some();

@@ -10,7 +10,7 @@ use crate::format::{Dtype, Format, MAX_DIM, PEAK, Rows, TILE, raw};
 use half::{bf16, f16};
 use std::marker::PhantomData;
 
-/// Most query heads of a unit.
+/// Most query heads of a KV head.
 pub const HEADS: usize = 8;
 
 /// Bytes of a cache line.
@@ -144,13 +144,8 @@ pub struct Given<'a> {
 
 impl<'a> Given<'a> {
     fn new(k: Rows<'a>, v: Rows<'a>, head: usize) -> Option<Given<'a>> {
-        let vectors = k.dim() >= LANES && v.dim() >= LANES;
+        let vectors = k.dim() >= LANES && v.dim() >= LANES && k.dim() <= MAX_DIM;
         vectors.then_some(Given { k: Side { rows: k, head }, v: Side { rows: v, head } })
-    }
-
-    /// The rows that are kept exactly.
-    pub fn exact(view: &SequenceView<'a>, kv_head: usize) -> Option<Given<'a>> {
-        view.exact.and_then(|(k, v)| Given::new(k, v, kv_head))
     }
 
     /// A tile's, unless it has digits.

@@ -6,7 +6,7 @@ use super::scan::Scan;
 use super::simd::Simd;
 use super::workspace::{Partial, SPLIT, Scanned, ThreadScratch, UnitScratch, dense_rows};
 use crate::alignment::{Share, Sums};
-use crate::backend::{Attention, Mode, Stats};
+use crate::backend::{Attention, Mode, QueryRow, Stats, TREE};
 use crate::cache::SequenceView;
 use crate::capi::types::{AKV_PATH_DENSE, AKV_PATH_PROGRESSIVE, AKV_PATH_PUBLISHED};
 use crate::format::aligned::Meta;
@@ -29,9 +29,10 @@ pub struct Unit {
     pub row: usize,
     pub n_rows: usize,
     pub kv_head: usize,
-    /// Tokens that any of its rows sees.
+    /// Tokens that any of its rows sees: `from..to`, and some below `head`.
     pub from: usize,
     pub to: usize,
+    pub head: usize,
 }
 
 impl Unit {
@@ -46,40 +47,79 @@ impl Unit {
             let first = call.rows[row];
             let format = call.sequences[first.sequence].layout.format;
             let path = match format {
-                _ if first.dense || call.mode == Mode::Exact => Path::Dense,
+                _ if first.dense || call.mode == Mode::Exact || shape.v_is_prefix => Path::Dense,
                 Format::Aligned => Path::Progressive,
                 Format::Published => Path::Published,
                 Format::Raw => Path::Dense,
             };
             let mut n_rows = 1;
             if path == Path::Dense {
-                let alike = |r: &&crate::backend::QueryRow| r.sequence == first.sequence && r.dense == first.dense;
+                let alike = |r: &&QueryRow| r.sequence == first.sequence && r.dense == first.dense;
                 n_rows = call.rows[row..].iter().take(dense_rows(shape.group())).take_while(alike).count();
             }
-            let rows = call.rows[row..row + n_rows].iter().filter(|r| r.from < r.to);
-            let (from, to) = rows.fold((usize::MAX, 0), |(a, b), r| (a.min(r.from), b.max(r.to)));
+            let (mut from, mut to, mut head) = (usize::MAX, 0, 0);
+            for r in &call.rows[row..row + n_rows] {
+                if r.from < r.to {
+                    (from, to) = (from.min(r.from), to.max(r.to));
+                }
+                if r.head.0 < r.head.1 {
+                    head = head.max(r.head.1);
+                }
+            }
+            let to = to.max(head);
             for kv_head in 0..shape.n_kv_heads {
-                units.push(Unit { path, row, n_rows, kv_head, from: from.min(to), to });
+                units.push(Unit { path, row, n_rows, kv_head, from: from.min(to), to, head });
             }
             row += n_rows;
         }
         Ok(units)
     }
 
-    /// Splits: absolute ones, 0 always among them (it has the exact rows). The published scheme decides over the whole
-    /// context at once: it has one.
+    /// Splits: absolute stretches of tiles, but for those that it does not see. The first is always among them (it has the
+    /// exact rows). The published scheme decides over the whole context at once: it has one.
     pub fn n_splits(&self) -> usize {
         match self.path {
             Path::Published => 1,
-            _ => self.to.div_ceil(SPLIT * TILE).max(1),
+            _ => self.to.div_ceil(SPLIT * TILE).max(1) - self.unseen().1,
         }
+    }
+
+    /// Splits of its head, and how many are not seen between them and the rest.
+    fn unseen(&self) -> (usize, usize) {
+        let head = self.head.div_ceil(SPLIT * TILE).max(1);
+        (head, (self.from / (SPLIT * TILE)).saturating_sub(head))
     }
 
     /// Tiles `first..last` of a split that the unit sees.
     pub fn tiles(&self, split: usize) -> (usize, usize) {
-        let first = (split * SPLIT).max(self.from / TILE);
-        let last = ((split + 1) * SPLIT).min(self.to.div_ceil(TILE));
+        let (head, unseen) = self.unseen();
+        let start = (if split < head { split } else { split + unseen }) * SPLIT;
+        let first = if start * TILE < self.head { start } else { start.max(self.from / TILE) };
+        let last = (start + SPLIT).min(self.to.div_ceil(TILE));
         (first, last.max(first))
+    }
+
+    /// Its rows that see a token which was no number, as bits.
+    pub fn lost(&self, call: &Attention) -> u64 {
+        let view = &call.sequences[call.rows[self.row].sequence];
+        if !view.layout.marked() {
+            return 0;
+        }
+        let mut lost = 0;
+        for tile in self.first() / TILE..self.to.div_ceil(TILE) {
+            let marks = view.marks(tile, self.kv_head);
+            if marks != 0 {
+                for i in 0..self.n_rows {
+                    lost |= u64::from(marks & seen(call, self.row + i, view, tile) != 0) << i;
+                }
+            }
+        }
+        lost
+    }
+
+    /// The first token that any of its rows may see.
+    pub fn first(&self) -> usize {
+        if self.head > 0 { 0 } else { self.from }
     }
 }
 
@@ -87,10 +127,30 @@ impl Unit {
 #[inline(always)]
 pub fn seen(call: &Attention, row: usize, view: &SequenceView, tile: usize) -> u128 {
     let (start, r) = (tile * TILE, &call.rows[row]);
-    let from = r.from.clamp(start, start + TILE) - start;
-    let to = r.to.clamp(start + from, start + TILE) - start;
-    let bits = range_bits(from, to) & view.written(tile);
+    let part = |from: usize, to: usize| {
+        let from = from.clamp(start, start + TILE) - start;
+        range_bits(from, to.clamp(start + from, start + TILE) - start)
+    };
+    let mut bits = part(r.from, r.to) & view.written(tile);
+    if r.head.1 > start {
+        bits |= part(r.head.0, r.head.1) & view.written(tile);
+    }
+    if r.hidden != 0 {
+        bits &= !hidden(r, view.len, tile);
+    }
     call.mask.map_or(bits, |mask| bits & mask.seen(row, tile))
+}
+
+/// Tokens of a tile that a row of a tree does not see.
+#[inline(always)]
+fn hidden(row: &QueryRow, len: usize, tile: usize) -> u128 {
+    // From the tile's first token to that of the lowest bit.
+    let at = len as isize - TREE as isize - (tile * TILE) as isize;
+    let bits = u128::from(row.hidden);
+    match at {
+        0.. => u32::try_from(at).ok().and_then(|at| bits.checked_shl(at)).unwrap_or(0),
+        _ => u32::try_from(-at).ok().and_then(|at| bits.checked_shr(at)).unwrap_or(0),
+    }
 }
 
 /// Those of them that attend through the exact rows. (At most a tile's worth.)
@@ -106,8 +166,8 @@ pub fn seen_paged(call: &Attention, row: usize, view: &SequenceView, tile: usize
     if tile == 0 { seen & !range_bits(0, view.n_exact) } else { seen }
 }
 
-/// What the softmax of a query row and head sees of a tile: scores, capped and with what the mask adds. `bent` is where
-/// they go if that changes anything.
+/// What the softmax of a query row and head sees of a tile: scores, capped and with what the mask or the distance adds.
+/// `bent` is where they go if that changes anything.
 #[inline(always)]
 pub fn logits<'s, S: Simd>(
     call: &Attention,
@@ -118,28 +178,46 @@ pub fn logits<'s, S: Simd>(
     bent: &'s mut Lane128,
 ) -> &'s Lane128 {
     let added = call.mask.and_then(|mask| mask.added(row, tile));
-    if call.softcap == 0.0 && added.is_none() {
+    if call.softcap == 0.0 && added.is_none() && call.positions.is_none() {
         return scores;
     }
     let mut bias = [0.0; TILE];
     if let Some((added, _)) = added {
         added.convert_to_f32_slice(&mut bias);
-        let slope = call.slopes.map_or(1.0, |slopes| slopes[head]);
+    } else if let Some(positions) = call.positions {
+        let r = &call.rows[row];
+        positions[r.sequence].distances(tile * TILE, r.position, &mut bias);
+    }
+    if let Some(slopes) = call.slopes {
         for x in &mut bias {
-            *x *= slope;
+            *x *= slopes[head];
         }
     }
     math::bend::<S>(scores, call.softcap, &bias, bent);
     bent
 }
 
+/// Largest magnitude that the mask or the distance adds to scores of a tile, before slopes.
+#[inline(always)]
+fn added_peak(call: &Attention, row: usize, tile: usize) -> f32 {
+    if let Some(positions) = call.positions {
+        // Positions never descend.
+        let (r, mut ends) = (&call.rows[row], [0.0; 2]);
+        positions[r.sequence].distances(tile * TILE, r.position, &mut ends[..1]);
+        positions[r.sequence].distances((tile + 1) * TILE - 1, r.position, &mut ends[1..]);
+        return ends[0].abs().max(ends[1].abs());
+    }
+    call.mask.and_then(|mask| mask.added(row, tile)).map_or(0.0, |(_, peak)| peak)
+}
+
 /// What [`logits`] adds to the error of a score that is at most `reach`.
 #[inline(always)]
 pub fn bend_error(call: &Attention, row: usize, head: usize, tile: usize, reach: f32) -> f32 {
     let mut error = call.softcap * math::CAP_ROUNDING;
-    if let Some((_, peak)) = call.mask.and_then(|mask| mask.added(row, tile)) {
+    let peak = added_peak(call, row, tile);
+    if peak > 0.0 {
         let slope = call.slopes.map_or(1.0, |slopes| slopes[head]);
-        // Half a unit in the last place of the product, and of the sum.
+        // Half a unit in the last place of the distance, of the product, and of the sum. Infinite, if the product is.
         error += f32::EPSILON * (2.0 * (peak * slope).abs() + reach);
     }
     error
@@ -258,7 +336,7 @@ impl Stats {
     pub fn count_dense(&mut self, view: &SequenceView, exact: bool, n: usize) {
         let (s, n64) = (&view.layout.shape, n as u64);
         self.tokens += n64;
-        let (dk, dv) = (s.dim_k as u64, s.dim_v as u64);
+        let (dk, dv) = (s.dim_k as u64, s.stored_v() as u64);
         if exact || view.layout.format != Format::Aligned || view.attached.is_some() {
             let (k, v) = (n64 * dk * s.dtype_k.size() as u64, n64 * dv * s.dtype_v.size() as u64);
             self.bytes_k += k;
@@ -278,7 +356,8 @@ impl Stats {
     /// Scale bytes of a tile of which `n` tokens are seen.
     pub fn count_scales(&mut self, view: &SequenceView, n: usize) {
         // The tile's meta data go with K's scales.
-        let (k, v) = ((view.layout.shape.dim_k + Meta::BYTES) as u64, n as u64);
+        let shape = &view.layout.shape;
+        let (k, v) = ((shape.dim_k + Meta::BYTES) as u64, if shape.v_is_prefix { 0 } else { n as u64 });
         self.bytes_k += k;
         self.bytes_v += v;
         self.bytes_scales += k + v;

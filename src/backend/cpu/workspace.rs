@@ -154,7 +154,8 @@ impl UnitScratch {
     /// Carves it. One more tile than there are: the exact rows'.
     pub fn carve(arena: &mut Arena, shape: &Shape, max_kv: usize) -> UnitScratch {
         let (g, splits) = (shape.group(), max_splits(max_kv));
-        let tiles = splits * SPLIT + 1;
+        // What the scan leaves for the second phase: the dense path, which such shapes always take, has one only.
+        let tiles = if shape.v_is_prefix { 0 } else { splits * SPLIT + 1 };
         let rows = dense_rows(g) * g;
         UnitScratch {
             scores: arena.take(tiles * g),

@@ -3,7 +3,8 @@
 use super::device::{Device, Kernel, Stream};
 use super::params::{Aim, AttendParams, Partial, QueryRow, Report, ReportParams, Scanned, Stats, Sums};
 use super::{
-    ATTEND_THREADS, PUBLISHED_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, units,
+    ATTEND_THREADS, PUBLISHED_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes,
+    scan_shared_bytes, units,
 };
 use crate::Result;
 use crate::format::{Format, Layout, MAX_DIM, TILE};
@@ -136,7 +137,7 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
             _ if call.scans => {
                 let (scan, attend) = kernels.attention(shape);
                 if splits > 1 {
-                    launch(scan, grid, attend_shared_bytes(shape))?;
+                    launch(scan, grid, scan_shared_bytes(shape))?;
                 }
                 launch(attend, grid, attend_shared_bytes(shape))?;
             }

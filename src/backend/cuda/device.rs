@@ -311,6 +311,19 @@ impl Device {
         self.driver.check(code, "cuMemcpyHtoDAsync")
     }
 
+    /// Copies from device memory, and waits until it has.
+    ///
+    /// # Safety
+    /// `from` is device memory of as many bytes.
+    pub unsafe fn download(&self, to: &mut [u8], from: u64) -> Result<()> {
+        let _entered = self.enter()?;
+        let stream = Stream::DEFAULT.0;
+        // SAFETY: the contract, and `to` is not touched until the copy has been waited for.
+        let code = unsafe { (self.driver.copy_to_host)(to.as_mut_ptr().cast(), from, to.len(), stream) };
+        self.driver.check(code, "cuMemcpyDtoHAsync")?;
+        self.synchronize()
+    }
+
     /// Copies within device memory.
     ///
     /// # Safety

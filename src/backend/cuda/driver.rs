@@ -68,6 +68,7 @@ functions! {
     host_free = b"cuMemFreeHost" (*mut c_void);
     host_address = b"cuMemHostGetDevicePointer_v2" (*mut CUdeviceptr, *mut c_void, c_uint);
     copy_to_device = b"cuMemcpyHtoDAsync_v2" (CUdeviceptr, *const c_void, usize, CUstream);
+    copy_to_host = b"cuMemcpyDtoHAsync_v2" (*mut c_void, CUdeviceptr, usize, CUstream);
     copy = b"cuMemcpyDtoDAsync_v2" (CUdeviceptr, CUdeviceptr, usize, CUstream);
     fill = b"cuMemsetD8Async" (CUdeviceptr, u8, usize, CUstream);
     error_name = b"cuGetErrorName" (c_uint, *mut *const c_char);

@@ -65,10 +65,20 @@ pub fn dense_shared_bytes(shape: &Shape) -> usize {
     4 * ((rows + tokens) * (dim + 4) + dim + tokens) + rows * (size_of::<Sums>() + 4)
 }
 
+/// Query heads of a unit, as shared memory has them, and the bytes of q in it (`Queries` in `kernels/unit.cuh`).
+fn shared_q(shape: &Shape) -> (usize, usize) {
+    let heads = shape.group().min(UNIT_HEADS).next_multiple_of(4);
+    (heads, heads * 32 * words(shape) * 4)
+}
+
+/// Bytes of shared memory of a block that scans: q, and a tile's V scales for each warp.
+pub fn scan_shared_bytes(shape: &Shape) -> usize {
+    shared_q(shape).1 + WARPS * TILE * 4
+}
+
 /// Bytes of shared memory of a block that attends (`Memory` in `kernels/attend.cuh`).
 pub fn attend_shared_bytes(shape: &Shape) -> usize {
-    let heads = shape.group().min(UNIT_HEADS).next_multiple_of(4);
-    let q = heads * (32 * words(shape) + 4) * 4;
+    let (heads, q) = shared_q(shape);
     let work = 2 * 2 * TILE + 4 * 4 * TILE + 2 * 4 * 4;
     let by_warp = heads * size_of::<Sums>() + work + heads * shape.dim_v * 4;
     q + heads * size_of::<Share>() + WARPS * by_warp + 16

@@ -104,7 +104,6 @@ pub struct Fault {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Scanned {
     pub max: f32,
-    pub unit: f32,
     pub e: f32,
     pub e_vs: f32,
     pub e_vs2: f32,
@@ -114,6 +113,7 @@ pub struct Scanned {
     pub q_rms: f32,
     pub slack: f32,
     pub bend: f32,
+    pub unit: f32,
     pub reserved: f32,
 }
 

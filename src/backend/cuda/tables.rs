@@ -15,6 +15,8 @@ pub struct Sight {
     pub causal: bool,
     /// 0 = all before.
     pub window: usize,
+    /// First tokens that are seen in spite of it: 0 on a device.
+    pub head: usize,
     /// All rows read all digits.
     pub dense: bool,
 }
@@ -155,9 +157,9 @@ impl Tables {
     }
 
     /// The step that the kernels to come on `stream` belong to. `rows` makes the query rows for a way of seeing.
-    pub fn begin(&mut self, plan: &Plan, stream: Stream, rows: impl Fn(Sight) -> Vec<QueryRow>) -> Result<()> {
+    pub fn begin(&mut self, plan: &Plan, stream: Stream, rows: impl Fn(Sight) -> Result<Vec<QueryRow>>) -> Result<()> {
         let n_sequences = plan.views.len() / self.n_layers.max(1);
-        let rows: Vec<Vec<QueryRow>> = self.sights.iter().map(|&sight| rows(sight)).collect();
+        let rows = crate::error::collect(self.sights.iter().map(|&sight| rows(sight)))?;
         let n_rows = rows.iter().map(Vec::len).max().unwrap_or(0);
         let need = Room { n_layers: self.n_layers, sequences: n_sequences, appends: plan.n_appends, rows: n_rows };
         let in_fixed = self.fixed.as_ref().is_some_and(|(room, _)| room.holds(&need));

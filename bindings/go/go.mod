@@ -1,0 +1,3 @@
+module alignedkv
+
+go 1.22
