@@ -53,7 +53,7 @@
  *   akv_sequence_export(cache, sequence, NULL, to_file, file);     then akv_sequence_destroy: its pages are free
  *   akv_sequence_import(cache, 0, from_file, file, &sequence);     in any cache of these layers, bit for bit
  *
- * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_FORMAT_ALIGNED)
+ * CUDA (backend AKV_CUDA: compute capability 8.0 and above; AKV_APPEND in all formats, cells in AKV_FORMAT_ALIGNED)
  *
  *   Rows (attached ones too), outputs, sink_logits, alibi_slopes, a mask's f16, statistics, states and workspaces are device
  *   memory; kv_from, kv_to, slots, spans and all else is the host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
@@ -75,8 +75,8 @@
  *   and akv_attach_rows wait for nothing: the layer's next call with a stream that is not captured tells the device of them.
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): layers that share rows; MLA in cells. On CUDA also
- *   other formats, MLA, trees, ALiBi of sequences, sink_tokens, NaN policies but AKV_NAN_ERROR, removing and shifting tokens,
- *   and importing what was removed from or a part of the digit planes.
+ *   cells in other formats, MLA, trees, ALiBi of sequences, sink_tokens, NaN policies but AKV_NAN_ERROR, removing and shifting
+ *   tokens, and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
