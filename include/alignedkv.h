@@ -340,7 +340,8 @@ typedef struct akv_usage {
     uint64_t pages_free;
     // Pages that more than one sequence holds (counted once).
     uint64_t pages_shared;
-    // Committed tokens of all sequences, shared ones counted for each; cells with rows in a layer.
+    // Committed tokens of all sequences that have not been removed, shared ones counted for each; cells with rows in a
+    // layer.
     uint64_t tokens;
 } akv_usage;
 
@@ -689,7 +690,7 @@ akv_status akv_sequence_shift(struct akv_cache *cache,
                               const struct akv_rope *rope_per_layer);
 
 // Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
-// committed tokens.
+// committed tokens. Those that have been removed count, since others keep their indices.
 akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
 // Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
