@@ -1,6 +1,6 @@
 //! What moving sequences about costs: forks, truncations, bytes out and in, and what a shared prefix takes.
 
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, Placement, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, NanPolicy, Placement, StepSequence};
 use alignedkv::format::{Dtype, Format, Rows, Shape};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
@@ -16,6 +16,7 @@ const SHAPE: Shape = Shape {
     planes_k: 4,
     planes_v: 4,
     window: 0,
+    v_is_prefix: false,
 };
 
 /// A cache of one layer, and a sequence of `n` tokens.
@@ -28,6 +29,7 @@ fn cache(n: usize) -> (Arc<Cache>, u64) {
         exact_head: 4,
         exact_tail: 64,
         max_bytes: 0,
+        nan: NanPolicy::Error,
     };
     let cache = Arc::new(Cache::new(config, Allocator::System).unwrap());
     let sequence = cache.create().unwrap();
