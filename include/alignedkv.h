@@ -56,12 +56,12 @@
  * CUDA (backend AKV_CUDA: compute capability 8.0 and above; AKV_APPEND in all formats, cells in AKV_FORMAT_ALIGNED)
  *
  *   Rows (attached ones too), outputs, sink_logits, alibi_slopes, a mask's f16, statistics, states and workspaces are device
- *   memory; kv_from, kv_to, slots, spans and all else is the host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
- *   the caller's, by one stream or by events: memory that a call gives back is used again by later ones. Calls without
- *   a stream that have to move rows (fork, truncate, abort, akv_slots_copy) wait for all work of the CUDA context: make them
- *   while no stream is captured. What only the device finds out (NaN in K, V, q or a mask, overflow) is akv_poll's to tell;
- *   such K and V are stored as 0 (rows that are attached stay what they are), such cells of a mask are hidden. Groups of more
- *   than 16 heads are read in parts.
+ *   memory; kv_from, kv_to, slots, spans and all else is the host's. Calls that have a stream launch work on it and return.
+ *   Launched work that uses a cache must be in an order of the caller's, by one stream or by events: memory that a call
+ *   gives back is used again by later ones. Calls without a stream that have to move rows (fork, truncate, abort, export,
+ *   import, akv_slots_copy) wait for all work of the CUDA context: make them while no stream is captured. What only the
+ *   device finds out (NaN in K, V, q or a mask, overflow) is akv_poll's to tell; such K and V are stored as 0 (rows that
+ *   are attached stay what they are), such cells of a mask are hidden. Groups of more than 16 heads are read in parts.
  *   Steps within all three bounds of a batch (max_sequences, max_q, max_kv; at most max_q new tokens) can be captured:
  *
  *   akv_batch_begin(batch, &step, stream);                     outside capture
