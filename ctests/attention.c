@@ -173,7 +173,6 @@ static result run(test_case c) {
     int n_rows = 0, dense = 0, row = 0;
     double error_sum = 0, norm_sum = 0, scale;
     result res = {0};
-    if (on_cuda() && c.format != AKV_FORMAT_ALIGNED) return res;
     uint64_t seen = 0, seen_exactly = 0, seen_tiles = 0, means = 0;
     akv_cache *cache;
     akv_batch *batch;

@@ -55,10 +55,11 @@ static void load_driver(void) {
     memcpy(&cu.waits, &symbol, sizeof symbol);
 }
 
-enum { LAYERS = 2, SEQUENCES = 3, HEADS = 2, GROUP = 3, DIM = 64, STEPS = 150, MAX_KV = 2048 };
+enum { LAYERS = 2, SEQUENCES = 3, HEADS = 2, GROUP = 3, DIM = 64, MAX_KV = 2048 };
 enum { KV = HEADS * DIM, Q = GROUP * KV, QH = GROUP * HEADS };
 
 static void *stream;
+static int format; /* of the caches */
 
 static address device(size_t bytes) {
     address p = 0;
@@ -91,7 +92,7 @@ static akv_dealloc_fn dealloc_hook;
 static void engine_new(engine *e, int on_device, int with_bounds) {
     akv_context_desc context = {.struct_size = sizeof context, .abi_version = AKV_ABI_VERSION, .backend = on_device ? AKV_CUDA : AKV_CPU};
     akv_layer_desc layers[LAYERS];
-    akv_cache_desc cache = {.struct_size = sizeof cache, .n_layers = LAYERS, .layers = layers};
+    akv_cache_desc cache = {.struct_size = sizeof cache, .format = format, .n_layers = LAYERS, .layers = layers};
     akv_batch_desc bounds = {.struct_size = sizeof bounds};
     if (on_device) context.alloc = alloc_hook, context.dealloc = dealloc_hook;
     memset(e, 0, sizeof *e);
@@ -219,6 +220,7 @@ static void compare(int t) {
               "step %d, layer %d: %d dense rows, path %d", t, l, (int)stats_of[0][l].dense_rows, stats_of[0][l].path);
         for (size_t i = 0; i < n * Q; i++) {
             double apart = fabs((double)out_of[0][l][i] - (double)out_of[2][l][i]), allowed = (double)bound_of[0][l][i / DIM] + (double)bound_of[2][l][i / DIM];
+            if (format != AKV_FORMAT_ALIGNED && !(allowed < 0.01)) allowed = 0.01; /* nothing is left out, or nothing claimed */
             CHECK(apart <= allowed, "step %d, layer %d: apart by %g, bounds add up to %g", t, l, apart, allowed);
         }
     }
@@ -238,18 +240,19 @@ static void each(engine e[3], const char *what, int sequence, int64_t n, int in)
 }
 
 /* Prompts, then decoding across the ends of tiles, with sequences cut and forked in between. */
-static void decode(void) {
+static void decode(int of, int steps) {
     engine e[3];
-    static const int32_t prompt[SEQUENCES] = {130, 5, 700}, decode[SEQUENCES] = {1, 1, 1}, mixed[2][SEQUENCES] = {{1, 9, 3}, {12, 1, 1}};
+    static const int32_t prompt[SEQUENCES] = {130, 5, 530}, decode[SEQUENCES] = {1, 1, 1}, mixed[2][SEQUENCES] = {{1, 9, 3}, {12, 1, 1}};
+    format = of;
     engine_new(&e[0], 1, 1), engine_new(&e[1], 1, 0), engine_new(&e[2], 0, 0);
     rows_of_step(prompt[0] + prompt[1] + prompt[2]);
     for (int i = 0; i < 3; i++) step(&e[i], i, prompt, 0);
     compare(0);
-    for (int t = 1; t <= STEPS; t++) {
-        if (t == 40) each(e, "truncate", 0, 150, 0);  /* within the open tile */
-        if (t == 60) each(e, "truncate", 2, 501, 0);  /* a tile that was closed long ago */
-        if (t == 80) each(e, "fork", 2, 515, 1);      /* in the open tile */
-        if (t == 100) each(e, "fork", 0, 60, 2);      /* in the first */
+    for (int t = 1; t <= steps; t++) {
+        if (t == 22) each(e, "truncate", 0, 150, 0);  /* within the open tile */
+        if (t == 26) each(e, "truncate", 2, 501, 0);  /* a tile that was closed long ago */
+        if (t == 44) each(e, "fork", 2, 515, 1);      /* in the open tile */
+        if (t == 46) each(e, "fork", 0, 60, 2);      /* in the first */
         /* The same graph takes parts of a prompt, whose rows are dense, among others. */
         const int32_t *n_new = t % 10 == 5 ? mixed[t / 10 % 2] : decode;
         rows_of_step(n_new[0] + n_new[1] + n_new[2]);
@@ -271,6 +274,7 @@ static void decode(void) {
         OK(akv_poll(e[i].context, NULL, NULL, NULL));
         engine_free(&e[i]);
     }
+    format = AKV_FORMAT_ALIGNED;
 }
 
 #define FAILS(call, want, word)                                                                        \
@@ -354,9 +358,9 @@ static void errors(void) {
     akv_context_desc d = {.struct_size = sizeof d, .abi_version = AKV_ABI_VERSION, .backend = AKV_CUDA, .device = 99};
     FAILS(akv_context_create(&d, &context), AKV_E_UNSUPPORTED, "desc->device is 99");
     akv_layer_desc l = {.n_q_heads = 1, .n_kv_heads = 1, .dim_k = 64};
-    akv_cache_desc c = {.struct_size = sizeof c, .n_layers = 1, .layers = &l, .format = AKV_FORMAT_RAW};
+    akv_cache_desc c = {.struct_size = sizeof c, .n_layers = 1, .layers = &l, .placement = AKV_SLOTS, .n_slots = 128};
     akv_cache *cache = NULL;
-    FAILS(akv_cache_create(e.context, &c, &cache), AKV_E_UNSUPPORTED, "desc->format");
+    FAILS(akv_cache_create(e.context, &c, &cache), AKV_E_UNSUPPORTED, "desc->placement");
     engine_free(&e), engine_free(&unbounded);
 }
 
@@ -630,7 +634,9 @@ int main(void) {
     CU(cu.retain(&context, 0));
     CU(cu.push(context));
     CU(cu.stream(&stream, 0));
-    decode();
+    decode(AKV_FORMAT_ALIGNED, 150);
+    decode(AKV_FORMAT_RAW, 60);
+    decode(AKV_FORMAT_PUBLISHED, 60);
     errors();
     use_cells(AKV_SLOTS);
     use_cells(AKV_ATTACHED);

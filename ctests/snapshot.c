@@ -211,6 +211,40 @@ static void swapping(void) {
     engine_free(&a);
 }
 
+/* A context shift: tokens are removed from the middle, those behind move up; forks stay as they are. */
+static void context_shift(void) {
+    engine a = engine_new(0, 0, 0), b = engine_new(0, 0, 0);
+    float inv_freq[DIM / 2];
+    akv_rope ropes[LAYERS];
+    for (int i = 0; i < DIM / 2; i++) inv_freq[i] = powf(10000, -2 * (float)i / DIM);
+    for (int l = 0; l < LAYERS; l++) ropes[l] = (akv_rope){.pairing = l % 2 ? AKV_ROPE_HALVES : AKV_ROPE_INTERLEAVED, .n_dims = DIM, .inv_freq = inv_freq};
+    akv_sequence s = sequence_new(&a, 397), fork, t;
+    OK(akv_sequence_fork(a.cache, s, -1, &fork));
+    stream before = exported(&a, s, NULL);
+    akv_usage usage = {.struct_size = sizeof usage};
+    OK(akv_sequence_remove(a.cache, s, 4, 280));
+    OK(akv_cache_usage(a.cache, &usage));
+    CHECK(usage.tokens == 2 * 400 - 276 && usage.n_sequences == 2, "%d tokens", (int)usage.tokens);
+    OK(akv_sequence_shift(a.cache, s, 280, 1000, -276, ropes));
+    stream shifted = exported(&a, s, NULL), other = exported(&a, fork, NULL);
+    CHECK(same(&before, &other), "a fork has changed");
+    t = imported(&b, 0, &shifted);
+    go_on(&a, s, &b, t);
+    /* The last position was 399. */
+    OK(akv_sequence_shift(a.cache, fork, 0, 1000, 5, ropes));
+    CHECK(akv_sequence_shift(a.cache, fork, 0, 100, 500, ropes) == AKV_E_ARGUMENT && strstr(last_error(), "delta"), "%s", last_error());
+    ropes[1].n_dims = 3;
+    CHECK(akv_sequence_shift(a.cache, fork, 0, 100, 1, ropes) == AKV_E_ARGUMENT && strstr(last_error(), "rope_per_layer[1].n_dims is 3"), "%s", last_error());
+    ropes[1].n_dims = DIM, ropes[2].first_dim = 8;
+    CHECK(akv_sequence_shift(a.cache, fork, 0, 100, 1, ropes) == AKV_E_ARGUMENT && strstr(last_error(), "rope_per_layer[2].first_dim is 8"), "%s", last_error());
+    ropes[2].first_dim = 0, ropes[0].pairing = 2;
+    CHECK(akv_sequence_shift(a.cache, fork, 0, 100, 1, ropes) == AKV_E_ARGUMENT && strstr(last_error(), "rope_per_layer[0].pairing is 2"), "%s", last_error());
+    ropes[0].pairing = 0, inv_freq[3] = NAN;
+    CHECK(akv_sequence_shift(a.cache, fork, 0, 100, 1, ropes) == AKV_E_ARGUMENT && strstr(last_error(), "inv_freq[3]"), "%s", last_error());
+    stream_free(&before), stream_free(&shifted), stream_free(&other);
+    engine_free(&a), engine_free(&b);
+}
+
 static void errors(void) {
     engine a = engine_new(0, 0, 0), b = engine_new(0, 1, 0);
     akv_sequence s = sequence_new(&a, 200), t = 99;
@@ -260,6 +294,28 @@ static void errors(void) {
     CHECK(live == 0, "%ld blocks have not been given back", live);
 }
 
+/* The first digits, then the others. */
+static void digits(void) {
+    engine a = engine_new(0, 0, 0), b = engine_new(0, 0, 0);
+    akv_sequence s = sequence_new(&a, 500), t;
+    akv_export_desc first = {.struct_size = sizeof first, .planes_k = 2, .planes_v = 2}, further = {.struct_size = sizeof further, .known_k = 2, .known_v = 2};
+    stream whole = exported(&a, s, NULL), coarse = exported(&a, s, &first), rest = exported(&a, s, &further);
+    CHECK(coarse.n < whole.n && rest.n < coarse.n, "%zu, %zu and %zu bytes", whole.n, coarse.n, rest.n);
+    t = imported(&b, 0, &coarse);
+    step(&b, t, 1, 5, 1); /* goes on while the others come */
+    OK(akv_sequence_truncate(b.cache, t, 503));
+    imported(&b, t, &rest);
+    stream again = exported(&b, t, NULL);
+    CHECK(same(&whole, &again), "other bytes once all digits have come");
+    go_on(&a, s, &b, t);
+    first.planes_k = 1;
+    CHECK(akv_sequence_export(a.cache, s, &first, put, &again) == AKV_E_ARGUMENT && strstr(last_error(), "desc->planes_k is 1"), "%s", last_error());
+    further.known_v = 0;
+    CHECK(akv_sequence_export(a.cache, s, &further, put, &again) == AKV_E_ARGUMENT && strstr(last_error(), "desc->known_v is 0"), "%s", last_error());
+    stream_free(&whole), stream_free(&coarse), stream_free(&rest), stream_free(&again);
+    engine_free(&a), engine_free(&b);
+}
+
 /* The same bytes from CUDA and from the CPU, and back. */
 static void backends(void) {
     engine cuda = engine_new(0, 0, 0);
@@ -302,6 +358,8 @@ int main(int argc, char **argv) {
     } else {
         round_trips();
         swapping();
+        context_shift();
+        digits();
         errors();
     }
     return finish("snapshot");

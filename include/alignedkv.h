@@ -60,15 +60,15 @@
  *   akv_sequence_export(cache, sequence, NULL, to_file, file);     then akv_sequence_destroy: its pages are free
  *   akv_sequence_import(cache, 0, from_file, file, &sequence);     in any cache of these layers, bit for bit
  *
- * CUDA (backend AKV_CUDA: compute capability 8.0 and above, AKV_FORMAT_ALIGNED)
+ * CUDA (backend AKV_CUDA: compute capability 8.0 and above; AKV_APPEND in all formats, cells in AKV_FORMAT_ALIGNED)
  *
  *   Rows (attached ones too), outputs, sink_logits, alibi_slopes, a mask's f16, statistics, states and workspaces are device
- *   memory; kv_from, kv_to, slots, spans and all else is the host's. Calls that have a stream launch work on it and return. Launched work that uses a cache must be in an order of
- *   the caller's, by one stream or by events: memory that a call gives back is used again by later ones. Calls without
- *   a stream that have to move rows (fork, truncate, abort, akv_slots_copy) wait for all work of the CUDA context: make them
- *   while no stream is captured. What only the device finds out (NaN in K, V, q or a mask, overflow) is akv_poll's to tell;
- *   such K and V are stored as 0 (rows that are attached stay what they are), such cells of a mask are hidden. Groups of more
- *   than 16 heads are read in parts.
+ *   memory; kv_from, kv_to, slots, spans and all else is the host's. Calls that have a stream launch work on it and return.
+ *   Launched work that uses a cache must be in an order of the caller's, by one stream or by events: memory that a call
+ *   gives back is used again by later ones. Calls without a stream that have to move rows (fork, truncate, abort, export,
+ *   import, akv_slots_copy) wait for all work of the CUDA context: make them while no stream is captured. What only the
+ *   device finds out (NaN in K, V, q or a mask, overflow) is akv_poll's to tell; such K and V are stored as 0 (rows that
+ *   are attached stay what they are), such cells of a mask are hidden. Groups of more than 16 heads are read in parts.
  *   Steps within all three bounds of a batch (max_sequences, max_q, max_kv; at most max_q new tokens) can be captured:
  *
  *   akv_batch_begin(batch, &step, stream);                     outside capture
@@ -82,8 +82,8 @@
  *   and akv_attach_rows wait for nothing: the layer's next call with a stream that is not captured tells the device of them.
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): layers that share rows; MLA in cells. On CUDA also
- *   other formats, MLA, trees, ALiBi of sequences, sink_tokens, NaN policies but AKV_NAN_ERROR, removing and shifting tokens,
- *   and importing what was removed from or a part of the digit planes.
+ *   cells in other formats, MLA, trees, ALiBi of sequences, sink_tokens, NaN policies but AKV_NAN_ERROR, removing and shifting
+ *   tokens, and importing what was removed from or a part of the digit planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -347,7 +347,8 @@ typedef struct akv_usage {
     uint64_t pages_free;
     // Pages that more than one sequence holds (counted once).
     uint64_t pages_shared;
-    // Committed tokens of all sequences, shared ones counted for each; cells with rows in a layer.
+    // Committed tokens of all sequences that have not been removed, shared ones counted for each; cells with rows in a
+    // layer.
     uint64_t tokens;
 } akv_usage;
 
@@ -696,7 +697,7 @@ akv_status akv_sequence_shift(struct akv_cache *cache,
                               const struct akv_rope *rope_per_layer);
 
 // Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
-// committed tokens.
+// committed tokens. Those that have been removed count, since others keep their indices.
 akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
 // Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:

@@ -5,4 +5,6 @@
 #include "dequantize.cu"
 #include "encode.cu"
 #include "merge.cu"
+#include "published.cu"
+#include "store.cu"
 #include "tables.cu"

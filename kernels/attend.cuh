@@ -440,16 +440,7 @@ DEVICE void attend_split(const AttendParams &p) {
         }
         if (lane() == 0) u.sums(u.split, h) = total;
     }
-    fence();
-    sync_block();
-    u32 *done = reinterpret_cast<u32 *>(u.p.done) + u.index;
-    if (thread() == 0) m.flag() = atomic_add(done, 1u) + 1 == u32(u.n_splits);
-    sync_block();
-    if (m.flag()) {
-        fence();
-        finish(u.p, u.row_index);
-        if (thread() == 0) *done = 0;
-    }
+    leave(u, m.flag());
 }
 
 }  // namespace akv

@@ -88,30 +88,12 @@ struct Team {
     }
 };
 
-// Tokens of one KV head as rows in a dtype.
-struct Given {
-    u64 rows, written;  // the latter: const u32 [4], or 0 = all of them
-    i64 stride;
-    i32 dtype, dim, n;
-
-    // Those of a tile that are kept as given, or that the engine keeps.
-    DEVICE static Given of(const Unit &u, i32 tile, bool exact, bool values) {
-        const Shape &s = u.p.shape;
-        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k;
-        const i64 stride = u.attached() ? (values ? u.p.attached_v : u.p.attached_k).stride_row : i64(s.n_kv_heads) * dim * size_of_dtype(dtype);
-        const i32 n_exact = u.view.n_exact < TILE ? u.view.n_exact : TILE;
-        return {values ? u.given_v(tile * TILE) : u.given_k(tile * TILE), u.view.written ? u.view.written + 16 * tile : 0, stride, dtype, dim, exact ? n_exact : TILE};
-    }
-    DEVICE bool has(i32 i) const { return i < n && (!written || reinterpret_cast<const u32 *>(written)[i / 32] >> i % 32 & 1); }
-    DEVICE float load(i32 i, i32 c) const { return c < dim && has(i) ? load_element(rows + i * stride, dtype, c) : 0.0f; }
-};
-
 // Tokens start.. in shared memory; what there is not is 0.
 template <i32 S>
 DEVICE_CALL void load_given(const AttendParams &p, i32 tile, bool exact, bool values, i32 start) {
     using M = DenseMemory<S>;
     const Unit u(p);
-    const Given given = Given::of(u, tile, exact, values);
+    const Given given = u.given(tile, exact, values);
     ROLLED
     for (i32 at = thread(); at < M::TOKENS * M::DIM; at += ATTEND_THREADS) {
         const i32 i = at / M::DIM, c = at % M::DIM;
@@ -122,14 +104,14 @@ DEVICE_CALL void load_given(const AttendParams &p, i32 tile, bool exact, bool va
 // What k_unit and v_unit are of them.
 DEVICE_CALL float given_k_unit(const AttendParams &p, i32 tile, bool exact, i32 c) {
     const Unit u(p);
-    const Given rows = Given::of(u, tile, exact, false);
+    const Given rows = u.given(tile, exact, false);
     float unit = 0.0f;
     for (i32 i = 0; i < rows.n; i++) unit = larger(unit, magnitude(rows.load(i, c)));
     return unit * (1.0f / PEAK);
 }
 DEVICE_CALL float given_v_unit(const AttendParams &p, i32 tile, bool exact, i32 row) {
     const Unit u(p);
-    const Given rows = Given::of(u, tile, exact, true);
+    const Given rows = u.given(tile, exact, true);
     float peak = 0.0f;
     for (i32 c = lane(); c < rows.dim; c += 32) peak = larger(peak, magnitude(rows.load(row, c)));
     return warp_max(peak) * (1.0f / PEAK);
@@ -275,18 +257,18 @@ DEVICE void dense_split(const AttendParams &p) {
     float out[4 * S][4] = {};
     u32 n_paged = 0, n_exact = 0, n_attached = 0, n_tiles = 0;
 
-    // The rows that are kept as given come first, as a tile of their own. Where the engine keeps rows, all are given.
-    const bool exact = u.split == 0 && u.view.n_exact > 0 && team.from < u.view.n_exact;
+    // The rows that are kept as given come first, as a tile of their own. Where no page has digits, all are given.
+    const bool has_exact = u.split == 0 && u.view.n_exact > 0 && team.from < u.view.n_exact;
     ROLLED
-    for (i32 at = exact ? first - 1 : first; at < last; at++) {
-        const bool head = at < first, given = head || u.attached();
-        const i32 tile_index = head ? 0 : at;
+    for (i32 at = has_exact ? first - 1 : first; at < last; at++) {
+        const bool exact = at < first, given = exact || u.attached() || s.format != FORMAT_ALIGNED;
+        const i32 tile_index = exact ? 0 : at;
         const Tile tile = u.tile(tile_index);
         // Which of the tokens start.. a row sees.
         auto seen = [&](const Asked &a, i32 start) {
             if (a.index < 0) return 0u;
-            const u32 seen = u.seen(a.row, a.index, tile_index, start / 32), exact = u.exact_bits(start / 32);
-            return (head ? seen & exact : at == 0 ? seen & ~exact : seen) >> start % 32 & ~0u >> (32 - TOKENS);
+            const u32 seen = u.seen(a.row, a.index, tile_index, start / 32), in_head = u.exact_bits(start / 32);
+            return (exact ? seen & in_head : at == 0 ? seen & ~in_head : seen) >> start % 32 & ~0u >> (32 - TOKENS);
         };
         // A bit for every TOKENS tokens: the warp wants them.
         u32 wanted = 0;
@@ -296,7 +278,7 @@ DEVICE void dense_split(const AttendParams &p) {
         for (i32 c = thread(); c < DIM; c += ATTEND_THREADS) {
             float unit = 0.0f;
             if (given) {
-                unit = given_k_unit(p, tile_index, head, c);
+                unit = given_k_unit(p, tile_index, exact, c);
             } else if (c < s.dim_k) {
                 unit = scale_of(tile.k_scales[c]);
             }
@@ -313,9 +295,9 @@ DEVICE void dense_split(const AttendParams &p) {
             const bool mine = wanted >> start / TOKENS & 1;
             sync_block();
             if (given) {
-                load_given<S>(p, tile_index, head, false, start);
+                load_given<S>(p, tile_index, exact, false, start);
                 for (i32 i = warp(); i < TOKENS; i += ATTEND_WARPS) {
-                    const float unit = given_v_unit(p, tile_index, head, start + i);
+                    const float unit = given_v_unit(p, tile_index, exact, start + i);
                     if (lane() == 0) M::v_unit()[i] = unit;
                 }
             } else {
@@ -362,7 +344,7 @@ DEVICE void dense_split(const AttendParams &p) {
                 }
             }
             sync_block();
-            if (given) load_given<S>(p, tile_index, head, true, start);
+            if (given) load_given<S>(p, tile_index, exact, true, start);
             else load_digits<S, true>(tile, start);
             sync_block();
             if (mine) dense_values<S>(s.dim_v, e, factor, out);
@@ -392,19 +374,23 @@ DEVICE void dense_split(const AttendParams &p) {
             note(sums, a.n, v_peak * PEAK);
             if (!(reach < infinity()) || a.max == infinity()) u.report(FAULT_OVERFLOW, FAULT_IN_OUT, a.index, a.head);
             if (a.head == 0) {
-                n_exact += head ? a.n : 0, n_attached += given && !head ? a.n : 0, n_paged += given ? 0 : a.n;
-                n_tiles += given ? 0 : 1;
+                const bool paged = !exact && !u.attached();
+                n_exact += exact ? a.n : 0, n_attached += exact || paged ? 0 : a.n, n_paged += paged ? a.n : 0;
+                n_tiles += paged ? 1 : 0;
             }
         }
     }
 
     if (p.stats) {
         Stats *stats = reinterpret_cast<Stats *>(p.stats);
-        if (n_paged) {
+        if (n_paged) atomic_add(&stats->tokens, u64(n_paged));
+        if (n_paged && s.format == FORMAT_ALIGNED) {
             atomic_add(&stats->planes_k[s.planes_k], u64(n_paged));
             atomic_add(&stats->planes_v[s.planes_v], u64(n_paged));
-            atomic_add(&stats->tokens, u64(n_paged));
             atomic_add(&stats->tiles, u64(n_tiles));
+        } else if (n_paged) {
+            atomic_add(&stats->bytes_k, u64(n_paged) * s.dim_k * size_of_dtype(s.dtype_k));
+            atomic_add(&stats->bytes_v, u64(n_paged) * s.dim_v * size_of_dtype(s.dtype_v));
         }
         if (n_exact) atomic_add(&stats->tokens_exact, u64(n_exact));
         if (n_attached) atomic_add(&stats->tokens_attached, u64(n_attached));

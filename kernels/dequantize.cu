@@ -24,6 +24,8 @@ KERNEL(akv_dequantize, 64, 8, DequantizeParams) {
                 x = 0.0f;
             } else if (exact || fresh) {
                 x = load_element(exact ? given : kept, dtype, c);
+            } else if (s.format != FORMAT_ALIGNED) {
+                x = Given::page(s, reinterpret_cast<const u64 *>(view.pages)[token / TILE], head, which == 1, TILE).load(row, c);
             } else {
                 const i32 half = dim / 2, j = c % half / 4, shift = 8 * (c % 4) + (c < half ? 0 : 4);
                 u32 prefix = 0;

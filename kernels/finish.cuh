@@ -30,7 +30,8 @@ DEVICE_CALL void finish(const AttendParams &p, i32 row_index) {
         peak = warp_max(peak);
         if (!(peak <= (p.out.dtype == F16 ? 65519.0f : -LOWEST))) u.report(FAULT_OVERFLOW, FAULT_IN_OUT, h);
         if (lane() == 0) {
-            const Certificate c = certificate(total, peak);
+            Certificate c = certificate(total, peak);
+            if (p.shape.format == FORMAT_PUBLISHED && !u.row.dense) c.bound = c.lse_bound = c.estimate = infinity();
             const i64 at = i64(u.row_index) * p.shape.n_q_heads + head;
             if (p.lse) reinterpret_cast<float *>(p.lse)[at] = c.lse;
             if (p.bound) reinterpret_cast<float *>(p.bound)[at] = c.bound;
@@ -39,6 +40,19 @@ DEVICE_CALL void finish(const AttendParams &p, i32 row_index) {
             if (p.amplitude) reinterpret_cast<float *>(p.amplitude)[at] = c.amplitude;
         }
     }
+}
+
+// A block has written its split's sums and outputs; `flag` is in shared memory. The last one of the unit merges.
+DEVICE void leave(const Unit &u, u32 &flag) {
+    u32 *done = reinterpret_cast<u32 *>(u.p.done) + u.index;
+    fence();
+    sync_block();
+    if (thread() == 0) flag = atomic_add(done, 1u) + 1 == u32(u.n_splits);
+    sync_block();
+    if (!flag) return;
+    fence();
+    finish(u.p, u.row_index);
+    if (thread() == 0) *done = 0;
 }
 
 }  // namespace akv

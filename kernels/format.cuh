@@ -148,6 +148,60 @@ DEVICE void store_element(u64 row, i32 dtype, i32 i, float x) {
 }
 // Where V begins in a block of `n` rows as given, of all KV heads.
 DEVICE i64 kept_offset(const Shape &s, i32 n) { return (i64(n) * s.n_kv_heads * s.dim_k * size_of_dtype(s.dtype_k) + 63) / 64 * 64; }
+
+// The bits of an element, and back.
+DEVICE u32 load_bits(u64 row, i32 dtype, i32 i) {
+    return dtype == F32 ? reinterpret_cast<const u32 *>(row)[i] : reinterpret_cast<const u16 *>(row)[i];
+}
+DEVICE void store_bits(u64 row, i32 dtype, i32 i, u32 bits) {
+    if (dtype == F32) {
+        reinterpret_cast<u32 *>(row)[i] = bits;
+    } else {
+        reinterpret_cast<u16 *>(row)[i] = u16(bits);
+    }
+}
+
+// Tokens of one KV head, without loss: rows in a dtype; or cut, as published: [token][dim] of high bytes, then [token][dim / 2]
+// of the middle and of the low digits of f16 (src/format/raw.rs, published.rs).
+struct Given {
+    u64 rows, written;  // the latter: const u32 [4], bits of those that there are; 0 = all
+    i64 stride;
+    i32 dtype, dim, n;
+    bool cut;
+
+    // The first n rows of a page.
+    DEVICE static Given page(const Shape &s, u64 page, i32 kv_head, bool values, i32 n) {
+        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k;
+        const i32 size_k = align64(TILE * s.dim_k * size_of_dtype(s.dtype_k)), size_v = align64(TILE * s.dim_v * size_of_dtype(s.dtype_v));
+        const u64 part = page + i64(kv_head) * (size_k + size_v);
+        return {part + (values ? size_k : 0), 0, dim * size_of_dtype(dtype), dtype, dim, n, s.format == FORMAT_PUBLISHED};
+    }
+
+    DEVICE u8 *high(i32 i, i32 c) const { return reinterpret_cast<u8 *>(rows) + i * dim + c; }
+    DEVICE u8 *middle(i32 i, i32 c) const { return reinterpret_cast<u8 *>(rows) + TILE * dim + i * (dim / 2) + c % (dim / 2); }
+    DEVICE u8 *low(i32 i, i32 c) const { return middle(i, c) + TILE * (dim / 2); }
+    // The f16 of a cut row.
+    DEVICE u32 half_bits(i32 i, i32 c) const {
+        const i32 shift = c < dim / 2 ? 0 : 4;
+        return u32(*high(i, c)) << 8 | (*middle(i, c) >> shift & 15) << 4 | (*low(i, c) >> shift & 15);
+    }
+    DEVICE bool has(i32 i) const { return i < n && (!written || reinterpret_cast<const u32 *>(written)[i / 32] >> i % 32 & 1); }
+    // 0 where there is no element.
+    DEVICE float load(i32 i, i32 c) const {
+        if (c >= dim || !has(i)) return 0.0f;
+        return cut ? half_to_float(u16(half_bits(i, c))) : load_element(rows + i * stride, dtype, c);
+    }
+    // Channels c and c + dim / 2.
+    DEVICE void store(i32 i, i32 c, u32 x, u32 y) const {
+        if (cut) {
+            *high(i, c) = u8(x >> 8), *high(i, c + dim / 2) = u8(y >> 8);
+            *middle(i, c) = u8((x >> 4 & 15) | (y >> 4 & 15) << 4), *low(i, c) = u8((x & 15) | (y & 15) << 4);
+        } else {
+            store_bits(rows + i * stride, dtype, c, x), store_bits(rows + i * stride, dtype, c + dim / 2, y);
+        }
+    }
+};
+
 DEVICE u64 row_of(const Rows &rows, i64 row, i32 head) { return rows.data + row * rows.stride_row + head * rows.stride_head; }
 
 }  // namespace akv

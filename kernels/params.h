@@ -20,7 +20,11 @@ struct Shape {
     i32 dim_k, dim_v;
     i32 planes_k, planes_v;
     i32 dtype_k, dtype_v;
+    i32 format;  // FORMAT_*
+    i32 reserved;
 };
+
+enum { FORMAT_ALIGNED = 0, FORMAT_PUBLISHED = 1, FORMAT_RAW = 2 };
 
 // Rows of a caller: [row][head][dim].
 struct Rows {
@@ -164,6 +168,13 @@ struct Sums {
     float reserved;
 };
 
+// What the published scheme decides by, for one query head.
+struct Aim {
+    double sum;
+    float max;
+    i32 alignment;
+};
+
 struct AttendParams {
     Shape shape;
     Rows q, out;
@@ -183,6 +194,8 @@ struct AttendParams {
     u64 partials;  // Partial [unit][split][heads]
     u64 sums;      // Sums [unit][split][heads]
     u64 outs;      // float [unit][split][heads][dim_v]
+    u64 peaks;     // u16 [unit][split][K, V][MAX_DIM], of FORMAT_PUBLISHED
+    u64 aims;      // Aim [unit][heads], likewise
     u64 done;      // u32 [unit]: splits that are done; 0 between calls
     i32 max_tiles, mask_tiles;
     i32 mode;  // MODE_*
@@ -202,6 +215,7 @@ struct Stats {
     u64 tokens_exact;  // seen through rows as given
     u64 tokens_attached;  // seen through the engine's own rows alone
     u64 tiles, means;  // pairs of a tile and a KV head, with a token that is seen; those whose mean of V is read
+    u64 bytes_k, bytes_v;  // of pages that have no digits
     u64 rows[3];       // query rows by PATH_*
 };
 
@@ -298,13 +312,13 @@ struct PokeParams {
 };
 
 // No struct has padding; Rust asserts the same sizes.
-static_assert(sizeof(Shape) == 32 && sizeof(Rows) == 32 && sizeof(View) == 56, "");
-static_assert(sizeof(QueryRow) == 24 && sizeof(Append) == 72 && sizeof(EncodeParams) == 120, "");
+static_assert(sizeof(Shape) == 40 && sizeof(Rows) == 32 && sizeof(View) == 56, "");
+static_assert(sizeof(QueryRow) == 24 && sizeof(Append) == 72 && sizeof(EncodeParams) == 128, "");
 static_assert(sizeof(Fault) == 40 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
-static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 360 && sizeof(Stats) == 144, "");
-static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 256, "");
-static_assert(sizeof(CellWrite) == 264 && sizeof(WriteParams) == 3280 && sizeof(AdoptParams) == 64, "");
+static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 384 && sizeof(Stats) == 160, "");
+static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 264, "");
+static_assert(sizeof(CellWrite) == 264 && sizeof(WriteParams) == 3288 && sizeof(AdoptParams) == 72, "");
 static_assert(sizeof(MaskParams) == 64 && sizeof(SpansParams) == 1112, "");
-static_assert(sizeof(Report) == 144 && sizeof(ReportParams) == 56 && sizeof(PokeParams) == 16, "");
+static_assert(sizeof(Report) == 144 && sizeof(ReportParams) == 64 && sizeof(PokeParams) == 16, "");
 
 }  // namespace akv

@@ -17,12 +17,14 @@ KERNEL(akv_report, 32, 1, ReportParams) {
     Stats &stats = *reinterpret_cast<Stats *>(p.stats);
     const Shape &s = p.shape;
     const u64 row_k = u64(s.dim_k) * size_of_dtype(s.dtype_k), row_v = u64(s.dim_v) * size_of_dtype(s.dtype_v);
-    const u64 scales_k = stats.tiles * u64(s.dim_k + META_BYTES), scales_v = stats.tokens + stats.means * u64(s.dim_v);
+    u64 in_digits = 0;
+    for (i32 planes = 0; planes <= PLANES; planes++) in_digits += stats.planes_k[planes];
+    const u64 scales_k = stats.tiles * u64(s.dim_k + META_BYTES), scales_v = in_digits + stats.means * u64(s.dim_v);
     Report r = {};
     r.bytes_exact = stats.tokens_exact * (row_k + row_v);
     r.bytes_scales = scales_k + scales_v;
-    r.bytes_k = scales_k + (stats.tokens_exact + stats.tokens_attached) * row_k;
-    r.bytes_v = scales_v + (stats.tokens_exact + stats.tokens_attached) * row_v;
+    r.bytes_k = scales_k + (stats.tokens_exact + stats.tokens_attached) * row_k + stats.bytes_k;
+    r.bytes_v = scales_v + (stats.tokens_exact + stats.tokens_attached) * row_v + stats.bytes_v;
     const bool attached = s.planes_v == 0;
     for (i32 planes = 0; planes <= PLANES; planes++) {
         r.planes_k[planes] = stats.planes_k[planes];

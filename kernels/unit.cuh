@@ -67,6 +67,17 @@ struct Unit {
     }
     DEVICE u64 page(i32 t) const { return reinterpret_cast<const u64 *>(view.pages)[t]; }
     DEVICE Tile tile(i32 t) const { return Tile(p.shape, page(t), kv_head); }
+    // Rows of a tile that are no digits: those that are kept as given (`exact`), the engine's own, or a page that loses nothing.
+    DEVICE Given given(i32 t, bool exact, bool values) const {
+        const Shape &s = p.shape;
+        const i32 n = exact ? view.n_exact : attached() ? TILE : view.len - t * TILE, most = n < TILE ? n : TILE;
+        if (!exact && !attached()) return Given::page(s, page(t), kv_head, values, most);
+        const i32 dim = values ? s.dim_v : s.dim_k, dtype = values ? s.dtype_v : s.dtype_k;
+        const i64 stride = attached() ? (values ? p.attached_v : p.attached_k).stride_row : i64(s.n_kv_heads) * dim * size_of_dtype(dtype);
+        const u64 written = view.written ? view.written + 16 * t : 0;
+        return {values ? given_v(t * TILE) : given_k(t * TILE), written, stride, dtype, dim, most, false};
+    }
+    DEVICE Given given(i32 t, bool values) const { return given(t, false, values); }
     DEVICE float *scores(i32 t, i32 head) const {  // t = -1: of the exact rows
         return reinterpret_cast<float *>(p.scores) + ((i64(index) * (p.max_tiles + 1) + t + 1) * unit_heads + head) * TILE;
     }

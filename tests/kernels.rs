@@ -185,7 +185,7 @@ fn encoded_bytes() {
                 ..Append::default()
             }];
             let call = EncodeParams {
-                shape: (&s).into(),
+                shape: (&layout).into(),
                 k: rows_of(&k.rows()),
                 v: rows_of(&v.rows()),
                 appends: address(&append),
@@ -251,7 +251,7 @@ fn faults_of_rows() {
             let (page, mut fault) = (Aligned::new(layout.page_bytes()), [Fault::default()]);
             let append = [Append { page: address(page.get()), id: 9, tile: 3, to: 10, ..Append::default() }];
             let call = EncodeParams {
-                shape: (&s).into(),
+                shape: (&layout).into(),
                 k: rows_of(&k.rows()),
                 v: rows_of(&v.rows()),
                 appends: address(&append),
@@ -549,15 +549,17 @@ fn attention() {
 fn dense_attention() {
     let cpu = cpu(Isa::best(), 1);
     let mut rng = Rng::new(14);
-    for case in 0..45 {
+    for case in 0..36 {
         let (d, dv) = (DIMS[case % 9], DIMS[rng.below(9)]);
         let (g, kv_heads) = ([1, 2, 3, 4, 5, 8, 12, 16, 24][rng.below(9)], 1 + rng.below(2));
         let n = [1, 127, 129, 1 + rng.below(400), 1020 + rng.below(10), 1 + rng.below(130)][case % 6];
-        let planes = if case % 2 == 0 { 4 } else { 2 + rng.below(3) };
-        let s = shape(g, kv_heads, d, dv, DTYPES[rng.below(3)], planes);
+        let format = [Format::Aligned, Format::Raw, Format::Aligned, Format::Published][rng.below(4)];
+        let planes = if case % 2 == 0 || format != Format::Aligned { 4 } else { 2 + rng.below(3) };
+        let dtype = if format == Format::Published { Dtype::F16 } else { DTYPES[rng.below(3)] };
+        let s = shape(g, kv_heads, d, dv, dtype, planes);
         let kind = if case % 3 == 0 { rng.below(KINDS) } else { 0 };
         let (k, v, first_q) = rows_of_kind(&mut rng, kind, n, &s);
-        let run = Single::new(Format::Aligned, s, [0, 4, 30][rng.below(3)]);
+        let run = Single::new(format, s, [0, 4, 30][rng.below(3)]);
         let cut = rng.below(n + 1);
         for (a, b) in [(0, cut), (cut, n)] {
             if a < b {
@@ -588,7 +590,10 @@ fn dense_attention() {
             mask: masked.as_ref(),
             slopes: None,
         };
-        let told = format!("case {case}: kind {kind} g {g} d {d} dv {dv} n {n} rows {n_rows} {:?} {how:?}", s.dtype_k);
+        let told = format!(
+            "case {case}: {format:?} kind {kind} g {g} d {d} dv {dv} n {n} rows {n_rows} {:?} {how:?}",
+            s.dtype_k
+        );
         let Ok(want) = run.attend_bent(&cpu, &q, &ranges, how, bent) else { continue };
         let rows = query_rows(&ranges, true);
         let (got, stats) = attend(&run, &q, &rows, how, bent, rng.next());
@@ -596,12 +601,14 @@ fn dense_attention() {
         assert_eq!(stats.planes_k, want.stats.planes_k.map(|n| parts * n), "{told}");
         assert_eq!(stats.planes_v, want.stats.planes_v.map(|n| parts * n), "{told}");
         assert_eq!(stats.tokens + stats.tokens_exact, parts * want.stats.tokens, "{told}");
+        let bytes = if format == Format::Aligned { [0; 2] } else { [want.stats.bytes_k, want.stats.bytes_v] };
+        assert_eq!([stats.bytes_k, stats.bytes_v], bytes.map(|n| parts * n), "{told}");
         assert_eq!((stats.rows, stats.means), ([0, n_rows as u64, 0], 0), "{told}");
         if bent.mask.is_none() {
-            // In two launches, and beside rows of another sequence, dense and not.
+            // In two launches, and beside rows of another sequence, dense and (unless all are) not.
             let (cut, [per_q, per_out]) = (rng.below(n_rows), [d, dv].map(|d| s.n_q_heads * d));
             let mut halves = [&rows[..cut], &rows[cut..]].map(<[_]>::to_vec);
-            let other = QueryRow { sequence: 1, dense: 0, ..rows[0] };
+            let other = QueryRow { sequence: 1, dense: i32::from(format == Format::Raw), ..rows[0] };
             halves[0].push(other);
             halves[1].extend([QueryRow { dense: 1, ..other }, QueryRow { dense: 2, ..other }]);
             let q_of =
@@ -629,10 +636,10 @@ fn dense_attention() {
             {
                 assert!(near(a, b, 2e-3 * b.abs() + 1e-6 * amplitude), "{told}: {what} {a} {b}");
             }
-            // Tensor cores round more, and the bound says so.
+            // Tensor cores round more, the largest of all rows counts, not of those seen: the bound says so.
             assert!(
                 got.bound[at] >= 0.99 * want.bound[at]
-                    && (kind != 0 || got.bound[at] <= 6.0 * want.bound[at] + 1e-4 * amplitude),
+                    && (kind != 0 || got.bound[at] <= 12.0 * want.bound[at] + 1e-4 * amplitude),
                 "{told}: bound {} {}",
                 got.bound[at],
                 want.bound[at]
@@ -660,8 +667,115 @@ fn dense_attention() {
             norm += truth.iter().map(|x| x * x).sum::<f64>();
         }
         if planes == 4 && kind == 0 {
-            assert!(squares.sqrt() <= 1e-4 * norm.sqrt(), "{told}: {:e} off", (squares / norm).sqrt());
+            let most = if format == Format::Aligned { 1e-4 } else { 1e-5 };
+            assert!(squares.sqrt() <= most * norm.sqrt(), "{told}: {:e} off", (squares / norm).sqrt());
         }
+    }
+}
+
+/// The published scheme by the kernels: the same bits are read as on the CPU, and the outputs are the same but for rounding.
+#[test]
+fn published_attention() {
+    let cpu = cpu(Isa::best(), 1);
+    let mut rng = Rng::new(15);
+    let (mut alike, mut calls) = (0, 0);
+    for case in 0..20 {
+        let (d, dv, kv_heads) = (DIMS[case % 9], DIMS[rng.below(9)], 1 + rng.below(2));
+        let g = [1, 2, 3, 4, 8, 24][rng.below(6)];
+        let n = [1, 31, 127, 129, 1 + rng.below(300), 1015 + rng.below(20)][case % 6];
+        let s = shape(g, kv_heads, d, dv, Dtype::F16, 4);
+        let kind = [0, 1, 5, 10][rng.below(4)];
+        let (k, v, mut q) = rows_of_kind(&mut rng, kind, n, &s);
+        q.extend(rng.normals(q.len()).iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+        let run = Single::new(Format::Published, s, 0);
+        run.append(&k, &v);
+        let ranges = [(0, n), (rng.below(n), rng.below(n + 1))];
+        let how = How { mode: Mode::Expected, tolerance: 1e-3, scale: 1.0 / (d as f32).sqrt(), dense: false };
+        let want = run.attend(&cpu, &q, &ranges, how).unwrap();
+        let rows = query_rows(&ranges, false);
+        let (got, stats) = attend(&run, &q, &rows, how, Bent::default(), rng.next());
+        let (again, _) = attend(&run, &q, &rows, how, Bent::default(), rng.next());
+        let told = format!("case {case}: g {g} d {d} dv {dv} n {n} {ranges:?}");
+        assert_eq!(bits(&got), bits(&again), "{told}: depends on the order");
+        // A row's bits are its own: with another one in its place, and beside dense rows.
+        let others = [rows[0], QueryRow { dense: 1, sequence: 1, ..rows[1] }];
+        let (other, _) = attend(&run, &q, &others, how, Bent::default(), rng.next());
+        let first = |o: &Output| o.out[..s.n_q_heads * dv].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(first(&got), first(&other), "{told}: depends on other rows");
+        assert_eq!(stats.rows, [0, 0, 2], "{told}");
+        let parts = g.div_ceil(cuda::UNIT_HEADS) as u64;
+        assert_eq!(stats.tokens, parts * want.stats.tokens, "{told}");
+        // What K is read to follows from exponents alone. (A larger group reads in parts.)
+        assert!(parts > 1 || stats.bytes_k == want.stats.bytes_k, "{told}");
+        calls += 1;
+        let same = parts > 1 || stats.bytes_v == want.stats.bytes_v;
+        alike += usize::from(same);
+        for at in 0..2 * s.n_q_heads {
+            let amplitude = want.amplitude[at];
+            assert!(got.bound[at] == f32::INFINITY && got.lse_bound[at] == f32::INFINITY, "{told}");
+            let (a, b) = (got.lse[at], want.lse[at]);
+            assert!(a == b || (a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{told}: {a} {b}");
+            assert!((got.amplitude[at] - amplitude).abs() <= 1e-3 * amplitude, "{told}");
+            for (a, b) in got.out[at * dv..(at + 1) * dv].iter().zip(&want.out[at * dv..]) {
+                // Weights are f16, whose last bit may go either way.
+                assert!((a - b).abs() <= 1e-3 * amplitude, "{told}: {a} {b} of {amplitude:e}");
+            }
+        }
+    }
+    assert!(10 * alike >= 9 * calls, "{alike} of {calls} read the same bits as the CPU");
+}
+
+/// Pages that lose nothing are the CPU's byte for byte; what cannot be stored is a fault, and 0.
+#[test]
+fn stored_bytes() {
+    let mut rng = Rng::new(16);
+    for case in 0..24 {
+        let (dk, dv, heads) = (DIMS[case % 9], DIMS[rng.below(9)], 1 + rng.below(3));
+        let format = [Format::Raw, Format::Published][case % 2];
+        let dtypes = if format == Format::Raw { [DTYPES[rng.below(3)], DTYPES[rng.below(3)]] } else { [Dtype::F16; 2] };
+        let s = Shape { dtype_v: dtypes[1], ..shape(1, heads, dk, dv, dtypes[0], 4) };
+        let layout = Layout::new(format, s);
+        let mut x = [rng.normals(TILE * heads * dk), rng.normals(TILE * heads * dv)];
+        let bad = [None, Some((rng.below(2), rng.below(TILE)))][rng.below(2)];
+        if let Some((which, row)) = bad {
+            x[which][(row * heads + heads - 1) * [dk, dv][which] + 3] = f32::NAN;
+        }
+        let rows = |x: &[Vec<f32>; 2]| [0, 1].map(|i| Packed::new(&x[i], heads, [dk, dv][i], dtypes[i]));
+        let [k, v] = rows(&x);
+        let (page, mut want, mut fault) =
+            (Aligned::new(layout.page_bytes()), Aligned::new(layout.page_bytes()), [Fault::default()]);
+        let cut = 1 + rng.below(TILE - 1);
+        for (from, to) in [(0, cut), (cut, TILE)] {
+            let (source, [from_row, to_row]) = (from as i64, [from, to].map(|row| row as i32));
+            let append = [Append {
+                page: address(page.get()),
+                source,
+                tile: 2,
+                from: from_row,
+                to: to_row,
+                ..Append::default()
+            }];
+            let call = EncodeParams {
+                shape: (&layout).into(),
+                k: rows_of(&k.rows()),
+                v: rows_of(&v.rows()),
+                appends: address(&append),
+                fault: fault.as_mut_ptr() as u64,
+                ..EncodeParams::default()
+            };
+            launch("akv_store", [1, heads, 1], cuda::STORE_THREADS, 0, &call, rng.next()).unwrap();
+        }
+        if let Some((which, row)) = bad {
+            let Fault { status, row: found, head, place, .. } = fault[0];
+            let found = (status, found, head, place);
+            assert_eq!(found, (params::FAULT_NONFINITE, (2 * TILE + row) as i64, heads as i32 - 1, which as u32));
+            x[which][(row * heads + heads - 1) * [dk, dv][which] + 3] = 0.0;
+        } else {
+            assert_eq!(fault[0].status, 0);
+        }
+        let [k, v] = rows(&x);
+        layout.encode(want.get_mut(), &Source { k: k.rows(), v: v.rows(), base: None, base_rows: 0 }, 0, 0, TILE);
+        assert!(page.get() == want.get(), "case {case}: {format:?} {s:?}");
     }
 }
 
@@ -689,7 +803,6 @@ fn bits(o: &Output) -> Vec<u32> {
 
 /// A call as [`Single::attend_bent`], by the kernels. (Sequence 1 is another name of 0.)
 fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed: u64) -> (Output, Stats) {
-    let s = &run.shape;
     let n_rows = rows.len();
     let reader = run.cache.read(run.sequence, 0).unwrap();
     let view = reader.view();
@@ -713,18 +826,17 @@ fn attend(run: &Single, q: &[f32], rows: &[QueryRow], how: How, bent: Bent, seed
     let added: Vec<_> = at().map(|(row, tile)| mask.and_then(|mask| mask.added(row, tile))).collect();
     let peaks: Vec<f32> = added.iter().map(|added| added.map_or(0.0, |(_, peak)| peak)).collect();
     let added: Vec<[f16; TILE]> = added.iter().map(|added| added.map_or([f16::ZERO; TILE], |(x, _)| *x)).collect();
-    let mut told =
-        AttendParams { views: address(&views), mask_tiles: tiles as i32, shape: s.into(), ..AttendParams::default() };
+    let mut told = AttendParams { views: address(&views), mask_tiles: tiles as i32, ..AttendParams::default() };
     if mask.is_some() {
         (told.mask_seen, told.mask_peak, told.mask_added) = (address(&seen), address(&peaks), address(&added));
     }
-    run_attention(s, told, Some(&view), q, rows, tiles, how, bent, seed)
+    run_attention(view.layout, told, Some(&view), q, rows, tiles, how, bent, seed)
 }
 
 /// Runs the kernels of a call: `told` = what its rows see; `view` = the sequence whose scores are checked.
 #[allow(clippy::too_many_arguments)]
 fn run_attention(
-    s: &Shape,
+    layout: &Layout,
     told: AttendParams,
     view: Option<&SequenceView>,
     q: &[f32],
@@ -734,6 +846,7 @@ fn run_attention(
     bent: Bent,
     seed: u64,
 ) -> (Output, Stats) {
+    let s = &layout.shape;
     let (n_rows, heads) = (rows.len(), s.n_q_heads);
     let nothing = || vec![f32::NAN; n_rows * heads];
     let mut o = Output {
@@ -746,7 +859,7 @@ fn run_attention(
         stats: Default::default(),
     };
     let (dense, scans) = (rows.iter().any(|row| row.dense != 0), rows.iter().any(|row| row.dense == 0));
-    let workspace = Workspace::new(s, n_rows, tiles, scans, 0);
+    let workspace = Workspace::new(layout, n_rows, tiles, scans, 0);
     assert_eq!(workspace.chunk, n_rows);
     let mut scratch = Aligned::new(workspace.bytes);
     let splits = tiles.div_ceil(cuda::SPLIT).max(1);
@@ -754,6 +867,7 @@ fn run_attention(
     let q = Packed::new(q, heads, s.dim_k, Dtype::F32);
     let stride = (s.dim_v * 4) as i64;
     let mut call = AttendParams {
+        shape: layout.into(),
         q: rows_of(&q.rows()),
         out: params::Rows {
             data: o.out.as_mut_ptr() as u64,
@@ -783,17 +897,23 @@ fn run_attention(
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
     call.stats = own;
     let grid = [splits, cuda::units(s), n_rows];
-    let (scan, attend) = (cuda::scan_shared_bytes(s), cuda::attend_shared_bytes(s));
-    // A context of one split does not need the first: `akv_attend` scans it, too.
-    for (name, runs, words, shared) in [
-        ("scan", scans, cuda::words(s), scan),
-        ("attend", scans, cuda::words(s), attend),
-        ("dense", dense, cuda::dense_words(s), cuda::dense_shared_bytes(s)),
-    ] {
-        if runs {
-            launch(&format!("akv_{name}_{words}"), grid, cuda::ATTEND_THREADS, shared, &call, seed).unwrap();
-        }
-        if let Some(view) = view.filter(|_| runs && name == "scan") {
+    let (scan, attend, words) = (cuda::scan_shared_bytes(s), cuda::attend_shared_bytes(s), cuda::words(s));
+    // A context of one split does not need the scan: `akv_attend` scans it, too.
+    let published = scans && layout.format == Format::Published;
+    let scans = scans && !published;
+    let kernels = [
+        (published, "published_peaks".to_owned(), 0),
+        (published, "published_scores".to_owned(), cuda::PUBLISHED_SHARED_BYTES),
+        (published, "published_align".to_owned(), 0),
+        (published, "published_values".to_owned(), cuda::PUBLISHED_SHARED_BYTES),
+        (scans, format!("scan_{words}"), scan),
+        (scans, format!("attend_{words}"), attend),
+        (dense, format!("dense_{}", cuda::dense_words(s)), cuda::dense_shared_bytes(s)),
+    ];
+    for (_, name, shared) in kernels.iter().filter(|kernel| kernel.0) {
+        let grid = if name == "published_align" { [1, grid[1], grid[2]] } else { grid };
+        launch(&format!("akv_{name}"), grid, cuda::ATTEND_THREADS, *shared, &call, seed).unwrap();
+        if let Some(view) = view.filter(|_| name.starts_with("scan")) {
             check_scores(&call, s, view, rows, bent.mask);
         }
     }
@@ -946,7 +1066,6 @@ fn attention_over_cells() {
         let told = format!("case {case}: {s:?} index {is_index} {n_slots} cells {spans:?} head {exact_head} {how:?}");
         let want = attend_views(&cpu, &views, &rows, &q, how, bent).unwrap();
         let mut params = AttendParams {
-            shape: s.into(),
             views: address(&device_views),
             mask_seen: address(&seen),
             mask_peak: address(&peak),
@@ -957,7 +1076,7 @@ fn attention_over_cells() {
         if is_index {
             (params.attached_k, params.attached_v) = ((&k.rows()).into(), (&v.rows()).into());
         }
-        let (got, stats) = run_attention(s, params, None, &q, &device_rows, tiles, how, bent, rng.next());
+        let (got, stats) = run_attention(&layout, params, None, &q, &device_rows, tiles, how, bent, rng.next());
         let tokens = stats.tokens + stats.tokens_exact + stats.tokens_attached;
         assert_eq!(tokens, want.stats.tokens, "{told}");
         if rows.iter().all(|row| !row.dense) {
@@ -1047,12 +1166,15 @@ fn rows_read_back() {
     let mut rng = Rng::new(6);
     for case in 0..20 {
         let (d, dv, kv_heads) = (DIMS[case % 9], DIMS[rng.below(9)], 1 + rng.below(3));
-        let s = shape(1, kv_heads, d, dv, DTYPES[rng.below(3)], 2 + rng.below(3));
+        let format = [Format::Aligned, Format::Raw, Format::Aligned, Format::Published][case % 4];
+        let of_rows = if format == Format::Published { Dtype::F16 } else { DTYPES[rng.below(3)] };
+        let planes = if format == Format::Aligned { 2 + rng.below(3) } else { 4 };
+        let s = shape(1, kv_heads, d, dv, of_rows, planes);
         let n = 1 + rng.below(400);
         let (mut k, mut v) = (rng.normals(n * kv_heads * d), rng.normals(n * kv_heads * dv));
         round(&mut k, s.dtype_k);
         round(&mut v, s.dtype_v);
-        let run = Single::new(Format::Aligned, s, 4);
+        let run = Single::new(format, s, 4);
         run.append(&k, &v);
         let reader = run.cache.read(run.sequence, 0).unwrap();
         let view = reader.view();
@@ -1075,7 +1197,7 @@ fn rows_read_back() {
             (Aligned::new(n * kv_heads * d * dtype.size()), Aligned::new(n * kv_heads * dv * dtype.size()));
         let mut fault = [Fault::default()];
         let call = params::DequantizeParams {
-            shape: (&s).into(),
+            shape: view.layout.into(),
             view: device_view,
             k: rows(&mut out_k, d),
             v: rows(&mut out_v, dv),

@@ -4,7 +4,7 @@ use super::layer::Layer;
 use super::memory::{Block, Memory, Shared};
 use crate::Result;
 use crate::backend::cuda::params::{Append, EncodeParams, Poke, Rows, View};
-use crate::backend::cuda::{Device, ENCODE_SHARED_BYTES, Pinned, Stream, bytes_of};
+use crate::backend::cuda::{Device, Pinned, Stream, bytes_of};
 use crate::format::{Layout, TILE};
 use std::ops::Range;
 use std::sync::Arc;
@@ -214,7 +214,7 @@ impl Edits {
                 Rows { data, stride_row, stride_head, dtype: dtype as i32, reserved: 0 }
             };
             let call = EncodeParams {
-                shape: shape.into(),
+                shape: layout.into(),
                 k: rows(*kept, shape.dtype_k, shape.dim_k),
                 v: rows(*kept + layout.kept_offset(TILE) as u64, shape.dtype_v, shape.dim_v),
                 appends: appends.address + at as u64,
@@ -222,8 +222,9 @@ impl Edits {
                 ..EncodeParams::default()
             };
             let grid = [1, shape.n_kv_heads, 1];
+            let (kernel, shared) = device.kernels()?.append(layout);
             // SAFETY: a tile of the cache that nobody else uses, and rows that are kept.
-            unsafe { device.launch(device.kernels()?.encode, grid, ENCODE_SHARED_BYTES, &call, Stream::DEFAULT) }
+            unsafe { device.launch(kernel, grid, shared, &call, Stream::DEFAULT) }
         });
         let done = device.synchronize();
         appends.free(&device);

@@ -224,6 +224,7 @@ impl Layer {
 
     /// Forgets all but the first `len` tokens, and the room for more. What that does to rows on a device goes to `edits`.
     pub fn truncate(&mut self, len: usize, spare: Spare, edits: &mut Edits) {
+        let is_cut = len < self.len;
         self.len = len;
         self.pages.truncate(len.div_ceil(TILE));
         self.listing.keep(len / TILE);
@@ -254,7 +255,10 @@ impl Layer {
                 edits.copy_part(kept, to.start, head, from);
             }
         }
-        self.encode_kept(tile, rows, edits);
+        // A fork of all tokens has the page as it is.
+        if is_cut {
+            self.encode_kept(tile, rows, edits);
+        }
     }
 
     /// Makes a tile's page that of its first `rows` rows: what its base knows, then those that are kept.

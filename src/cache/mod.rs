@@ -124,7 +124,7 @@ impl Cache {
         Cache::with_device(config, allocator, None)
     }
 
-    /// One whose rows lie on a device, if there is one. Devices have the aligned format alone.
+    /// One whose rows lie on a device, if there is one.
     pub fn with_device(config: Config, allocator: Allocator, device: Option<Arc<Device>>) -> Result<Cache> {
         for (name, value) in [("exact_head", config.exact_head), ("exact_tail", config.exact_tail)] {
             if value > TILE {

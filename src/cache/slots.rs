@@ -573,7 +573,7 @@ impl SlotLayer {
                 return Ok(());
             }
             return launch(&Job::Adopt(&AdoptParams {
-                shape: (&self.layout.shape).into(),
+                shape: (&self.layout).into(),
                 from: self.tiles[a].page.address(),
                 to: self.tiles[b].page.address(),
                 from_row: row_a as i32,

@@ -434,7 +434,7 @@ fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &
                 match base {
                     Some((base, base_rows)) => {
                         let bytes = access.get(base)?;
-                        let planes = wanted(layout, bytes, excerpt);
+                        let planes = layout.known(bytes);
                         start(GIVEN, *base_rows, planes, sink)?;
                         layout.stretches(*base_rows, planes, |stretch| sink.put(&bytes[stretch]))?;
                         from = *base_rows;

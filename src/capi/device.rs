@@ -11,11 +11,10 @@ use crate::backend::cuda::params::{
     self, AttendParams, DequantizeParams, EncodeParams, MAX_STATES, MergeParams, QueryRow, Span, SpansParams, State,
 };
 use crate::backend::cuda::{
-    Bounds, Call, Cells, Device, ENCODE_SHARED_BYTES, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace,
-    attend, bytes_of,
+    Bounds, Call, Cells, Device, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
 use crate::cache::{Batch, Cache, Config, NanPolicy, SlotLayer};
-use crate::format::{Format, Layout, Shape, TILE};
+use crate::format::{Format, Layout, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
 use std::sync::PoisonError;
@@ -23,10 +22,6 @@ use std::sync::PoisonError;
 /// Fails for caches that only the CPU has.
 pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
     let on_cuda = "on the CUDA backend";
-    if config.format != Format::Aligned {
-        let expected = format_args!("AKV_FORMAT_ALIGNED (0) {on_cuda}");
-        return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
-    }
     if let Some(i) = config.layers.iter().position(|layer| layer.v_is_prefix) {
         return Err(not_built(format_args!("{name}->layers[{i}].v_is_prefix_of_k"), 1, format_args!("0 {on_cuda}")));
     }
@@ -85,7 +80,8 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
     let workspace = bounds.map_or((0, 0), |b| workspace(cache, b.max_q, b.max_kv));
     let mut tables = Tables::new(cache.memory(), cache.layouts().len(), bounds, workspace)?;
     for layout in cache.layouts() {
-        tables.expect(Sight { causal: true, window: layout.shape.window, head: 0, dense: false });
+        let dense = layout.format == Format::Raw;
+        tables.expect(Sight { causal: true, window: layout.shape.window, head: 0, dense });
     }
     Ok(tables)
 }
@@ -93,9 +89,8 @@ pub(super) fn tables(cache: &Cache, bounds: &crate::cache::Bounds) -> Result<Tab
 /// Bytes that calls of `max_q` query rows over `max_kv` tokens need in any layer, and how many of them stay 0.
 pub(super) fn workspace(cache: &Cache, max_q: usize, max_kv: usize) -> (usize, usize) {
     let most = |zeros: usize, what: fn(&Workspace) -> usize| {
-        let of = |shape: &Shape, scans| what(&Workspace::new(shape, max_q, max_kv.div_ceil(TILE), scans, zeros));
-        let layouts = cache.layouts().iter();
-        layouts.map(|layout| of(&layout.shape, false).max(of(&layout.shape, true))).max().unwrap_or(0)
+        let of = |layout: &Layout, scans| what(&Workspace::new(layout, max_q, max_kv.div_ceil(TILE), scans, zeros));
+        cache.layouts().iter().map(|layout| of(layout, false).max(of(layout, true))).max().unwrap_or(0)
     };
     let zeros = most(0, |workspace| workspace.zeros);
     (most(zeros, |workspace| workspace.bytes), zeros)
@@ -123,12 +118,12 @@ pub(super) unsafe fn append(
     stream: Stream,
 ) -> Result<()> {
     let (device, tables) = batch.device()?;
-    let shape = &batch.owner.cache.layouts()[layer].shape;
+    let layout = &batch.owner.cache.layouts()[layer];
     batch.batch.append_on_device(layer, || {
         let capturing = device.is_capturing(stream)?;
         let (appends, n) = tables.appends(layer, step.n_appends, capturing)?;
         let call = EncodeParams {
-            shape: shape.into(),
+            shape: layout.into(),
             k: rows(k),
             v: rows(v),
             appends,
@@ -136,8 +131,9 @@ pub(super) unsafe fn append(
             layer: layer as i32,
             reserved: 0,
         };
+        let (kernel, shared) = device.kernels()?.append(layout);
         // SAFETY: the caller's contract; the tables name pages that the step has reserved.
-        unsafe { device.launch(device.kernels()?.encode, [n, shape.n_kv_heads, 1], ENCODE_SHARED_BYTES, &call, stream) }
+        unsafe { device.launch(kernel, [n, layout.shape.n_kv_heads, 1], shared, &call, stream) }
     })
 }
 
@@ -202,10 +198,10 @@ impl<'a> Request<'a> {
     }
 
     /// What the kernels are told, but for what rows see.
-    fn params(&self, device: &Device, shape: &Shape, layer: usize) -> AttendParams {
+    fn params(&self, device: &Device, layout: &Layout, layer: usize) -> AttendParams {
         let (desc, options) = (self.desc, &self.options);
         AttendParams {
-            shape: shape.into(),
+            shape: layout.into(),
             q: rows(&self.q),
             out: rows(&self.out),
             sinks: desc.sink_logits as u64,
@@ -236,9 +232,9 @@ impl<'a> Request<'a> {
     }
 
     /// The whole call, over sequences: there can be rows that read all digits, and others.
-    fn call<'s>(&self, params: AttendParams, shape: &'s Shape, n_q: usize, (dense, scans): (bool, bool)) -> Call<'s> {
+    fn call<'s>(&self, params: AttendParams, layout: &'s Layout, n_q: usize, (dense, scans): (bool, bool)) -> Call<'s> {
         let report = self.desc.stats as u64;
-        Call { shape, params, cells: None, n_rows: n_q, n_tiles: 0, dense, scans, report, backend: AKV_CUDA }
+        Call { layout, params, cells: None, n_rows: n_q, n_tiles: 0, dense, scans, report, backend: AKV_CUDA }
     }
 }
 
@@ -249,7 +245,7 @@ impl<'a> Request<'a> {
 pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: &akv_attention_desc) -> Result<()> {
     let (device, mut tables) = batch.device()?;
     let layout = &batch.owner.cache.layouts()[layer];
-    let (shape, n_q) = (&layout.shape, step.n_q);
+    let n_q = step.n_q;
     // SAFETY: the caller's contract.
     let request = unsafe { Request::new(&batch.owner.context, device, desc, layout, n_q, false) }?;
     let (stream, capturing) = (request.stream, request.capturing);
@@ -270,7 +266,7 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         false => request.kinds(step.sequences.iter().map(|s| s.n_q)),
     };
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, max_rows, tiles, scans, tables.zeros);
+    let room = Workspace::new(layout, max_rows, tiles, scans, tables.zeros);
     let start = match request.workspace(device, &room)? {
         Some(start) => start,
         None => tables.workspace(room.bytes, room.zeros, stream, capturing)?,
@@ -294,8 +290,8 @@ pub(super) unsafe fn attention(batch: &Object, step: &Step, layer: usize, desc: 
         }
     };
     let views = tables.views(layer, capturing)?;
-    let params = AttendParams { views, rows: rows_at, ..request.params(device, shape, layer) };
-    let call = Call { n_rows, n_tiles: tiles, ..request.call(params, shape, n_q, (dense, scans)) };
+    let params = AttendParams { views, rows: rows_at, ..request.params(device, layout, layer) };
+    let call = Call { n_rows, n_tiles: tiles, ..request.call(params, layout, n_q, (dense, scans)) };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, stream) }
 }
@@ -308,9 +304,8 @@ fn rows_over_cells(scans: bool) -> usize {
 
 /// Bytes that akv_slots_attention can do with over spans of up to `max_kv` cells, in any layer.
 pub(super) fn slots_workspace(cache: &Cache, max_kv: usize) -> usize {
-    let of = |layout: &Layout, scans| {
-        Workspace::new(&layout.shape, rows_over_cells(scans), max_kv.div_ceil(TILE), scans, 0).bytes
-    };
+    let of =
+        |layout: &Layout, scans| Workspace::new(layout, rows_over_cells(scans), max_kv.div_ceil(TILE), scans, 0).bytes;
     cache.layouts().iter().map(|layout| of(layout, true).max(of(layout, false))).max().unwrap_or(0)
 }
 
@@ -327,7 +322,6 @@ pub(super) unsafe fn slots_attention(
     desc: &akv_attention_desc,
 ) -> Result<()> {
     let layout = &cache.cache.layouts()[layer];
-    let shape = &layout.shape;
     let n_q: usize = spans.iter().map(|span| span.n_q as usize).sum();
     // SAFETY: the caller's contract.
     let request = unsafe { Request::new(&cache.context, device, desc, layout, n_q, true) }?;
@@ -341,7 +335,7 @@ pub(super) unsafe fn slots_attention(
     }
     let (dense, scans) = request.kinds(list.iter().map(|span| span.rows as usize));
     let tiles = max_kv.div_ceil(TILE);
-    let room = Workspace::new(shape, n_q.min(rows_over_cells(scans)), tiles, scans, 0);
+    let room = Workspace::new(layout, n_q.min(rows_over_cells(scans)), tiles, scans, 0);
     let start = match (request.workspace(device, &room)?, &cache.scratches) {
         (Some(start), _) => start,
         (None, _) if request.capturing => {
@@ -354,7 +348,7 @@ pub(super) unsafe fn slots_attention(
         (None, None) => return Err(Error::Internal("cells without workspaces".to_owned())),
     };
     cells.tell(device, request.stream, request.capturing)?;
-    let mut params = request.params(device, shape, layer);
+    let mut params = request.params(device, layout, layer);
     if let Some((k, v)) = &attached {
         (params.attached_k, params.attached_v) = (k.into(), v.into());
     }
@@ -365,7 +359,7 @@ pub(super) unsafe fn slots_attention(
     let call = Call {
         cells: Some(Cells { params: spans_of_call, spans: &list }),
         n_tiles: tiles,
-        ..request.call(params, shape, n_q, (dense, scans))
+        ..request.call(params, layout, n_q, (dense, scans))
     };
     // SAFETY: checked, and the caller's contract.
     unsafe { attend(device, &call, &room, start, request.stream) }
@@ -420,10 +414,10 @@ pub(super) unsafe fn dequantize(
     rows_of: (Option<Grid>, Option<Grid>),
     stream: Stream,
 ) -> Result<()> {
-    let shape = &cache.cache.layouts()[layer].shape;
+    let layout = &cache.cache.layouts()[layer];
     let none = params::Rows::default();
     let call = DequantizeParams {
-        shape: shape.into(),
+        shape: layout.into(),
         view: cache.cache.device_view(sequence, layer, stream)?,
         k: rows_of.0.as_ref().map_or(none, rows),
         v: rows_of.1.as_ref().map_or(none, rows),
@@ -434,7 +428,7 @@ pub(super) unsafe fn dequantize(
         ..DequantizeParams::default()
     };
     // SAFETY: the caller's contract; the view names pages of the cache.
-    unsafe { device.launch(device.kernels()?.dequantize, [range.1, shape.n_kv_heads, 1], 0, &call, stream) }
+    unsafe { device.launch(device.kernels()?.dequantize, [range.1, layout.shape.n_kv_heads, 1], 0, &call, stream) }
 }
 
 /// akv_merge_states, checked as on the CPU.

@@ -162,7 +162,7 @@ unsafe fn rope<'a>(rope: &akv_rope, name: &str, shape: &Shape) -> Result<Rope<'a
 }
 
 /// Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
-/// committed tokens.
+/// committed tokens. Those that have been removed count, since others keep their indices.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.

@@ -307,7 +307,8 @@ pub struct akv_usage {
     pub pages_free: u64,
     /// Pages that more than one sequence holds (counted once).
     pub pages_shared: u64,
-    /// Committed tokens of all sequences, shared ones counted for each; cells with rows in a layer.
+    /// Committed tokens of all sequences that have not been removed, shared ones counted for each; cells with rows in a
+    /// layer.
     pub tokens: u64,
 }
 

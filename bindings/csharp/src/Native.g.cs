@@ -362,7 +362,7 @@ namespace AlignedKV
 
         /// <summary>
         ///  Number of tokens of a sequence in `layer`; those that the batch in progress has appended count. `layer` = -1:
-        ///  committed tokens.
+        ///  committed tokens. Those that have been removed count, since others keep their indices.
         ///
         ///  # Safety
         ///  Pointers must be NULL or valid as described.
@@ -957,7 +957,8 @@ namespace AlignedKV
         /// </summary>
         public ulong pages_shared;
         /// <summary>
-        ///  Committed tokens of all sequences, shared ones counted for each; cells with rows in a layer.
+        ///  Committed tokens of all sequences that have not been removed, shared ones counted for each; cells with rows in a
+        ///  layer.
         /// </summary>
         public ulong tokens;
     }

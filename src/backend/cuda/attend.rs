@@ -1,16 +1,17 @@
 //! Launching attention: its workspace, and its query rows in chunks that keep that small. Rows over cells are made on the
 //! device, which knows what they see.
 
-use super::device::{Device, Stream};
+use super::device::{Device, Kernel, Stream};
 use super::params::{
-    AttendParams, MAX_SPANS, Partial, QueryRow, Report, ReportParams, Scanned, Span, SpansParams, Stats, Sums, View,
+    Aim, AttendParams, MAX_SPANS, Partial, QueryRow, Report, ReportParams, Scanned, Span, SpansParams, Stats, Sums,
+    View,
 };
 use super::{
-    ATTEND_THREADS, CELLS_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes, dense_shared_bytes, scan_shared_bytes,
-    units,
+    ATTEND_THREADS, CELLS_SHARED_BYTES, PUBLISHED_SHARED_BYTES, SPLIT, UNIT_HEADS, attend_shared_bytes,
+    dense_shared_bytes, scan_shared_bytes, units,
 };
 use crate::Result;
-use crate::format::{Shape, TILE};
+use crate::format::{Format, Layout, MAX_DIM, TILE};
 
 /// Most bytes of workspace, as far as one query row at a time keeps to it.
 const MOST: usize = 256 << 20;
@@ -21,7 +22,7 @@ const MOST_ROWS: usize = 1 << 15;
 /// Where the parts of an attention call's workspace begin.
 #[derive(Debug, Clone, Copy)]
 pub struct Workspace {
-    offsets: [usize; 8],
+    offsets: [usize; 10],
     /// Its size.
     pub bytes: usize,
     /// The first bytes, which must be 0 before the first call; every call leaves them so.
@@ -35,17 +36,20 @@ pub struct Workspace {
 impl Workspace {
     /// Of up to `n_rows` query rows over up to `max_tiles` tiles, with at least `zeros` bytes that stay 0: calls that share
     /// memory agree on them. `scans`: not all of the rows are dense.
-    pub fn new(shape: &Shape, n_rows: usize, max_tiles: usize, scans: bool, zeros: usize) -> Workspace {
-        let of_row = Workspace::of(shape, 0, 1, max_tiles, scans, 0).bytes;
+    pub fn new(layout: &Layout, n_rows: usize, max_tiles: usize, scans: bool, zeros: usize) -> Workspace {
+        let of_row = Workspace::of(layout, 0, 1, max_tiles, scans, 0).bytes;
         let chunk = (MOST / of_row).clamp(1, MOST_ROWS).min(n_rows.max(1));
-        Workspace::of(shape, n_rows, chunk, max_tiles, scans, zeros)
+        Workspace::of(layout, n_rows, chunk, max_tiles, scans, zeros)
     }
 
-    fn of(shape: &Shape, n_rows: usize, chunk: usize, max_tiles: usize, scans: bool, zeros: usize) -> Workspace {
+    fn of(layout: &Layout, n_rows: usize, chunk: usize, max_tiles: usize, scans: bool, zeros: usize) -> Workspace {
+        let shape = &layout.shape;
         let n_units = chunk * units(shape);
         let heads = n_units * shape.group().min(UNIT_HEADS);
-        let (tiles, splits) = (heads * (1 + max_tiles), heads * max_tiles.div_ceil(SPLIT).max(1));
-        let (tiles, scanned) = if scans { (tiles, splits) } else { (0, 0) };
+        let of_unit = max_tiles.div_ceil(SPLIT).max(1);
+        let splits = heads * of_unit;
+        let (tiles, scanned) = if scans { (heads * (1 + max_tiles), splits) } else { (0, 0) };
+        let published = usize::from(scans && layout.format == Format::Published);
         let sizes = [
             size_of::<Stats>(),
             n_units * size_of::<u32>(),
@@ -55,6 +59,8 @@ impl Workspace {
             scanned * size_of::<Partial>(),
             splits * size_of::<Sums>(),
             splits * shape.dim_v * size_of::<f32>(),
+            published * n_units * of_unit * 2 * MAX_DIM * size_of::<u16>(),
+            published * heads * size_of::<Aim>(),
         ];
         let (mut bytes, mut i) = (0, 0);
         let offsets = sizes.map(|size| {
@@ -68,9 +74,11 @@ impl Workspace {
 
     /// Puts their addresses into a call.
     pub fn place(&self, start: u64, call: &mut AttendParams) {
-        let [stats, done, _, scores, scanned, partials, sums, outs] = self.offsets.map(|offset| start + offset as u64);
+        let [stats, done, _, scores, scanned, partials, sums, outs, peaks, aims] =
+            self.offsets.map(|offset| start + offset as u64);
         (call.stats, call.done, call.scores, call.scanned, call.partials) = (stats, done, scores, scanned, partials);
-        (call.sums, call.outs, call.max_tiles) = (sums, outs, self.max_tiles as i32);
+        (call.sums, call.outs, call.peaks, call.aims) = (sums, outs, peaks, aims);
+        call.max_tiles = self.max_tiles as i32;
     }
 
     /// Where query rows can be put that no table has.
@@ -138,8 +146,8 @@ impl Cells<'_> {
 /// An attention call on a device, but for its workspace.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// Shape of the layer.
-    pub shape: &'a Shape,
+    /// Layout of the layer.
+    pub layout: &'a Layout,
     /// All but the workspace, `stats` and `fused`.
     pub params: AttendParams,
     /// Cells that the rows see; None: `params` has rows and views.
@@ -164,8 +172,7 @@ pub struct Call<'a> {
 /// The addresses in `call` are device memory, as `kernels/params.h` says, until the stream is done with it; `start` is
 /// device memory of `workspace.bytes` that nothing else uses until then, and its first `zeros` bytes are 0.
 pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start: u64, stream: Stream) -> Result<()> {
-    let (kernels, shape) = (device.kernels()?, call.shape);
-    let (scan, attend) = kernels.attention(shape);
+    let (kernels, shape) = (device.kernels()?, &call.layout.shape);
     let splits = call.n_tiles.div_ceil(SPLIT).max(1);
     let mut params = AttendParams { fused: i32::from(splits == 1), ..call.params };
     workspace.place(start, &mut params);
@@ -178,20 +185,33 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         let n = workspace.chunk.min(call.n_rows - first);
         let grid = [splits, units(shape), n];
         params.n_rows = n as i32;
-        // SAFETY: the contract.
-        unsafe {
-            if let Some(cells) = &call.cells {
-                cells.launch(device, &mut params, workspace, start, (first, n), stream)?;
+        if let Some(cells) = &call.cells {
+            // SAFETY: the contract.
+            unsafe { cells.launch(device, &mut params, workspace, start, (first, n), stream) }?;
+        }
+        let launch = |kernel: Kernel, grid: [usize; 3], shared: usize| {
+            // SAFETY: the contract.
+            unsafe { device.launch(kernel, grid, shared, &params, stream) }
+        };
+        match call.layout.format {
+            Format::Published if call.scans => {
+                let [peaks, scores, align, values] = kernels.published;
+                launch(peaks, grid, 0)?;
+                launch(scores, grid, PUBLISHED_SHARED_BYTES)?;
+                launch(align, [1, grid[1], n], 0)?;
+                launch(values, grid, PUBLISHED_SHARED_BYTES)?;
             }
-            if call.scans && splits > 1 {
-                device.launch(scan, grid, scan_shared_bytes(shape), &params, stream)?;
+            _ if call.scans => {
+                let (scan, attend) = kernels.attention(shape);
+                if splits > 1 {
+                    launch(scan, grid, scan_shared_bytes(shape))?;
+                }
+                launch(attend, grid, attend_shared_bytes(shape))?;
             }
-            if call.scans {
-                device.launch(attend, grid, attend_shared_bytes(shape), &params, stream)?;
-            }
-            if call.dense {
-                device.launch(kernels.dense(shape), grid, dense_shared_bytes(shape), &params, stream)?;
-            }
+            _ => {}
+        }
+        if call.dense {
+            launch(kernels.dense(shape), grid, dense_shared_bytes(shape))?;
         }
         params.first_row += n as i32;
         params.q.data += n as u64 * params.q.stride_row as u64;
@@ -210,7 +230,8 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
         }
     }
     if call.report != 0 {
-        let report = ReportParams { shape: shape.into(), stats, to: call.report, backend: call.backend, reserved: 0 };
+        let report =
+            ReportParams { shape: call.layout.into(), stats, to: call.report, backend: call.backend, reserved: 0 };
         // SAFETY: the contract.
         unsafe { device.launch(kernels.report, [1, 1, 1], 0, &report, stream)? };
     }

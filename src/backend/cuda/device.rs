@@ -2,8 +2,8 @@
 
 use super::driver::Driver;
 use super::params::{self, Fault};
-use super::{ENCODE_THREADS, WORDS, images};
-use crate::format::Shape;
+use super::{ATTEND_THREADS, ENCODE_SHARED_BYTES, ENCODE_THREADS, STORE_THREADS, WORDS, images};
+use crate::format::{Format, Layout, Shape};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUcontext, CUevent, CUfunction, CUmodule, CUstream};
 use parking_lot::Mutex;
@@ -57,6 +57,10 @@ pub struct Kernels {
     pub mask: Kernel,
     /// The same.
     pub spans: Kernel,
+    /// `kernels/store.cu`.
+    pub store: Kernel,
+    /// `kernels/published.cu`, in order.
+    pub published: [Kernel; 4],
     /// `kernels/dequantize.cu`.
     pub dequantize: Kernel,
     /// `kernels/merge.cu`.
@@ -205,7 +209,7 @@ impl Device {
         let instances = |name: &str| -> Result<[Kernel; WORDS.len()]> {
             let mut kernels = [Kernel { function: null_mut(), threads: 0 }; WORDS.len()];
             for (kernel, words) in kernels.iter_mut().zip(WORDS) {
-                *kernel = find(&format!("akv_{name}_{words}"), super::ATTEND_THREADS, true)?;
+                *kernel = find(&format!("akv_{name}_{words}"), ATTEND_THREADS, true)?;
             }
             Ok(kernels)
         };
@@ -216,6 +220,13 @@ impl Device {
                 adopt: find("akv_adopt", ENCODE_THREADS, false)?,
                 mask: find("akv_mask", 128, false)?,
                 spans: find("akv_spans", 128, false)?,
+                store: find("akv_store", STORE_THREADS, false)?,
+                published: [
+                    find("akv_published_peaks", ATTEND_THREADS, false)?,
+                    find("akv_published_scores", ATTEND_THREADS, false)?,
+                    find("akv_published_align", ATTEND_THREADS, false)?,
+                    find("akv_published_values", ATTEND_THREADS, false)?,
+                ],
                 dequantize: find("akv_dequantize", 64, false)?,
                 merge: find("akv_merge", 64, false)?,
                 poke: find("akv_poke", 256, false)?,
@@ -431,6 +442,14 @@ impl Kernels {
     pub fn attention(&self, shape: &Shape) -> (Kernel, Kernel) {
         let i = index(super::words(shape));
         (self.scan[i], self.attend[i])
+    }
+
+    /// That appends rows, and the shared memory of its blocks.
+    pub fn append(&self, layout: &Layout) -> (Kernel, usize) {
+        match layout.format {
+            Format::Aligned => (self.encode, ENCODE_SHARED_BYTES),
+            Format::Published | Format::Raw => (self.store, 0),
+        }
     }
 
     /// Of rows that read all digits.

@@ -35,6 +35,12 @@ pub const CELLS_SHARED_BYTES: usize = 16;
 /// Shared memory of a block that merges.
 pub const MERGE_SHARED_BYTES: usize = 4 * (MAX_DIM + 4);
 
+/// Threads of a block that stores rows as given.
+pub const STORE_THREADS: u32 = 256;
+
+/// Shared memory of the blocks of `kernels/published.cu`.
+pub const PUBLISHED_SHARED_BYTES: usize = UNIT_HEADS * MAX_DIM * 5 + 2 * MAX_DIM;
+
 /// Threads of a block that attends, and its warps.
 pub const ATTEND_THREADS: u32 = 128;
 const WARPS: usize = ATTEND_THREADS as usize / 32;

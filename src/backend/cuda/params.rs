@@ -15,6 +15,8 @@ pub struct Shape {
     pub planes_v: i32,
     pub dtype_k: i32,
     pub dtype_v: i32,
+    pub format: i32,
+    pub reserved: i32,
 }
 
 /// Rows of a caller: [row][head][dim].
@@ -272,6 +274,15 @@ pub struct Sums {
     pub reserved: f32,
 }
 
+/// What the published scheme decides by, for one query head.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Aim {
+    pub sum: f64,
+    pub max: f32,
+    pub alignment: i32,
+}
+
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AttendParams {
@@ -299,6 +310,8 @@ pub struct AttendParams {
     pub partials: u64,
     pub sums: u64,
     pub outs: u64,
+    pub peaks: u64,
+    pub aims: u64,
     pub done: u64,
     pub max_tiles: i32,
     pub mask_tiles: i32,
@@ -323,6 +336,8 @@ pub struct Stats {
     pub tokens_attached: u64,
     pub tiles: u64,
     pub means: u64,
+    pub bytes_k: u64,
+    pub bytes_v: u64,
     pub rows: [u64; 3],
 }
 
@@ -438,8 +453,9 @@ pub const MODE_EXPECTED: i32 = 0;
 /// Bounds add.
 pub const MODE_GUARANTEED: i32 = 1;
 
-impl From<&format::Shape> for Shape {
-    fn from(s: &format::Shape) -> Shape {
+impl From<&format::Layout> for Shape {
+    fn from(layout: &format::Layout) -> Shape {
+        let s = &layout.shape;
         Shape {
             n_q_heads: s.n_q_heads as i32,
             n_kv_heads: s.n_kv_heads as i32,
@@ -449,6 +465,12 @@ impl From<&format::Shape> for Shape {
             planes_v: s.planes_v as i32,
             dtype_k: s.dtype_k as i32,
             dtype_v: s.dtype_v as i32,
+            format: match layout.format {
+                format::Format::Aligned => 0,
+                format::Format::Published => 1,
+                format::Format::Raw => 2,
+            },
+            reserved: 0,
         }
     }
 }
@@ -469,12 +491,12 @@ impl From<&format::Rows<'_>> for Rows {
 
 /// Both sides assert the same sizes; no struct has padding.
 const _: () = {
-    assert!(size_of::<Shape>() == 32 && size_of::<Rows>() == 32 && size_of::<View>() == 56);
-    assert!(size_of::<QueryRow>() == 24 && size_of::<Append>() == 72 && size_of::<EncodeParams>() == 120);
+    assert!(size_of::<Shape>() == 40 && size_of::<Rows>() == 32 && size_of::<View>() == 56);
+    assert!(size_of::<QueryRow>() == 24 && size_of::<Append>() == 72 && size_of::<EncodeParams>() == 128);
     assert!(size_of::<Fault>() == 40 && size_of::<Scanned>() == 48 && size_of::<Partial>() == 24);
-    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 360 && size_of::<Stats>() == 144);
-    assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 256);
-    assert!(size_of::<CellWrite>() == 264 && size_of::<WriteParams>() == 3280 && size_of::<AdoptParams>() == 64);
+    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 384 && size_of::<Stats>() == 160);
+    assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 264);
+    assert!(size_of::<CellWrite>() == 264 && size_of::<WriteParams>() == 3288 && size_of::<AdoptParams>() == 72);
     assert!(size_of::<MaskParams>() == 64 && size_of::<Span>() == 16 && size_of::<SpansParams>() == 1112);
-    assert!(size_of::<Report>() == 144 && size_of::<ReportParams>() == 56 && size_of::<PokeParams>() == 16);
+    assert!(size_of::<Report>() == 144 && size_of::<ReportParams>() == 64 && size_of::<PokeParams>() == 16);
 };

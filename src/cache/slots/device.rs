@@ -213,7 +213,7 @@ impl SlotLayer {
         let (k, v) = self.attached.map_or((k, v), |(k, v)| (Some(k), Some(v)));
         let rows = |rows: Option<Rows>| rows.as_ref().map_or(params::Rows::default(), params::Rows::from);
         let call = WriteParams {
-            shape: (&self.layout.shape).into(),
+            shape: (&self.layout).into(),
             k: rows(k),
             v: rows(v),
             fault: self.table.as_ref().map_or(0, |table| table.fault),
@@ -295,7 +295,7 @@ impl SlotLayer {
         let (tile, stream) = (&self.tiles[index], index / self.tiles_per_stream());
         let head = self.heads.get(stream).map_or(0, Block::address);
         DequantizeParams {
-            shape: (&self.layout.shape).into(),
+            shape: (&self.layout).into(),
             view: params::View {
                 head_k: head,
                 head_v: head + self.layout.kept_offset(self.exact_head) as u64,
