@@ -137,6 +137,7 @@ fuzz: | setup-test ## fuzz with coverage, under AddressSanitizer, for FUZZ_SECON
 		--corpus $(RELIABILITY)/corpus --json $(RELIABILITY)/fuzz.json
 
 soak: fuzz ## the record run (SOAK_SECONDS, twenty minutes, after the fuzzing), written to benches/results
+	$(RELEASE)/fuzz --seconds 300 --json $(RELIABILITY)/fuzz-random.json
 	$(RELEASE)/faults --json $(RELIABILITY)/faults.json
 	$(RACE)
 	$(RACE_SOAK) --seconds 120 --sequences 200 --json $(RELIABILITY)/race.json

@@ -34,6 +34,9 @@ mod alone {
     use std::process::{Command, ExitCode};
     use std::time::Instant;
 
+    /// Where inputs go that something went wrong with.
+    const FOUND: &str = "build/reliability";
+
     struct Options {
         seconds: f64,
         seed: u64,
@@ -97,7 +100,8 @@ mod alone {
             };
             inputs += 1;
             if std::panic::catch_unwind(|| target(&input)).is_err() {
-                let path = format!("fuzz-{name}-{}-{inputs}", o.seed);
+                let path = format!("{FOUND}/fuzz-{name}-{}-{inputs}", o.seed);
+                let _ = std::fs::create_dir_all(FOUND);
                 let _ = std::fs::write(&path, &input);
                 eprintln!("fuzz: {name}: what went wrong is in {path}");
                 findings += 1;
@@ -115,7 +119,8 @@ mod alone {
         command.env("AKV_FUZZ_TARGET", name).env("ASAN_OPTIONS", "allocator_may_return_null=1:detect_leaks=0");
         command.arg(format!("-max_total_time={}", seconds as u64)).arg(format!("-seed={}", o.seed));
         command.args(["-print_final_stats=1", "-max_len=2048", "-timeout=60", "-rss_limit_mb=4096"]);
-        command.arg(format!("-artifact_prefix=fuzz-{name}-")).arg(&own);
+        std::fs::create_dir_all(FOUND).map_err(|e| format!("{FOUND}: {e}"))?;
+        command.arg(format!("-artifact_prefix={FOUND}/fuzz-{name}-")).arg(&own);
         let output = command.output().map_err(|e| format!("{program}: {e}"))?;
         let text = String::from_utf8_lossy(&output.stderr);
         let number = |line: &str| line.split_whitespace().filter_map(|w| w.parse::<u64>().ok()).next();

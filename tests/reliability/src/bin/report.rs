@@ -2,7 +2,7 @@
 //!
 //!     report FOLDER TO
 //!
-//! reads soak.json, faults.json, fuzz.json, race.json in FOLDER and writes TO.json and TO.md.
+//! reads soak.json, faults.json, fuzz.json (guided by coverage), fuzz-random.json, race.json in FOLDER and writes TO.json and TO.md.
 
 use serde_json::{Value, json};
 use std::process::ExitCode;
@@ -19,11 +19,14 @@ fn put_together(folder: &str, to: &str) -> Result<u64, String> {
     let (soak, faults, fuzz, race) = (read("soak")?, read("faults")?, read("fuzz")?, read("race")?);
     let traffic = [&soak, &faults, &race];
     let sum = |of: &[&Value], field: &str| of.iter().filter_map(|r| r["counts"][field].as_u64()).sum::<u64>();
-    let fuzz_findings = fuzz["findings"].as_u64().unwrap_or(1);
+    let random = read("fuzz-random")?;
+    let of_both = |field: &str| [&fuzz, &random].iter().map(|f| f[field].as_u64().unwrap_or(1)).sum::<u64>();
+    let fuzz_findings = of_both("findings");
     let mut report = json!({
         "operations": sum(&traffic, "operations"),
         "faults_injected": sum(&traffic, "faults_injected"),
-        "fuzz_inputs": fuzz["fuzz_inputs"],
+        "fuzz_inputs": of_both("fuzz_inputs"),
+        "fuzz_inputs_guided": fuzz["fuzz_inputs"],
         "threads": soak["threads"],
         "sequences": soak["sequences"],
         "soak_minutes": soak["soak_minutes"],
@@ -36,7 +39,7 @@ fn put_together(folder: &str, to: &str) -> Result<u64, String> {
         "resident_mib_last": soak["resident_mib_last"],
         "fuzz_cpu_minutes": fuzz["targets"].as_object().map(|t| t.values().filter_map(|v| v["cpu_minutes"].as_f64()).sum::<f64>().round()),
         "data_races": race["data_races"],
-        "programs": { "soak": soak, "faults": faults, "fuzz": fuzz, "race": race },
+        "programs": { "soak": soak, "faults": faults, "fuzz": fuzz, "fuzz_random": random, "race": race },
     });
     for finding in FINDINGS {
         // A fuzzed input that goes wrong ends its process.
@@ -78,12 +81,13 @@ fn put_together(folder: &str, to: &str) -> Result<u64, String> {
         report["off_as_certified"], report["outputs_checked"]
     );
     md += &format!(
-        "| data races | {} | {} operations under ThreadSanitizer |\n\n| injected | |\n|---|---|\n| faults | {} |\n| fuzzed inputs | {} \
-         ({} CPU minutes) |\n| MiB resident after the first cycle of caches, after the last | {}, {} |\n",
+        "| data races | {} | {} operations under ThreadSanitizer |\n\n| injected | |\n|---|---|\n| faults | {} |\n| fuzzed inputs | {}, of which {} \
+         guided by coverage, under AddressSanitizer, in {} CPU minutes |\n| MiB resident after the first cycle of caches, after the last | {}, {} |\n",
         report["data_races"],
         race["counts"]["operations"],
         report["faults_injected"],
         report["fuzz_inputs"],
+        report["fuzz_inputs_guided"],
         text(&report["fuzz_cpu_minutes"]),
         report["resident_mib_first"],
         report["resident_mib_last"]

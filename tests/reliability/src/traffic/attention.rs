@@ -323,10 +323,10 @@ fn check_output<'c>(
     add(&counts.certificates_checked, 2);
     if setup.format != AKV_FORMAT_PUBLISHED {
         let slack = 1e-9 + 2e-7 * truth.lse.abs();
-        if !(error <= f64::from(bound)) {
+        if error > f64::from(bound) || bound.is_nan() {
             return Some((&counts.certificates_exceeded, format!("off by {error}, bound {bound}")));
         }
-        if truth.lse.is_finite() && !(lse_error <= f64::from(lse_bound) + slack) {
+        if truth.lse.is_finite() && (lse_error > f64::from(lse_bound) + slack || lse_bound.is_nan()) {
             return Some((&counts.certificates_exceeded, format!("lse off by {lse_error}, bound {lse_bound}")));
         }
     }
@@ -336,7 +336,7 @@ fn check_output<'c>(
         _ if ask.tolerance == 0.0 => 1e-3,
         _ => f64::from(ask.tolerance),
     };
-    let limit = (100.0 * tolerance + 1e-5) * truth.amplitude + 8.0 * stored * truth.amplitude;
+    let limit = (100.0 * tolerance + 1e-5 + 8.0 * stored) * truth.amplitude + f64::from(f32::MIN_POSITIVE);
     if error > limit && f64::from(bound) >= truth.amplitude {
         // Scores so large and so close that their digits do not tell the tokens apart: the certificate says so.
         add(&counts.off_as_certified, 1);

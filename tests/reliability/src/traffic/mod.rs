@@ -526,7 +526,7 @@ impl<'w, 'd> Worker<'w, 'd> {
                     let stored = if part == Part::K { &mut self.key } else { &mut self.value };
                     let off = (0..dim).find(|&c| {
                         let x = stored.get((i * heads + head) * dim + c);
-                        !((x - given[c]).abs() <= error)
+                        (x - given[c]).abs() > error || x.is_nan()
                     });
                     if let Some(c) = off {
                         let x = stored.get((i * heads + head) * dim + c);
