@@ -425,10 +425,12 @@ impl<'w, 'd> Worker<'w, 'd> {
     fn remove(&mut self) {
         let Some((_, mut slot)) = self.slot(true) else { return };
         let Some(live) = slot.as_mut().filter(|live| !live.tokens.is_empty()) else { return };
-        let first = self.dice.below(live.tokens.len());
-        let n = if self.dice.one_in(3) { live.tokens.len() } else { 150 };
-        let last = (first + self.dice.below(n)).min(live.tokens.len() - 1);
-        let (from, to) = (live.tokens[first].position, live.tokens[last].position + 1);
+        // Those of tokens that are still there ascend.
+        let positions: Vec<i64> = live.tokens.iter().filter(|t| !t.removed).map(|t| t.position).collect();
+        let first = self.dice.below(positions.len());
+        let n = if self.dice.one_in(3) { positions.len() } else { 150 };
+        let last = (first + self.dice.below(n)).min(positions.len() - 1);
+        let (from, to) = (positions[first], positions[last] + 1);
         let before = self.before();
         // SAFETY: a handle and an id.
         let status = unsafe { akv_sequence_remove(self.world.cache.0, live.id, from, to) };
