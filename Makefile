@@ -16,7 +16,7 @@ RESULTS ?= $(BUILD)
 BENCH   ?=
 DEMO    ?=
 
-.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-transfer test-bindings test-coreclr test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
+.PHONY: all demo test test-rust test-c test-sanitize test-kernels test-cuda check-kernels kernels gpu-bundle test-oracle test-mpi test-tensorrt test-transfer test-bindings test-coreclr test-reliability test-race fuzz soak test-llamacpp bench bench-full bench-pieces bench-llamacpp bench-bindings install abi csharp header results readme lint clean help setup setup-test
 
 all: setup ## build the shared and the static library
 	cargo build --release --lib
@@ -26,7 +26,7 @@ demo: all ## build the library and the demonstration, run it, write its table to
 	$(CC) -std=c11 $(CFLAGS) -Iinclude examples/tinylm*.c -o $(BUILD)/tinylm $(RELEASE)/libalignedkv.a -lpthread -ldl -lm
 	$(BUILD)/tinylm --json benches/results/tinylm.json $(DEMO)
 
-test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-tensorrt test-transfer test-bindings ## run every test
+test: setup-test test-rust test-kernels check-kernels test-cuda test-c test-sanitize test-oracle test-mpi test-tensorrt test-transfer test-bindings test-reliability test-race ## run every test
 	@echo "all tests passed"
 
 test-rust: ## unit and property tests
@@ -100,6 +100,49 @@ kernels: ## compile the CUDA kernels for every architecture, and write what they
 
 check-kernels: ## compile them, and compare with benches/results
 	python3 kernels/build.py --tools $(CARGO_TARGET_DIR)/cuda --check
+
+RELIABILITY = $(BUILD)/reliability
+TARGET  := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+SOAK_SECONDS ?= 1200
+FUZZ_SECONDS ?= 3600
+
+test-reliability: | setup-test ## random traffic, allocations that fail, fuzzed input, in short; and that faults which are planted are found
+	cargo build --release -p alignedkv-reliability
+	cargo test --release -p alignedkv-reliability
+	$(RELEASE)/soak --seconds 8 >/dev/null
+	$(RELEASE)/faults >/dev/null
+	$(RELEASE)/fuzz --seconds 6 >/dev/null
+
+# The standard library is not instrumented: all locks that the library and the traffic use are compiled here.
+RACE = RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0 RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" \
+	cargo build --release -p alignedkv-reliability --bin soak --target $(TARGET) --target-dir $(CARGO_TARGET_DIR)/race
+RACE_SOAK = $(CARGO_TARGET_DIR)/race/$(TARGET)/release/soak
+
+test-race: | setup-test ## the traffic of eight threads under ThreadSanitizer, which finds a race that is planted
+	$(RACE)
+	$(RACE_SOAK) --seconds 10 --sequences 60 >/dev/null
+	! $(RACE_SOAK) --seconds 3 --sequences 60 --plant race >/dev/null 2>&1
+
+# Coverage by LLVM's own pass, and AddressSanitizer; libFuzzer itself comes with the crate.
+FUZZ = RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0 RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares -Zsanitizer=address -Cunsafe-allow-abi-mismatch=sanitizer" \
+	cargo build --release -p alignedkv-reliability --bin fuzz --features libfuzzer --target $(TARGET) --target-dir $(CARGO_TARGET_DIR)/fuzz
+
+fuzz: | setup-test ## fuzz with coverage, under AddressSanitizer, for FUZZ_SECONDS (an hour)
+	$(FUZZ)
+	cargo build --release -p alignedkv-reliability
+	mkdir -p $(RELIABILITY)
+	$(RELEASE)/fuzz --seconds $(FUZZ_SECONDS) --guided $(CARGO_TARGET_DIR)/fuzz/$(TARGET)/release/fuzz \
+		--corpus $(RELIABILITY)/corpus --json $(RELIABILITY)/fuzz.json
+
+soak: fuzz ## the record run (SOAK_SECONDS, twenty minutes, after the fuzzing), written to benches/results
+	$(RELEASE)/fuzz --seconds 300 --json $(RELIABILITY)/fuzz-random.json
+	$(RELEASE)/faults --json $(RELIABILITY)/faults.json
+	$(RACE)
+	$(RACE_SOAK) --seconds 120 --sequences 200 --json $(RELIABILITY)/race.json
+	$(RELEASE)/soak --seconds $(SOAK_SECONDS) --json $(RELIABILITY)/soak.json
+	$(RELEASE)/report $(RELIABILITY) benches/results/reliability
 
 test-oracle: | setup-test ## the library against its definition in NumPy
 	cargo build --release --lib

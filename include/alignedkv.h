@@ -28,6 +28,13 @@
  *   Threads: different objects know nothing of each other; each object says what may run at once. Nothing waits for
  *   another call: what would have to is AKV_E_BUSY, has done nothing, and can be tried again when that call is over.
  *   No thread is started unless akv_context_desc.n_threads asks for it; your own can share the work (akv_threads).
+ *   A sequence is read by attention, fork, export, akv_dequantize_kv and akv_sequence_length, written by truncate, remove,
+ *   shift, destroy and by a begun step. Only akv_batch_abort and akv_batch_destroy wait, until calls that read the
+ *   sequences of the step are over. Callbacks must not call back into the library, throw or longjmp.
+ *   After fork() a child may go on with all objects on the CPU, if no call was in progress in another thread. The threads of
+ *   a context are not there: calls run on the calling thread, to the same bits. Objects on CUDA are not for the child.
+ *   Memory that grows with tokens, rows, sequences or layers is asked for: AKV_E_MEMORY. Where malloc lacks even the few
+ *   bytes of a handle or a text, the process ends (SECURITY.md).
  *
  * NUMBERS
  *   Rows are stored as 16-bit codes under shared scales (K: per channel of a tile of 128 tokens; V: per token), cut

@@ -185,7 +185,7 @@ impl Cache {
             pages_shared,
             tokens: directory
                 .sequences()
-                .map(|s| (s.len.load(Relaxed) - s.n_removed.load(Relaxed)) as u64)
+                .map(|s| s.len.load(Relaxed).saturating_sub(s.n_removed.load(Relaxed)) as u64)
                 .sum::<u64>()
                 + self.slots.iter().find_map(|layer| Some(layer.try_read()?.n_written())).unwrap_or(0),
         }

@@ -90,15 +90,14 @@ impl Positions {
     }
 
     /// Room for [`Positions::remove`].
-    pub(super) fn room_to_remove(&mut self) -> Result<()> {
-        let room = self.removed.room(1)?;
-        self.removed.adopt(room);
-        Ok(())
+    pub(super) fn room_to_remove(&self) -> Result<Option<Table<(usize, usize)>>> {
+        self.removed.room(1)
     }
 
     /// Removes tokens `from..to`, which are some. Returns the whole stretch that is removed around them.
-    pub(super) fn remove(&mut self, from: usize, to: usize) -> (usize, usize) {
+    pub(super) fn remove(&mut self, room: Option<Table<(usize, usize)>>, from: usize, to: usize) -> (usize, usize) {
         let removed = &mut self.removed;
+        removed.adopt(room);
         let (first, last) = (removed.partition_point(|r| r.1 < from), removed.partition_point(|r| r.0 <= to));
         let mut whole = (from, to);
         if first == last {

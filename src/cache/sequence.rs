@@ -124,16 +124,16 @@ impl Sequence {
         }
         drop(positions);
         let mut positions = self.write_positions()?;
-        positions.room_to_remove()?;
+        let room = positions.room_to_remove()?;
         let mut layers = Vec::new();
         super::memory::reserve(&mut layers, self.layers.len())?;
         for i in 0..self.layers.len() {
-            let mut layer = self.write_layer(i)?;
+            let layer = self.write_layer(i)?;
             let empty =
                 if last - first >= TILE || !positions.removed().is_empty() { Some(layer.empty_page()?) } else { None };
             layers.push((layer, empty));
         }
-        let (first, last) = positions.remove(first, last);
+        let (first, last) = positions.remove(room, first, last);
         for (mut layer, empty) in layers {
             if let Some(empty) = empty {
                 let tiles = first.div_ceil(TILE)..last / TILE;

@@ -730,8 +730,8 @@ impl<'a, 'b> Import<'a, 'b> {
         while dead != 0 {
             let from = dead.trailing_zeros() as usize;
             let to = from + (dead >> from).trailing_ones() as usize;
-            self.positions.room_to_remove()?;
-            self.positions.remove(tile * TILE + from, tile * TILE + to);
+            let room = self.positions.room_to_remove()?;
+            self.positions.remove(room, tile * TILE + from, tile * TILE + to);
             dead &= !range_bits(from, to);
         }
         Ok(())
@@ -755,7 +755,9 @@ impl<'a, 'b> Import<'a, 'b> {
         self.note_removed(tile, rows, live)?;
         if kind == EMPTY {
             self.source.seal(&what)?;
-            return layer.empty_page();
+            let empty = layer.empty_page()?;
+            layer.empty(0..0, &empty);
+            return Ok(empty);
         }
         if self.access.device.is_some() && base_rows + TILE * (kind == STORED) as usize > 0 && planes != layout.planes()
         {

@@ -40,6 +40,8 @@ counts! {
     tokens_checked,
     /// Ends of a cache's life at which blocks and pages were counted.
     leaks_checked,
+    /// Of the outputs: far off, with a bound that says so (no smaller than A, the weighted magnitude of V itself).
+    off_as_certified,
     /// Tokens that were missing, or too many.
     lost_tokens,
     /// Pages, blocks and heap blocks that were left at the end.

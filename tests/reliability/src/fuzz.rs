@@ -6,6 +6,7 @@ use crate::counts::Counts;
 use crate::dice::Dice;
 use crate::memory::Hooks;
 use crate::model::*;
+use crate::stream::{Reading, collect, read};
 use crate::traffic::{Plan, Plant, run, within};
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
@@ -25,7 +26,7 @@ fn hooks() -> &'static Hooks {
 /// Traffic over a small cache, all of it checked.
 pub fn operations(data: &[u8]) {
     let mut dice = Dice::Bytes(data);
-    let setup = Setup { n_threads: [0, 0, 0, 2][dice.below(4)], ..Setup::kind(dice.below(6), 6, 300) };
+    let setup = Setup { n_threads: [0, 0, 0, 2][dice.below(4)], ..Setup::kind(dice.below(KINDS), 6, 300) };
     let plan = Plan {
         threads: 1,
         seed: dice.below(256) as u64,
@@ -489,18 +490,8 @@ fn streams() -> &'static [Vec<u8>] {
             }
             bytes
         };
-        (0..6).map(export).collect()
+        (0..KINDS).map(export).collect()
     })
-}
-
-/// `akv_write_fn` into a vector.
-///
-/// # Safety
-/// `user` is a `Vec<u8>`, and `bytes` as documented.
-pub unsafe extern "C" fn collect(user: *mut c_void, bytes: *const c_void, n: usize) -> std::ffi::c_int {
-    // SAFETY: the contract.
-    unsafe { (*user.cast::<Vec<u8>>()).extend_from_slice(std::slice::from_raw_parts(bytes.cast(), n)) };
-    0
 }
 
 fn filled(setup: &Setup, cache: Handle<akv_cache>, n: usize) -> akv_sequence {
@@ -539,39 +530,10 @@ fn filled(setup: &Setup, cache: Handle<akv_cache>, n: usize) -> akv_sequence {
     id
 }
 
-/// What an import reads: a stream, changed here and there.
-struct Reading<'a> {
-    bytes: &'a [u8],
-    at: usize,
-    /// Where, and what is xored.
-    changes: Vec<(usize, u8)>,
-    /// Checksums are made to fit: what they are of is read with care, too.
-    sealed: bool,
-    sum: crc32fast::Hasher,
-}
-
-unsafe extern "C" fn read(user: *mut c_void, to: *mut c_void, n: usize) -> std::ffi::c_int {
-    // SAFETY: a `Reading`, and room for n bytes.
-    let (r, to) = unsafe { (&mut *user.cast::<Reading>(), std::slice::from_raw_parts_mut(to.cast::<u8>(), n)) };
-    let Some(bytes) = r.bytes.get(r.at..r.at + n) else { return 7 };
-    to.copy_from_slice(bytes);
-    for &(at, x) in r.changes.iter().filter(|(at, _)| (r.at..r.at + n).contains(at)) {
-        to[at - r.at] ^= x;
-    }
-    r.at += n;
-    // A sum is asked for by itself.
-    if r.sealed && n == 4 {
-        to.copy_from_slice(&std::mem::take(&mut r.sum).finalize().to_le_bytes());
-    } else {
-        r.sum.update(to);
-    }
-    0
-}
-
 /// Streams that are damaged, cut short, of another cache, or no streams at all. One that is taken is a sequence like any.
 pub fn import(data: &[u8]) {
     let mut dice = Dice::Bytes(data);
-    let (of, into) = (dice.below(6), dice.below(6));
+    let (of, into) = (dice.below(KINDS), dice.below(KINDS));
     let into = if dice.one_in(4) { into } else { of };
     let mode = dice.below(8);
     let stream = &streams()[of];
@@ -596,8 +558,10 @@ pub fn import(data: &[u8]) {
     let context = context(0, hooks());
     let (status, cache) = setup.cache(context);
     assert_eq!(status, AKV_OK, "{}", last_error());
-    let intact = bytes.len() == stream.len() && mode != 0 && changes.iter().all(|c| c.1 == 0);
-    let mut reading = Reading { bytes, at: 0, changes, sealed, sum: crc32fast::Hasher::new() };
+    // What is changed twice may be what it was.
+    let change = |at: usize| changes.iter().filter(|c| c.0 == at).fold(0, |x, c| x ^ c.1);
+    let intact = bytes.len() == stream.len() && mode != 0 && changes.iter().all(|c| change(c.0) == 0);
+    let mut reading = Reading { bytes, changes, sealed, ..Reading::default() };
     let before = usage(cache);
     let mut id = 0;
     // SAFETY: handles, a function with its pointer.

@@ -15,6 +15,7 @@ pub mod dice;
 pub mod fuzz;
 pub mod memory;
 pub mod model;
+pub mod stream;
 pub mod traffic;
 pub mod truth;
 

@@ -9,6 +9,16 @@ use half::{bf16, f16};
 pub struct Token {
     pub seed: u64,
     pub position: i64,
+    /// Positions that it has been moved by: as far its K has turned.
+    pub turned: i64,
+    pub removed: bool,
+}
+
+/// Tokens without those at the end that have been removed.
+pub fn trim(tokens: &mut Vec<Token>) {
+    while tokens.last().is_some_and(|t| t.removed) {
+        tokens.pop();
+    }
 }
 
 /// K or V.
@@ -46,6 +56,35 @@ pub fn row(token: &Token, layer: usize, part: Part, head: usize, dtype: i32, out
         let h = (row ^ c as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
         let signed = ((h ^ h >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as i64 - (1 << 23);
         *x = rounded(signed as f32 * magnitude, dtype);
+    }
+    if part == Part::K && token.turned != 0 {
+        turn(out, token.turned as f64, layer);
+    }
+}
+
+/// Channels that do not turn: the first ones.
+const STILL: usize = 8;
+
+/// Radians per position of a pair of channels.
+pub fn frequencies(dim_k: i32) -> Vec<f32> {
+    let n = (dim_k as usize - STILL) / 2;
+    (0..n).map(|i| 10000f32.powf(-(i as f32) / n as f32)).collect()
+}
+
+/// What a layer's K turns by: one layer's channels in pairs of neighbours, the next one's in halves.
+pub fn rope(layer: usize, frequencies: &[f32]) -> akv_rope {
+    let pairing = if layer.is_multiple_of(2) { AKV_ROPE_INTERLEAVED } else { AKV_ROPE_HALVES };
+    let (n_dims, first_dim) = (2 * frequencies.len() as i32, STILL as i32);
+    akv_rope { pairing, n_dims, first_dim, reserved: 0, inv_freq: frequencies.as_ptr() }
+}
+
+fn turn(k: &mut [f32], by: f64, layer: usize) {
+    let (dim, n) = (k.len(), (k.len() - STILL) / 2);
+    for (i, frequency) in frequencies(dim as i32).into_iter().enumerate() {
+        let (a, b) = if layer.is_multiple_of(2) { (2 * i, 2 * i + 1) } else { (i, i + n) };
+        let (sin, cos) = (by * f64::from(frequency)).sin_cos();
+        let (x, y) = (f64::from(k[STILL + a]), f64::from(k[STILL + b]));
+        (k[STILL + a], k[STILL + b]) = ((x * cos - y * sin) as f32, (x * sin + y * cos) as f32);
     }
 }
 
@@ -132,7 +171,12 @@ pub struct Setup {
     pub n_sequences: usize,
     /// Tokens of the longest.
     pub max_len: usize,
+    /// Tokens are moved to other positions: K is stored as f32, whose rounding is far below every bound.
+    pub moves: bool,
 }
+
+/// Kinds of caches, see [`Setup::kind`].
+pub const KINDS: usize = 7;
 
 fn layer(heads: [i32; 2], dims: [i32; 2], dtypes: [i32; 2], planes: [i32; 2], window: i32) -> akv_layer_desc {
     akv_layer_desc {
@@ -161,15 +205,21 @@ impl Setup {
             layer([2, 2], [16, 40], [AKV_F16, AKV_F16], [0, 0], 90),
         ];
         let wide = vec![layer([8, 1], [128, 64], [AKV_BF16, AKV_F16], [3, 2], 0)];
-        let (name, format, layers, exact_head, exact_tail) = match i % 6 {
+        let moving = vec![
+            layer([4, 2], [16, 24], [AKV_F32, AKV_BF16], [0, 3], 0),
+            layer([3, 1], [24, 16], [AKV_F32, AKV_F32], [3, 0], 150),
+        ];
+        let (name, format, layers, exact_head, exact_tail) = match i % KINDS {
             0 => ("aligned", AKV_FORMAT_ALIGNED, aligned, 0, 0),
             1 => ("raw", AKV_FORMAT_RAW, whole, 0, 0),
             2 => ("aligned, nothing exact", AKV_FORMAT_ALIGNED, aligned, AKV_NONE, AKV_NONE),
             3 => ("aligned, one wide head", AKV_FORMAT_ALIGNED, wide, 0, 0),
             4 => ("published", AKV_FORMAT_PUBLISHED, whole, 0, 0),
-            _ => ("aligned, all exact", AKV_FORMAT_ALIGNED, whole, 128, 128),
+            5 => ("aligned, all exact", AKV_FORMAT_ALIGNED, whole, 128, 128),
+            _ => ("aligned, moving", AKV_FORMAT_ALIGNED, moving, 0, 0),
         };
-        Setup { name, format, layers, exact_head, exact_tail, max_bytes: 0, n_threads: 0, n_sequences, max_len }
+        let moves = i % KINDS == 6;
+        Setup { moves, name, format, layers, exact_head, exact_tail, max_bytes: 0, n_threads: 0, n_sequences, max_len }
     }
 
     /// Makes the cache.
@@ -235,7 +285,7 @@ pub fn new_tokens(dice: &mut Dice, n: usize, last: Option<i64>) -> (Vec<Token>, 
             let step = dice.pick(&[0, 1, 1, 1, 4]);
             position = if i == 0 { position - 1 + step.max(i64::from(last.is_none())) } else { position - 1 + step };
         }
-        tokens.push(Token { seed: dice.bits() >> 24, position });
+        tokens.push(Token { seed: dice.bits() >> 24, position, turned: 0, removed: false });
         position += 1;
     }
     let first = last.map_or(0, |p| p + 1);

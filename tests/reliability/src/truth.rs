@@ -17,18 +17,21 @@ pub struct Ask {
     pub ranges: Option<(Vec<i64>, Vec<i64>)>,
 }
 
-/// Tokens that a query row sees: from, to.
-pub fn sight(tokens: &[Token], at: usize, ask: &Ask, layer_window: i32, row: usize) -> (usize, usize) {
+/// Tokens that a query row sees, the row of token `at`.
+pub fn seen<'a>(
+    tokens: &'a [Token],
+    at: usize,
+    ask: &'a Ask,
+    layer_window: i32,
+    row: usize,
+) -> impl Iterator<Item = usize> + Clone + 'a {
     let position = tokens[at].position;
-    let below = |p: i64| tokens.partition_point(|t| t.position < p);
-    let mut to = if ask.full { tokens.len() } else { below(position + 1) };
     let window = if ask.window == 0 { layer_window } else { ask.window };
-    let mut from = if window == 0 { 0 } else { below(position - i64::from(window) + 1) };
-    if let Some((a, b)) = &ask.ranges {
-        from = from.max(a[row] as usize);
-        to = to.min(b[row] as usize);
-    }
-    (from.min(to), to)
+    let first = if window == 0 { i64::MIN } else { position - i64::from(window) + 1 };
+    let last = if ask.full { i64::MAX } else { position };
+    let all = (0, tokens.len());
+    let (from, to) = ask.ranges.as_ref().map_or(all, |(a, b)| (a[row] as usize, tokens.len().min(b[row] as usize)));
+    (from..to).filter(move |&t| !tokens[t].removed && (first..=last).contains(&tokens[t].position))
 }
 
 /// K and V of one head of a sequence, in float64.
@@ -69,13 +72,20 @@ pub struct Truth {
 }
 
 impl Truth {
-    pub fn attend(&mut self, q: &[f32], rows: &HeadRows, (from, to): (usize, usize), ask: &Ask, sink: Option<f32>) {
+    pub fn attend(
+        &mut self,
+        q: &[f32],
+        rows: &HeadRows,
+        seen: impl Iterator<Item = usize> + Clone,
+        ask: &Ask,
+        sink: Option<f32>,
+    ) {
         let (dk, dv) = rows.dims;
         let scale = if ask.scale == 0.0 { 1.0 / (dk as f64).sqrt() } else { f64::from(ask.scale) };
         let cap = f64::from(ask.softcap);
         self.weights.clear();
         let mut max = sink.map_or(f64::NEG_INFINITY, f64::from);
-        for k in rows.k[from * dk..to * dk].chunks_exact(dk) {
+        for k in seen.clone().map(|t| &rows.k[t * dk..(t + 1) * dk]) {
             let dot: f64 = k.iter().zip(q).map(|(k, &q)| k * f64::from(q)).sum();
             let score = if cap > 0.0 { cap * (scale * dot / cap).tanh() } else { scale * dot };
             max = max.max(score);
@@ -92,10 +102,10 @@ impl Truth {
             *w = (*w - max).exp();
             sum += *w;
         }
-        for ((w, v), peak) in self.weights.iter().zip(rows.v[from * dv..].chunks_exact(dv)).zip(&rows.peaks[from..]) {
+        for (w, t) in self.weights.iter().zip(seen) {
             let p = w / sum;
-            self.amplitude += p * peak;
-            for (out, v) in self.out.iter_mut().zip(v) {
+            self.amplitude += p * rows.peaks[t];
+            for (out, v) in self.out.iter_mut().zip(&rows.v[t * dv..(t + 1) * dv]) {
                 *out += p * v;
             }
         }

@@ -1,10 +1,10 @@
-//! The fuzz targets. Under libFuzzer (`make fuzz`: feature libfuzzer, coverage compiled in) the target is named by
-//! AKV_FUZZ_TARGET, the arguments are libFuzzer's. Without it every target gets inputs that are drawn at random, from a
-//! seed, for some seconds: no coverage guides them, so that any compiler will do.
+//! The fuzz targets. Built with the feature libfuzzer and coverage (`make fuzz`) this is a libFuzzer program, whose target
+//! AKV_FUZZ_TARGET names. Built plainly it draws inputs at random, without coverage to guide them, so that any compiler will
+//! do; or it drives such a libFuzzer program, target after target.
 //!
-//!     fuzz [--seconds N] [--seed N] [--json PATH] [FILE...]
+//!     fuzz [--seconds N] [--seed N] [--guided PROGRAM] [--corpus DIR] [--json PATH]
 //!
-//! With files, these are the inputs: what libFuzzer has found, or what once went wrong (tests/reliability/corpus).
+//! Inputs in DIR/<target> come first, and libFuzzer adds to them.
 
 #![cfg_attr(feature = "libfuzzer", no_main)]
 
@@ -28,10 +28,40 @@ fn main() -> std::process::ExitCode {
 #[cfg(not(feature = "libfuzzer"))]
 mod alone {
     use alignedkv_reliability::dice::Dice;
-    use alignedkv_reliability::fuzz::TARGETS;
-    use serde_json::json;
-    use std::process::ExitCode;
+    use alignedkv_reliability::fuzz::{TARGETS, Target};
+    use serde_json::{Value, json};
+    use std::path::{Path, PathBuf};
+    use std::process::{Command, ExitCode};
     use std::time::Instant;
+
+    /// Where inputs go that something went wrong with.
+    const FOUND: &str = "build/reliability";
+
+    struct Options {
+        seconds: f64,
+        seed: u64,
+        guided: Option<String>,
+        corpus: PathBuf,
+        json: Option<String>,
+    }
+
+    fn options() -> Result<Options, String> {
+        let mut o =
+            Options { seconds: 3.0, seed: 1, guided: None, corpus: "tests/reliability/corpus".into(), json: None };
+        let mut rest = std::env::args().skip(1);
+        while let Some(name) = rest.next() {
+            let value = rest.next().ok_or_else(|| format!("{name}: a value is missing"))?;
+            match name.as_str() {
+                "--seconds" => o.seconds = value.parse().map_err(|e| format!("{name} {value}: {e}"))?,
+                "--seed" => o.seed = value.parse().map_err(|e| format!("{name} {value}: {e}"))?,
+                "--guided" => o.guided = Some(value),
+                "--corpus" => o.corpus = value.into(),
+                "--json" => o.json = Some(value),
+                _ => return Err(format!("{name}: no such option")),
+            }
+        }
+        Ok(o)
+    }
 
     /// Random bytes, of which many are small: choices are.
     fn draw(dice: &mut Dice) -> Vec<u8> {
@@ -41,51 +71,100 @@ mod alone {
         (0..n).map(|_| if dice.below(4) < small { dice.below(8) as u8 } else { dice.bits() as u8 }).collect()
     }
 
+    fn cpu_seconds(who: i32) -> f64 {
+        // SAFETY: plain data, which the call fills.
+        let usage = unsafe {
+            let mut usage = std::mem::zeroed::<libc::rusage>();
+            libc::getrusage(who, &mut usage);
+            usage
+        };
+        let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
+        seconds(usage.ru_utime) + seconds(usage.ru_stime)
+    }
+
+    fn files(folder: &Path) -> Vec<PathBuf> {
+        let mut all: Vec<_> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
+        all.sort();
+        all
+    }
+
+    /// The corpus, then whatever comes. What went wrong is put into a file.
+    fn random(o: &Options, (name, target): Target, seconds: f64) -> Value {
+        let (start, mut inputs, mut findings, mut dice) = (Instant::now(), 0u64, 0, Dice::Seeded(o.seed));
+        let mut known = files(&o.corpus.join(name)).into_iter().filter_map(|f| std::fs::read(f).ok());
+        while findings == 0 {
+            let input = match known.next() {
+                Some(input) => input,
+                None if start.elapsed().as_secs_f64() < seconds => draw(&mut dice),
+                None => break,
+            };
+            inputs += 1;
+            if std::panic::catch_unwind(|| target(&input)).is_err() {
+                let path = format!("{FOUND}/fuzz-{name}-{}-{inputs}", o.seed);
+                let _ = std::fs::create_dir_all(FOUND);
+                let _ = std::fs::write(&path, &input);
+                eprintln!("fuzz: {name}: what went wrong is in {path}");
+                findings += 1;
+            }
+        }
+        json!({ "inputs": inputs, "findings": findings })
+    }
+
+    /// libFuzzer, with its statistics.
+    fn guided(o: &Options, program: &str, (name, _): Target, seconds: f64) -> Result<Value, String> {
+        let own = o.corpus.join(name);
+        std::fs::create_dir_all(&own).map_err(|e| e.to_string())?;
+        let before = cpu_seconds(libc::RUSAGE_CHILDREN);
+        let mut command = Command::new(program);
+        command.env("AKV_FUZZ_TARGET", name).env("ASAN_OPTIONS", "allocator_may_return_null=1:detect_leaks=0");
+        command.arg(format!("-max_total_time={}", seconds as u64)).arg(format!("-seed={}", o.seed));
+        command.args(["-print_final_stats=1", "-max_len=2048", "-timeout=60", "-rss_limit_mb=4096"]);
+        std::fs::create_dir_all(FOUND).map_err(|e| format!("{FOUND}: {e}"))?;
+        command.arg(format!("-artifact_prefix={FOUND}/fuzz-{name}-")).arg(&own);
+        let output = command.output().map_err(|e| format!("{program}: {e}"))?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        let number = |line: &str| line.split_whitespace().filter_map(|w| w.parse::<u64>().ok()).next();
+        let executed = text.lines().find(|l| l.starts_with("stat::number_of_executed_units")).and_then(number);
+        let covered = text.lines().rev().find_map(|l| number(l.split_once("cov: ")?.1)).unwrap_or(0);
+        if !output.status.success() {
+            eprintln!("fuzz: {name}: {}", text.lines().rev().take(60).collect::<Vec<_>>().join("\n"));
+        }
+        let cpu = cpu_seconds(libc::RUSAGE_CHILDREN) - before;
+        Ok(json!({
+            "inputs": executed.unwrap_or(0), "findings": u64::from(!output.status.success()), "edges_covered": covered,
+            "kept_inputs": files(&own).len(), "cpu_minutes": (cpu / 6.0).round() / 10.0,
+        }))
+    }
+
     pub fn main() -> ExitCode {
-        let (mut seconds, mut seed, mut json, mut files) = (3.0, 1u64, None, Vec::new());
-        let mut rest = std::env::args().skip(1);
-        while let Some(argument) = rest.next() {
-            match argument.as_str() {
-                "--seconds" => seconds = rest.next().and_then(|v| v.parse().ok()).unwrap_or(seconds),
-                "--seed" => seed = rest.next().and_then(|v| v.parse().ok()).unwrap_or(seed),
-                "--json" => json = rest.next(),
-                _ => files.push(argument),
+        let run = || -> Result<Value, String> {
+            let o = options()?;
+            let mut table = serde_json::Map::new();
+            for target in TARGETS {
+                let seconds = o.seconds / TARGETS.len() as f64;
+                let result = match &o.guided {
+                    Some(program) => guided(&o, program, target, seconds)?,
+                    None => random(&o, target, seconds),
+                };
+                table.insert(target.0.to_owned(), result);
+            }
+            let sum = |field: &str| table.values().filter_map(|t| t[field].as_u64()).sum::<u64>();
+            let report = json!({
+                "program": "fuzz", "guided": o.guided.is_some(), "seed": o.seed, "fuzz_inputs": sum("inputs"),
+                "findings": sum("findings"), "targets": table,
+            });
+            println!("{report:#}");
+            if let Some(path) = o.json {
+                std::fs::write(&path, format!("{report:#}\n")).map_err(|e| format!("{path}: {e}"))?;
+            }
+            Ok(report)
+        };
+        match run() {
+            Ok(report) => ExitCode::from(u8::from(report["findings"] != 0)),
+            Err(error) => {
+                eprintln!("fuzz: {error}");
+                ExitCode::from(2)
             }
         }
-        let mut table = serde_json::Map::new();
-        for (name, target) in TARGETS {
-            for file in files.iter().filter(|f| f.contains(name)) {
-                match std::fs::read(file) {
-                    Ok(bytes) => target(&bytes),
-                    Err(error) => {
-                        eprintln!("fuzz: {file}: {error}");
-                        return ExitCode::from(2);
-                    }
-                }
-            }
-            let (start, mut inputs, mut dice) = (Instant::now(), 0u64, Dice::Seeded(seed));
-            while files.is_empty() && start.elapsed().as_secs_f64() < seconds / TARGETS.len() as f64 {
-                let input = draw(&mut dice);
-                // A crash tells what it was.
-                let result = std::panic::catch_unwind(|| target(&input));
-                if result.is_err() {
-                    let path = format!("fuzz-{name}-{seed}-{inputs}");
-                    let _ = std::fs::write(&path, &input);
-                    eprintln!("fuzz: {name}: input {inputs} of seed {seed} is in {path}");
-                    return ExitCode::from(1);
-                }
-                inputs += 1;
-            }
-            table.insert(name.to_owned(), json!(inputs));
-        }
-        let report = json!({ "program": "fuzz", "guided": false, "seed": seed, "fuzz_inputs": table, "findings": 0 });
-        println!("{report:#}");
-        if let Some(path) = json
-            && let Err(error) = std::fs::write(&path, format!("{report:#}\n"))
-        {
-            eprintln!("fuzz: {path}: {error}");
-            return ExitCode::from(2);
-        }
-        ExitCode::SUCCESS
     }
 }

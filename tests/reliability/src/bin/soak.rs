@@ -7,7 +7,7 @@ use alignedkv_reliability::barrier::{Barrier, together};
 use alignedkv_reliability::counts::{Counts, add, found};
 use alignedkv_reliability::dice::Dice;
 use alignedkv_reliability::memory::{Heap, Hooks, resident_mib};
-use alignedkv_reliability::model::Setup;
+use alignedkv_reliability::model::{KINDS, Setup};
 use alignedkv_reliability::traffic::{Plan, Plant, run, within};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
@@ -60,7 +60,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
 }
 
 /// One kind of cache by one thread, then by many; then the next kind.
-const CYCLE: usize = 12;
+const CYCLE: usize = 2 * KINDS;
 
 fn worker(o: &Options) -> ExitCode {
     let hooks: &'static Hooks = Box::leak(Box::default());
@@ -88,7 +88,7 @@ fn worker(o: &Options) -> ExitCode {
     let mut resident = Vec::new();
     let mut i = 0;
     while Instant::now() < end {
-        let setup = Setup { n_threads: [0, 3][i / 6 % 2], ..Setup::kind(i / 2, o.sequences, 600) };
+        let setup = Setup { n_threads: [0, 3][i / KINDS % 2], ..Setup::kind(i / 2, o.sequences, 600) };
         let (plan, blocks) = (plan(i, round), Heap::blocks());
         run(&setup, &plan, Dice::Seeded(plan.seed), hooks, &counts);
         let left = Heap::blocks() - blocks;
@@ -106,14 +106,17 @@ fn worker(o: &Options) -> ExitCode {
     ExitCode::from(u8::from(counts.findings() > 0))
 }
 
+/// How ThreadSanitizer ends a process that it has found one in.
+const DATA_RACE: i32 = 66;
+
 /// Runs the worker, and again if it crashed, until the time is over.
 fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
     let (counts, start) = (Counts::default(), Instant::now());
     let (mut rounds, mut resident) = (0, json!([0, 0]));
-    let mut seed = o.seed;
+    let (mut seed, mut data_races) = (o.seed, 0);
     loop {
         let left = o.seconds - start.elapsed().as_secs_f64();
-        if left < 0.3 || counts.crashes.load(Relaxed) >= 3 {
+        if left < 0.3 || counts.crashes.load(Relaxed) + data_races >= 3 {
             break;
         }
         let mut command = Command::new(std::env::current_exe().map_err(|e| e.to_string())?);
@@ -145,7 +148,9 @@ fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
         if last["rounds"].as_u64().unwrap_or(0) > 0 {
             resident = last["resident_mib"].clone();
         }
-        if !matches!(status.code(), Some(0 | 1)) {
+        if status.code() == Some(DATA_RACE) {
+            data_races += 1;
+        } else if !matches!(status.code(), Some(0 | 1)) {
             found(&counts.crashes, 1, || format!("the worker ended with {status}"));
         }
         seed = seed.wrapping_add(77);
@@ -162,7 +167,7 @@ fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
     Ok(json!({
         "program": "soak", "soak_minutes": (minutes * 100.0).round() / 100.0, "threads": o.threads,
         "sequences": o.sequences, "rounds": rounds, "resident_mib_first": at(0).round(), "resident_mib_last": at(1).round(),
-        "counts": counts.json(), "findings": counts.findings(),
+        "counts": counts.json(), "data_races": data_races, "findings": counts.findings() + data_races,
     }))
 }
 

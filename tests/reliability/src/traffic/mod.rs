@@ -10,6 +10,7 @@ use crate::counts::{Counts, add, found};
 use crate::dice::Dice;
 use crate::memory::Hooks;
 use crate::model::*;
+use crate::stream::{Reading, collect, read};
 use crate::truth::{HeadRows, Truth};
 use attention::Outputs;
 use crowd::Crowd;
@@ -147,7 +148,7 @@ impl World<'_> {
         let slots = self.slots.iter().filter_map(|slot| slot.lock().take());
         let all: Vec<Live> = slots.chain(crowd.members.drain(..).map(|m| m.0)).collect();
         for live in &all {
-            tokens += live.tokens.len() as u64;
+            tokens += live.tokens.iter().filter(|t| !t.removed).count() as u64;
             worker.check_length(live.id, live.tokens.len());
             worker.read_back(live, 0, 1);
         }
@@ -192,6 +193,7 @@ struct Worker<'w, 'd> {
     outputs: Outputs,
     again: Outputs,
     workspace: Vec<[u64; 8]>,
+    bytes: Vec<u8>,
     key: Packed,
     value: Packed,
     rows: HeadRows,
@@ -242,6 +244,7 @@ impl<'w, 'd> Worker<'w, 'd> {
             outputs: Outputs::default(),
             again: Outputs::default(),
             workspace: Vec::new(),
+            bytes: Vec::new(),
             key: Packed::default(),
             value: Packed::default(),
             rows: HeadRows::default(),
@@ -324,9 +327,12 @@ impl<'w, 'd> Worker<'w, 'd> {
             11..18 => self.fork(),
             18..26 => self.truncate(),
             26..32 => self.check_rows(),
-            32..36 => self.stale(),
-            36..46 if self.world.plan.threads > 1 => self.disturb(),
-            46..60 if self.world.plan.threads > 1 => self.join_crowd(),
+            32..35 => self.stale(),
+            35..37 => self.snapshot(),
+            37..40 if self.world.setup.format != AKV_FORMAT_PUBLISHED => self.remove(),
+            40..43 if self.world.setup.moves => self.shift(),
+            43..50 if self.world.plan.threads > 1 => self.disturb(),
+            50..62 if self.world.plan.threads > 1 => self.join_crowd(),
             _ => self.step(),
         }
     }
@@ -388,7 +394,8 @@ impl<'w, 'd> Worker<'w, 'd> {
             if self.world.plan.plant == Plant::Leak {
                 return; // its id is lost
             }
-            let tokens = live.tokens[..n].to_vec();
+            let mut tokens = live.tokens[..n].to_vec();
+            trim(&mut tokens);
             self.fill(i, &mut to, id, tokens);
         } else {
             self.unchanged("fork", &before);
@@ -406,11 +413,59 @@ impl<'w, 'd> Worker<'w, 'd> {
         let status = unsafe { akv_sequence_truncate(self.world.cache.0, live.id, n as i64) };
         if self.expect("truncate", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
             live.tokens.truncate(n);
+            trim(&mut live.tokens);
         } else {
             self.unchanged("truncate", &before);
         }
         let (id, len) = (live.id, live.tokens.len());
         self.check_length(id, len);
+    }
+
+    /// Removes tokens of a stretch of positions.
+    fn remove(&mut self) {
+        let Some((_, mut slot)) = self.slot(true) else { return };
+        let Some(live) = slot.as_mut().filter(|live| !live.tokens.is_empty()) else { return };
+        let first = self.dice.below(live.tokens.len());
+        let n = if self.dice.one_in(3) { live.tokens.len() } else { 150 };
+        let last = (first + self.dice.below(n)).min(live.tokens.len() - 1);
+        let (from, to) = (live.tokens[first].position, live.tokens[last].position + 1);
+        let before = self.before();
+        // SAFETY: a handle and an id.
+        let status = unsafe { akv_sequence_remove(self.world.cache.0, live.id, from, to) };
+        if self.expect("remove", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
+            live.tokens.iter_mut().for_each(|t| t.removed |= (from..to).contains(&t.position));
+            trim(&mut live.tokens);
+        } else {
+            self.unchanged("remove", &before);
+        }
+        let (id, len) = (live.id, live.tokens.len());
+        self.check_length(id, len);
+    }
+
+    /// Moves the tokens from some position on: closer to those before, as after a removal, or further away.
+    fn shift(&mut self) {
+        let Some((_, mut slot)) = self.slot(true) else { return };
+        let Some(live) = slot.as_mut().filter(|live| !live.tokens.is_empty()) else { return };
+        let from = live.tokens[self.dice.below(live.tokens.len())].position;
+        let positions = || live.tokens.iter().filter(|t| !t.removed).map(|t| t.position);
+        let before_it = positions().filter(|&p| p < from).max().unwrap_or(from - 3);
+        let least = positions().filter(|&p| p >= from).min().map_or(0, |p| before_it - p);
+        let delta = self.dice.pick(&[least, least / 2, 3, 0, 40]);
+        let ropes: Vec<_> = self.world.setup.layers.iter().map(|l| frequencies(l.dim_k)).collect();
+        let ropes: Vec<_> = ropes.iter().enumerate().map(|(i, f)| (rope(i, f), f)).collect();
+        let per_layer: Vec<_> = ropes.iter().map(|r| r.0).collect();
+        let before = self.before();
+        // SAFETY: a handle, an id, a rope for every layer.
+        let status =
+            unsafe { akv_sequence_shift(self.world.cache.0, live.id, from, i64::MAX, delta, per_layer.as_ptr()) };
+        if self.expect("shift", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
+            for token in live.tokens.iter_mut().filter(|t| t.position >= from) {
+                token.position += delta;
+                token.turned += delta;
+            }
+        } else {
+            self.unchanged("shift", &before);
+        }
     }
 
     fn check_length(&mut self, id: akv_sequence, len: usize) {
@@ -459,13 +514,19 @@ impl<'w, 'd> Worker<'w, 'd> {
         for (part, dim) in [(Part::K, dk), (Part::V, dv)] {
             for (i, token) in tokens.iter().enumerate() {
                 for head in 0..heads {
-                    row(token, layer, part, head, dtype_dim(&shape, part).0, &mut given[..dim]);
+                    if part == Part::K && token.turned != 0 && !token.removed {
+                        continue; // how often it has been encoded anew is not known here: certificates tell
+                    }
+                    match token.removed {
+                        true => given[..dim].fill(0.0),
+                        false => row(token, layer, part, head, dtype_dim(&shape, part).0, &mut given[..dim]),
+                    }
                     let peak = given[..dim].iter().fold(0.0, |m: f32, x| m.max(x.abs()));
                     let error = setup.row_error(layer, part, peak);
                     let stored = if part == Part::K { &mut self.key } else { &mut self.value };
                     let off = (0..dim).find(|&c| {
                         let x = stored.get((i * heads + head) * dim + c);
-                        !((x - given[c]).abs() <= error)
+                        (x - given[c]).abs() > error || x.is_nan()
                     });
                     if let Some(c) = off {
                         let x = stored.get((i * heads + head) * dim + c);
@@ -478,6 +539,42 @@ impl<'w, 'd> Worker<'w, 'd> {
             }
         }
         add(&counts.outputs_checked, (2 * tokens.len() * heads) as u64);
+    }
+
+    /// A sequence goes out as bytes and comes in as another; or does not, if its bytes are damaged.
+    fn snapshot(&mut self) {
+        let Some((_, slot)) = self.slot(true) else { return };
+        let Some((i, mut to)) = self.slot(false) else { return };
+        let (Some(live), cache) = (slot.as_ref(), self.world.cache.0) else { return };
+        self.bytes.clear();
+        // SAFETY: a handle, an id, a function with its pointer.
+        let status =
+            unsafe { akv_sequence_export(cache, live.id, null(), Some(collect), (&raw mut self.bytes).cast()) };
+        if !self.expect("export", status, &[AKV_E_BUSY]) {
+            return;
+        }
+        let bytes = std::mem::take(&mut self.bytes);
+        let mut reading = Reading { bytes: &bytes, ..Reading::default() };
+        let damage = self.dice.below(4);
+        match damage {
+            0 => reading.bytes = &bytes[..self.dice.below(bytes.len().min(1 << 16))],
+            1 => reading.changes = vec![(self.dice.bits() as usize % bytes.len(), 1 << self.dice.below(8))],
+            _ => {}
+        }
+        let (before, mut id) = (self.before(), 0);
+        // SAFETY: a handle, a function with its pointer, an output.
+        let status = unsafe { akv_sequence_import(cache, 0, Some(read), (&raw mut reading).cast(), &mut id) };
+        if damage < 2 {
+            let memory = if self.world.plan.fail_one_in > 0 { AKV_E_MEMORY } else { AKV_E_CORRUPT };
+            self.refused("import", status, &[AKV_E_CORRUPT, AKV_E_VERSION, AKV_E_ARGUMENT, memory]);
+            self.unchanged("import", &before);
+        } else if self.expect("import", status, &[AKV_E_MEMORY]) {
+            let tokens = live.tokens.clone();
+            self.fill(i, &mut to, id, tokens);
+        } else {
+            self.unchanged("import", &before);
+        }
+        self.bytes = bytes;
     }
 
     /// Ids that mean nothing.
