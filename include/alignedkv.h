@@ -703,7 +703,8 @@ akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence seque
 // With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
 // others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
 // sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
-// cut (others are left alone; forks that share tiles do not get them).
+// cut (others are left alone; forks that share tiles do not get them). Where v_is_prefix_of_k is 1 there is K alone, and
+// planes_k and known_k hold for both.
 //
 // Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
 // AKV_E_BUSY (a layer is being written).
@@ -713,8 +714,9 @@ akv_status akv_sequence_export(struct akv_cache *cache,
                                akv_write_fn write,
                                void *user);
 
-// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
-// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes, planes and
+// v_is_prefix_of_k, and with AKV_NAN_PROPAGATE on both sides or on neither (query heads, windows, exact_head, exact_tail,
+// backend and placement of pages may differ). `into` = 0: makes a sequence,
 // `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
 // smaller exact_tail of both). Otherwise the stream brings layers that
 // sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and
