@@ -663,6 +663,18 @@ akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int
 // while it is in a begun batch.
 akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
+// Takes the memory that `n_tokens` more tokens need, in all layers or in none: until they have been committed, steps of
+// them, of any size, do not fail with AKV_E_CAPACITY (but for the batch's bounds) or for want of pages. akv_cache_usage
+// counts it. Aborted steps leave it in place; akv_sequence_truncate, to any length, and akv_sequence_destroy give back
+// what is left of it. Less than there is already changes nothing. What else takes memory (positions that do not follow
+// each other, attention, forks, akv_sequence_shift) is not provided for, and forks may hold on to rows that would have gone back to
+// it: reserve again after a fork.
+//
+// Errors: AKV_E_ARGUMENT, AKV_E_BUSY (in a begun batch, or read), AKV_E_CAPACITY, AKV_E_MEMORY, AKV_E_UNSUPPORTED on CUDA.
+akv_status akv_sequence_reserve(struct akv_cache *cache,
+                                akv_sequence sequence,
+                                int64_t n_tokens);
+
 // Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
 // nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
 // n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
