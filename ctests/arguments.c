@@ -248,6 +248,10 @@ static void sequences(void) {
     REFUSED(akv_sequence_fork(cache, other, COMMITTED + 1, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, -2, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, 1, NULL), AKV_E_ARGUMENT, "out");
+    REFUSED(akv_sequence_reserve(cache, other, -1), AKV_E_ARGUMENT, "n_tokens");
+    REFUSED(akv_sequence_reserve(cache, other, INT64_MAX), AKV_E_ARGUMENT, "n_tokens");
+    REFUSED(akv_sequence_reserve(cache, dead, 1), AKV_E_HANDLE, "sequence");
+    REFUSED(akv_sequence_reserve(cache, sequence, 1), AKV_E_BUSY, "sequence");
     REFUSED(akv_sequence_remove(cache, other, 5, 1), AKV_E_ARGUMENT, "to_position");
     REFUSED(akv_sequence_remove(cache, dead, 0, 1), AKV_E_HANDLE, "sequence");
     REFUSED(akv_sequence_shift(cache, other, 0, 1, 1, NULL), AKV_E_ARGUMENT, "rope_per_layer");

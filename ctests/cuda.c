@@ -358,9 +358,9 @@ static void errors(void) {
     akv_context_desc d = {.struct_size = sizeof d, .abi_version = AKV_ABI_VERSION, .backend = AKV_CUDA, .device = 99};
     FAILS(akv_context_create(&d, &context), AKV_E_UNSUPPORTED, "desc->device is 99");
     akv_layer_desc l = {.n_q_heads = 1, .n_kv_heads = 1, .dim_k = 64};
-    akv_cache_desc c = {.struct_size = sizeof c, .n_layers = 1, .layers = &l, .placement = AKV_SLOTS, .n_slots = 128};
+    akv_cache_desc c = {.struct_size = sizeof c, .n_layers = 1, .layers = &l, .format = AKV_FORMAT_RAW, .placement = AKV_SLOTS, .n_slots = 128};
     akv_cache *cache = NULL;
-    FAILS(akv_cache_create(e.context, &c, &cache), AKV_E_UNSUPPORTED, "desc->placement");
+    FAILS(akv_cache_create(e.context, &c, &cache), AKV_E_UNSUPPORTED, "desc->format");
     engine_free(&e), engine_free(&unbounded);
 }
 

@@ -670,6 +670,18 @@ akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int
 // while it is in a begun batch.
 akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
+// Takes the memory that `n_tokens` more tokens need, in all layers or in none: until they have been committed, steps of
+// them, of any size, do not fail with AKV_E_CAPACITY (but for the batch's bounds) or for want of pages. akv_cache_usage
+// counts it. Aborted steps leave it in place; akv_sequence_truncate, to any length, and akv_sequence_destroy give back
+// what is left of it. Less than there is already changes nothing. What else takes memory (positions that do not follow
+// each other, attention, forks, akv_sequence_shift) is not provided for, and forks may hold on to rows that would have gone back to
+// it: reserve again after a fork.
+//
+// Errors: AKV_E_ARGUMENT, AKV_E_BUSY (in a begun batch, or read), AKV_E_CAPACITY, AKV_E_MEMORY, AKV_E_UNSUPPORTED on CUDA.
+akv_status akv_sequence_reserve(struct akv_cache *cache,
+                                akv_sequence sequence,
+                                int64_t n_tokens);
+
 // Removes the tokens at positions `from_position <= p < to_position`: no query row sees them any more, and pages of which
 // nothing is left are given back. Indices and positions of the others do not change (what counts tokens by index, as
 // n_tokens, kv_from and akv_sequence_length, still counts those removed); tokens removed at the end of the sequence are
@@ -710,7 +722,8 @@ akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence seque
 // With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
 // others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
 // sequence lacks, and makes it the same as the whole; it must come from the same tokens, before either side's tiles are
-// cut (others are left alone; forks that share tiles do not get them).
+// cut (others are left alone; forks that share tiles do not get them). Where v_is_prefix_of_k is 1 there is K alone, and
+// planes_k and known_k hold for both.
 //
 // Errors: AKV_E_ARGUMENT (a layer that lacks tokens of the others; `write` returned other than 0), AKV_E_HANDLE,
 // AKV_E_BUSY (a layer is being written).
@@ -720,8 +733,9 @@ akv_status akv_sequence_export(struct akv_cache *cache,
                                akv_write_fn write,
                                void *user);
 
-// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes and planes (query
-// heads, windows, exact_head, exact_tail, backend and placement of pages may differ). `into` = 0: makes a sequence,
+// Reads such a stream, made by a cache of the same format, number of layers, KV heads, dims, dtypes, planes and
+// v_is_prefix_of_k, and with AKV_NAN_PROPAGATE on both sides or on neither (query heads, windows, exact_head, exact_tail,
+// backend and placement of pages may differ). `into` = 0: makes a sequence,
 // `*out`, which attends and goes on bit for bit like the one that was exported (as long as nothing is cut beyond the
 // smaller exact_tail of both). Otherwise the stream brings layers that
 // sequence `into` lacks, or further digits: one made from a part of the layers can be destroyed, read and added to, and

@@ -303,6 +303,8 @@ public:
         return Sequence(cache_, id);
     }
     void truncate(int64_t n_tokens) { check(akv_sequence_truncate(cache_, id_, n_tokens)); }
+    // Takes the memory of n_tokens more tokens ahead; truncate and destruction give it back.
+    void reserve(int64_t n_tokens) { check(akv_sequence_reserve(cache_, id_, n_tokens)); }
     // Tokens in a layer; -1 = committed ones.
     int64_t length(int32_t layer = -1) const {
         int64_t n = 0;

@@ -29,8 +29,8 @@ DEVICE bool begin(const AttendParams &p, i32 words) {
         attend_split<S>(p);                                                    \
     }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // their compiler would spill
-INSTANCE(2, 4, 3)
-INSTANCE(3, 4, 2)
+INSTANCE(2, 4, 2)
+INSTANCE(3, 3, 2)
 INSTANCE(4, 4, 2)
 INSTANCE(6, 3, 2)
 INSTANCE(8, 3, 2)

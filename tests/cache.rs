@@ -4,7 +4,7 @@
 
 use alignedkv::Error;
 use alignedkv::cache::{
-    Allocator, Batch, Bounds, Cache, Config, Excerpt, NanPolicy, Placement, Reader, StepSequence, Usage,
+    Allocator, Batch, Block, Bounds, Cache, Config, Excerpt, NanPolicy, Placement, Reader, StepSequence, Usage,
 };
 use alignedkv::format::{Dtype, Format, LEFT, Layout, Rows, Shape, Source, TILE, aligned, range_bits, scale};
 use half::{bf16, f16};
@@ -460,6 +460,12 @@ impl Simulation {
                 }
             }
             27..30 if self.random.one_in(2) => self.swap(before),
+            27..30 if self.random.one_in(2) => {
+                let Some(id) = self.pick() else { return };
+                let owned = self.owned(id);
+                let n = [0, 1, 200, 700][self.random.below(4)];
+                self.settle(before, cache.reserve(id, n), owned);
+            }
             27..30 => {
                 let Some(id) = self.pick() else { return };
                 if cache.config().format == Format::Published {
@@ -817,6 +823,80 @@ fn abort_is_exact() {
         assert!(counts.bytes.load(Relaxed) > 0);
         drop(cache);
         assert_eq!(counts.bytes.load(Relaxed), 0);
+    }
+}
+
+/// What is reserved is there when nothing else is, however the tokens come, and gives the same bits.
+#[test]
+fn reserved_tokens_always_find_room() {
+    let mut random = Random(77);
+    let kinds = [(Format::Aligned, 4, 64), (Format::Aligned, 128, 128), (Format::Aligned, 0, 0), (Format::Raw, 0, 0)];
+    for (i, (format, head, tail)) in kinds.into_iter().cycle().take(24).enumerate() {
+        let max_bytes = 600_000;
+        let (counts, allocator) = counted();
+        let cache = Arc::new(Cache::new(Config { max_bytes, ..config(format, head, tail) }, allocator).unwrap());
+        let free = Arc::new(Cache::new(config(format, head, tail), Allocator::default()).unwrap());
+        let (batch, other) =
+            (Batch::new(cache.clone(), Bounds::default()), Batch::new(free.clone(), Bounds::default()));
+        let (id, plain) = (cache.create().unwrap(), free.create().unwrap());
+        let (mut model, mut plain_model) = (Model::default(), Model::default());
+        let first = tokens(&mut random, [0, 1, 120, 128, 250][i % 5], 0);
+        if !first.is_empty() {
+            grow(&batch, id, &mut model, &first);
+            grow(&other, plain, &mut plain_model, &first);
+        }
+        let before = cache.usage();
+        // All or nothing, whichever allocation fails.
+        assert!(matches!(cache.reserve(id, 1 << 20), Err(Error::Capacity(_))));
+        assert!(matches!(cache.reserve(id, usize::MAX), Err(Error::Argument(_))));
+        for every in 1.. {
+            counts.calls.store(0, Relaxed);
+            counts.fail_every.store(every, Relaxed);
+            let result = cache.reserve(id, 600);
+            counts.fail_every.store(0, Relaxed);
+            let Err(error) = result else { break };
+            assert!(matches!(error, Error::Memory(_)));
+            assert_eq!(in_use(cache.usage()), in_use(before));
+        }
+        let taken = cache.usage();
+        assert!(taken.pages_used >= before.pages_used + 8 && taken.tokens == before.tokens);
+        cache.reserve(id, 500).unwrap();
+        assert_eq!(in_use(cache.usage()), in_use(taken), "there is as much already");
+        // It goes back, and comes again.
+        cache.truncate(id, first.len()).unwrap();
+        let back = cache.usage();
+        assert_eq!((back.pages_used, back.bytes_kept), (before.pages_used, before.bytes_kept));
+        cache.reserve(id, 600).unwrap();
+
+        // Somebody takes all the rest.
+        let mut rest = Vec::new();
+        for bytes in [1 << 14, 64] {
+            rest.extend(std::iter::from_fn(|| Block::new(cache.memory(), bytes).ok()));
+        }
+        assert!(cache.usage().bytes_reserved > max_bytes - 64);
+        let mut left = 600;
+        while left > 0 {
+            let most = [3, 150, 600][random.below(3)];
+            let n = (1 + random.below(most)).min(left);
+            let new = tokens(&mut random, n, model.tokens.len() as i64);
+            if random.one_in(3) {
+                batch.begin(&one(id, n), None).unwrap();
+                append(&batch, 0, &new).unwrap();
+                batch.abort();
+                check_all_layers(&cache, id, &model);
+            }
+            grow(&batch, id, &mut model, &new);
+            grow(&other, plain, &mut plain_model, &new);
+            left -= n;
+        }
+        check_all_layers(&cache, id, &model);
+        let [ours, theirs] =
+            [(&cache, id), (&free, plain)].map(|(cache, id)| export(cache, id, Excerpt::default()).unwrap());
+        assert!(ours == theirs);
+        // And no further.
+        assert!(matches!(batch.begin(&one(id, 10 * TILE), None), Err(Error::Capacity(_))));
+        cache.destroy(id).unwrap();
+        assert_eq!((cache.usage().pages_used, cache.usage().bytes_kept), (0, 0));
     }
 }
 

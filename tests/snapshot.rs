@@ -5,9 +5,9 @@ mod common;
 use alignedkv::Error;
 use alignedkv::backend::Mode;
 use alignedkv::backend::cpu::Isa;
-use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, Rope, StepSequence};
+use alignedkv::cache::{Allocator, Batch, Bounds, Cache, Config, Excerpt, NanPolicy, Rope, StepSequence};
 use alignedkv::format::{Dtype, Format, Shape};
-use common::{How, Rng, Single, cpu, shape};
+use common::{How, Output, Rng, Single, cpu, shape};
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
@@ -83,8 +83,32 @@ fn same_attention(rng: &mut Rng, a: (&Single, u64), b: (&Single, u64)) {
             let isa = if how.mode == Mode::Expected { Isa::Scalar } else { Isa::best() };
             s.attend_sequence(id, &cpu(isa, 1), &q, &[(0, len), (len / 3, len)], how).unwrap()
         };
-        assert!(run(a) == run(b), "{how:?}");
+        assert!(same(&run(a), &run(b)), "{how:?}");
     }
+}
+
+/// Bit for bit, NaN included.
+fn same(a: &Output, b: &Output) -> bool {
+    let bits = |o: &Output| {
+        let all = [&o.out, &o.lse, &o.bound, &o.lse_bound, &o.estimate, &o.amplitude];
+        all.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+    };
+    bits(a) == bits(b) && a.stats == b.stats
+}
+
+/// Rows of `n` tokens. V is the first channels of K where it has to be.
+fn rows(rng: &mut Rng, shape: &Shape, n: usize) -> (Vec<f32>, Vec<f32>) {
+    let k = rng.normals(n * shape.n_kv_heads * shape.dim_k);
+    let v = match shape.v_is_prefix {
+        true => k.chunks_exact(shape.dim_k).flat_map(|row| row[..shape.dim_v].to_vec()).collect(),
+        false => rng.normals(n * shape.n_kv_heads * shape.dim_v),
+    };
+    (k, v)
+}
+
+/// V is a part of K.
+fn latent(shape: Shape) -> Shape {
+    Shape { v_is_prefix: true, ..shape }
 }
 
 #[test]
@@ -96,6 +120,9 @@ fn what_comes_back_is_what_went() {
         (Format::Aligned, shape(1, 3, 128, 256, Dtype::Bf16, 4)),
         (Format::Published, shape(2, 2, 32, 48, Dtype::F16, 4)),
         (Format::Raw, shape(2, 2, 24, 16, Dtype::Bf16, 4)),
+        (Format::Aligned, latent(shape(8, 1, 96, 64, Dtype::F16, 4))),
+        (Format::Aligned, latent(shape(2, 2, 40, 16, Dtype::F32, 3))),
+        (Format::Raw, latent(shape(4, 1, 72, 64, Dtype::Bf16, 4))),
     ];
     for (format, shape) in shapes {
         let a = Single::new(format, shape, 4);
@@ -271,6 +298,13 @@ fn damage_is_found_and_leaves_no_trace() {
     for (at, x) in [(0, 1u8), (0, 2), (4, 1), (8, 1), (8, 5), (9, 0), (10, 1), (12, 1), (16, 0xfe)] {
         refused(&forged(&bytes, tile.clone(), |b| b[at] = x), "kind");
     }
+    // Marks of a token that has been removed: 58, which is at position 61.
+    let (marked, id, _) = small(|c| c.nan = NanPolicy::Propagate);
+    marked.remove(id, 61, 62).unwrap();
+    let marked_bytes = export(&marked, id, Excerpt::default()).unwrap();
+    let mark = |at: usize| forged(&marked_bytes, tile.start..tile.end + 32, |b| b[32 + at / 8] |= 1 << (at % 8));
+    marked.destroy(import(&marked, None, &mark(57)).unwrap()).unwrap();
+    assert!(matches!(import(&marked, None, &mark(58)), Err(Error::Corrupt(text)) if text.contains("marks")));
     // The digit sums of a tile.
     refused(&forged(&bytes, tile.clone(), |b| b[page - 9..page - 7].fill(0xff)), "digit sum");
 }
@@ -400,9 +434,10 @@ fn the_first_digits_alone_and_the_others_later() {
         (shape(2, 2, 64, 64, Dtype::F32, 4), (2, 2)),
         (shape(3, 1, 40, 24, Dtype::F32, 4), (3, 2)),
         (shape(1, 1, 128, 128, Dtype::F32, 3), (2, 3)),
+        (latent(shape(4, 1, 96, 64, Dtype::F32, 4)), (2, 2)),
     ] {
         let row = |n: usize, dim: usize| n * shape.n_kv_heads * dim;
-        let (mut k, mut v) = (rng.normals(row(600, shape.dim_k)), rng.normals(row(600, shape.dim_v)));
+        let (mut k, mut v) = rows(&mut rng, &shape, 600);
         let (a, b) = (Single::new(Format::Aligned, shape, 4), Single::new(Format::Aligned, shape, 4));
         let id = a.cache.create().unwrap();
         a.append_to(id, &k, &v);
@@ -439,7 +474,7 @@ fn the_first_digits_alone_and_the_others_later() {
         k.truncate(row(300, shape.dim_k));
         v.truncate(row(300, shape.dim_v));
         for n in [1, 40, 150] {
-            let (more_k, more_v) = (rng.normals(row(n, shape.dim_k)), rng.normals(row(n, shape.dim_v)));
+            let (more_k, more_v) = rows(&mut rng, &shape, n);
             let grow = |x: Vec<f32>| x.into_iter().map(|x| 3.0 * x).collect::<Vec<_>>();
             let (more_k, more_v) = (grow(more_k), grow(more_v));
             b.append_to(cut, &more_k, &more_v);
@@ -449,7 +484,7 @@ fn the_first_digits_alone_and_the_others_later() {
         }
         // A fork is not touched by what comes; the rest comes into a sequence that has gone on.
         let fork = b.cache.fork(copy, None).unwrap();
-        let (more_k, more_v) = (rng.normals(row(200, shape.dim_k)), rng.normals(row(200, shape.dim_v)));
+        let (more_k, more_v) = rows(&mut rng, &shape, 200);
         for (s, id) in [(&a, id), (&b, copy)] {
             s.append_to(id, &more_k, &more_v);
         }
@@ -632,6 +667,109 @@ fn shifted_tokens_turn() {
             check(&mut rng, &k, &v, &live);
         }
         assert_eq!(s.cache.read(s.sequence, 0).unwrap().positions().at(live.len() - 1), 269 + 106 + 90);
+    }
+}
+
+/// Which tokens were no numbers goes along with everything that is done to them.
+#[test]
+fn marks_go_along() {
+    let mut rng = Rng::new(11);
+    for (format, shape) in [
+        (Format::Aligned, shape(2, 2, 64, 32, Dtype::F32, 4)),
+        (Format::Aligned, latent(shape(3, 2, 40, 16, Dtype::F16, 4))),
+        (Format::Raw, shape(2, 2, 24, 16, Dtype::Bf16, 4)),
+    ] {
+        let make = |nan| Single::with_nan(format, shape, 4, nan);
+        let (a, b) = (make(NanPolicy::Propagate), make(NanPolicy::Propagate));
+        let (mut k, mut v) = rows(&mut rng, &shape, 420);
+        // Token, head and side: the exact head, stored tiles, one that is kept as given, the open one.
+        let bad = [(1, 0, 0), (3, 1, 1), (50, 0, 0), (200, 1, 1), (201, 1, 0), (300, 0, 1), (383, 1, 0), (400, 0, 0)];
+        let bad: Vec<(usize, usize)> = bad
+            .into_iter()
+            .map(|(token, head, side)| {
+                let row = token * shape.n_kv_heads + head;
+                // V that is a part of K is no number where K is none.
+                let v = if side == 1 && !shape.v_is_prefix { Some(&mut v[row * shape.dim_v]) } else { None };
+                *v.unwrap_or(&mut k[row * shape.dim_k + 5]) = if token % 2 == 0 { f32::NAN } else { f32::INFINITY };
+                (token, head)
+            })
+            .collect();
+        a.append_to(a.sequence, &k, &v);
+        // Rows before, between and behind them; NaN where they see one that lives, and only there.
+        let check = |s: &Single, id: u64, live: &dyn Fn(usize) -> bool, q: &[f32]| {
+            let len = s.cache.length(id, None).unwrap();
+            let ranges = [(0, len), (0, 1), (4, 50), (51, 200), (202, 300), (301, len), (len.saturating_sub(3), len)];
+            let ranges = ranges.map(|(from, to)| (from.min(len - 1), to.clamp(from.min(len - 1) + 1, len)));
+            HOWS.map(|how| {
+                let isa = if how.mode == Mode::Expected { Isa::Scalar } else { Isa::best() };
+                let got = s.attend_sequence(id, &cpu(isa, 1), q, &ranges, how).unwrap();
+                for (row, (from, to)) in ranges.into_iter().enumerate() {
+                    for h in 0..shape.n_q_heads {
+                        let kv = h / shape.group();
+                        let lost = bad.iter().any(|&(token, b)| b == kv && (from..to).contains(&token) && live(token));
+                        let at = row * shape.n_q_heads + h;
+                        let out = &got.out[at * shape.dim_v..(at + 1) * shape.dim_v];
+                        assert!(out.iter().all(|x| x.is_nan() == lost), "row {row}, head {h}, {how:?}");
+                    }
+                }
+                got
+            })
+        };
+        let q = rng.normals(7 * shape.n_q_heads * shape.dim_k);
+        let travels = |id: u64, live: &dyn Fn(usize) -> bool| {
+            let bytes = export(&a.cache, id, Excerpt::default()).unwrap();
+            let copy = import(&b.cache, None, &bytes).unwrap();
+            assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
+            let (ours, theirs) = (check(&a, id, live, &q), check(&b, copy, live, &q));
+            assert!(ours.iter().zip(&theirs).all(|(a, b)| same(a, b)));
+            copy
+        };
+        b.cache.destroy(travels(a.sequence, &|_| true)).unwrap();
+        // Cut into the exact head, stored tiles, and those that are kept.
+        for n in [2, 60, 250, 390] {
+            let fork = a.cache.fork(a.sequence, Some(n)).unwrap();
+            let copy = travels(fork, &|_| true);
+            let (k, v) = rows(&mut rng, &shape, 150);
+            a.append_to(fork, &k, &v);
+            b.append_to(copy, &k, &v);
+            let theirs = check(&b, copy, &|token| token < n, &q);
+            assert!(check(&a, fork, &|token| token < n, &q).iter().zip(&theirs).all(|(a, b)| same(a, b)));
+            a.cache.destroy(fork).unwrap();
+        }
+        if format == Format::Aligned {
+            let first = Excerpt { planes: Some((2, 2)), ..Excerpt::default() };
+            let copy = import(&b.cache, None, &export(&a.cache, a.sequence, first).unwrap()).unwrap();
+            check(&b, copy, &|_| true, &q);
+            let further = Excerpt { known: Some((2, 2)), ..Excerpt::default() };
+            import(&b.cache, Some(copy), &export(&a.cache, a.sequence, further).unwrap()).unwrap();
+            let whole = export(&a.cache, a.sequence, Excerpt::default()).unwrap();
+            assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == whole);
+        }
+        // Another policy knows nothing of marks, or must have some.
+        let bytes = export(&a.cache, a.sequence, Excerpt::default()).unwrap();
+        let plain = make(NanPolicy::Zero);
+        let (clean_k, clean_v) = rows(&mut rng, &shape, 9);
+        plain.append_to(plain.sequence, &clean_k, &clean_v);
+        let clean = export(&plain.cache, plain.sequence, Excerpt::default()).unwrap();
+        for result in [import(&plain.cache, None, &bytes), import(&a.cache, None, &clean)] {
+            assert!(matches!(result, Err(Error::Argument(text)) if text.contains("nan_policy")));
+        }
+        import(&make(NanPolicy::Error).cache, None, &clean).unwrap();
+
+        // Others turn, and go.
+        let n = shape.dim_k - shape.dim_v;
+        let inv_freq = vec![0.3; n / 2];
+        let rope = Rope { interleaved: true, first_dim: shape.dim_v, inv_freq: &inv_freq };
+        let s = a.cache.fork(a.sequence, None).unwrap();
+        a.cache.shift(s, 40, i64::MAX, 30, &[rope]).unwrap();
+        travels(s, &|_| true);
+        let gone = |token: usize| token == 50 || (150..290).contains(&token) || token == 400;
+        for (from, to) in [(80, 81), (180, 320), (430, 431)] {
+            a.cache.remove(s, from, to).unwrap();
+        }
+        travels(s, &|token| !gone(token));
+        a.cache.shift(s, 320, i64::MAX, -100, &[rope]).unwrap();
+        travels(s, &|token| !gone(token));
     }
 }
 

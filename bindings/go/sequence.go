@@ -64,6 +64,14 @@ func (s *Sequence) Truncate(n int64) error {
 	return err
 }
 
+// Reserve takes the memory that n more tokens need, so that steps of them do not fail for want of it. Truncate, to any
+// length, and Close give back what is left.
+func (s *Sequence) Reserve(n int64) error {
+	err := callSequenceReserve(s.cache.handle.Load(), s.id.Load(), n)
+	runtime.KeepAlive(s)
+	return err
+}
+
 // Len is the number of committed tokens, removed ones included.
 func (s *Sequence) Len() (int64, error) { return s.LayerLen(-1) }
 

@@ -53,6 +53,9 @@ package alignedkv
 // static outcome go_akv_sequence_truncate(uintptr_t cache, akv_sequence sequence, int64_t n_tokens) {
 //     return done(akv_sequence_truncate((akv_cache *)cache, sequence, n_tokens));
 // }
+// static outcome go_akv_sequence_reserve(uintptr_t cache, akv_sequence sequence, int64_t n_tokens) {
+//     return done(akv_sequence_reserve((akv_cache *)cache, sequence, n_tokens));
+// }
 // static outcome go_akv_sequence_remove(uintptr_t cache, akv_sequence sequence, int64_t from_position, int64_t to_position) {
 //     return done(akv_sequence_remove((akv_cache *)cache, sequence, from_position, to_position));
 // }
@@ -689,6 +692,14 @@ func callSequenceTruncate(cache uintptr, sequence uint64, nTokens int64) error {
 		return nil
 	}
 	return failure("akv_sequence_truncate", int32(o.status), unsafe.Pointer(o.text))
+}
+
+func callSequenceReserve(cache uintptr, sequence uint64, nTokens int64) error {
+	o := C.go_akv_sequence_reserve(C.uintptr_t(cache), C.akv_sequence(sequence), C.int64_t(nTokens))
+	if o.status == akvOk {
+		return nil
+	}
+	return failure("akv_sequence_reserve", int32(o.status), unsafe.Pointer(o.text))
 }
 
 func callSequenceRemove(cache uintptr, sequence uint64, fromPosition int64, toPosition int64) error {

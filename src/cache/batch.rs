@@ -54,17 +54,23 @@ const DONE: u8 = 2;
 struct Member {
     step: StepSequence,
     sequence: Arc<Sequence>,
-    /// Tokens before the step.
+    /// Tokens before the step, and tiles that there are pages for.
     len: usize,
+    n_pages: usize,
     /// True if the step made new runs of positions.
     new_runs: bool,
     _claim: Claim,
 }
 
 impl Member {
-    /// Tiles that the step adds to each layer.
+    /// True if the step begins tiles.
+    fn grows(&self) -> bool {
+        (self.len + self.step.n_new).div_ceil(TILE) > self.len.div_ceil(TILE)
+    }
+
+    /// Pages that the step adds to each layer.
     fn new_pages(&self) -> usize {
-        (self.len + self.step.n_new).div_ceil(TILE) - self.len.div_ceil(TILE)
+        (self.len + self.step.n_new).div_ceil(TILE).saturating_sub(self.n_pages)
     }
 }
 
@@ -152,7 +158,8 @@ impl Batch {
             .checked_add(n_new)
             .ok_or_else(|| Error::Argument(format!("n_new {n_new}: sequence {id} has {len} tokens")))?;
         within("max_kv", self.bounds.max_kv, new_len, format_args!("tokens of sequence {id}"))?;
-        Ok(Member { step, sequence, len, new_runs: false, _claim: claim })
+        let n_pages = sequence.n_pages()?;
+        Ok(Member { step, sequence, len, n_pages, new_runs: false, _claim: claim })
     }
 
     /// Appends the step's new tokens, sequence by sequence, in one layer.
@@ -319,7 +326,7 @@ impl Batch {
         for member in &step.members {
             let Member { step: s, sequence, len, new_runs, .. } = member;
             for (layer, flag) in sequence.layers.iter().zip(&step.appended) {
-                if s.n_new > 0 && (member.new_pages() > 0 || flag.load(SeqCst) != NOT_YET) {
+                if s.n_new > 0 && (member.grows() || flag.load(SeqCst) != NOT_YET) {
                     layer.write().truncate(*len, Spare::default(), &mut edits);
                 }
             }
@@ -378,17 +385,17 @@ impl Step {
             if room.n_runs > 0 {
                 runs.push((i, sequence.write_positions()?, *len, new, room));
             }
-            if member.new_pages() > 0 || sequence.is_unlisted()? {
+            if member.grows() || sequence.is_unlisted()? {
                 reserve(&mut layers, n_layers)?;
                 for layer in 0..n_layers {
                     let layer = sequence.write_layer(layer)?;
                     let room = layer.room(s.n_new)?;
-                    layers.push((layer, room));
+                    layers.push((layer, s.n_new, room));
                 }
             }
         }
-        for (mut layer, room) in layers {
-            layer.adopt(room);
+        for (mut layer, n_new, room) in layers {
+            layer.adopt(n_new, room);
         }
         for (i, mut positions, len, new, room) in runs {
             positions.extend(len, new, room);

@@ -27,8 +27,12 @@ pub(super) struct Layer {
     exact_tail: usize,
     /// Tokens.
     pub len: usize,
-    /// Tiles. In a begun step also those that its tokens will need.
+    /// Tiles. In a begun step also those that its tokens will need, and those that are reserved.
     pub pages: Table<Page>,
+    /// Tiles that are not given back when a step is aborted.
+    reserved: usize,
+    /// Room for the kept rows of reserved tiles.
+    spares: Table<Shared>,
     /// The first `exact_head` rows as given.
     pub head: Option<Shared>,
     /// Where the device finds the pages, if they are on one.
@@ -42,9 +46,14 @@ pub(super) struct Layer {
 pub(super) struct Room {
     pages: Table<Page>,
     table: Option<Table<Page>>,
+    spares: Table<Shared>,
+    spares_table: Option<Table<Shared>>,
     head: Option<Shared>,
     listing: Option<Block>,
 }
+
+/// Tiles whose rows are kept at once, at most: two until a step is committed, and the two before it.
+const KEPT: usize = 4;
 
 /// What a truncation needs.
 #[derive(Debug, Default)]
@@ -62,7 +71,9 @@ pub(super) fn released(len: usize, exact_tail: usize) -> usize {
 impl Layer {
     pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
         let (pages, listing) = (Table::with_capacity(memory, 0)?, Listing::default());
-        Ok(Layer { layout, exact_head, exact_tail, len: 0, pages, head: None, listing, nothing: None })
+        let spares = Table::with_capacity(memory, 0)?;
+        let (len, reserved, head, nothing) = (0, 0, None, None);
+        Ok(Layer { layout, exact_head, exact_tail, len, pages, reserved, spares, head, listing, nothing })
     }
 
     /// Memory for a page.
@@ -80,28 +91,76 @@ impl Layer {
         Shared::new(self.pages.memory(), Kind::Kept, self.layout.kept_bytes(self.exact_head))
     }
 
-    /// Takes what `n` more tokens need.
+    /// Takes what a step of `n` more tokens needs.
     pub fn room(&self, n: usize) -> Result<Room> {
-        let (len, tiles) = (self.len + n, self.len.div_ceil(TILE));
-        let n_pages = len.div_ceil(TILE) - tiles;
-        let table = self.pages.room(n_pages)?;
-        let mut pages = Table::with_capacity(self.pages.memory(), n_pages)?;
-        for tile in tiles..tiles + n_pages {
-            let keep = !self.layout.lossless() && tile >= released(len, self.exact_tail);
-            pages.push(Page { block: self.page()?, kept: if keep { Some(self.kept()?) } else { None }, base: None });
-        }
-        let head = if self.exact_head > 0 && self.head.is_none() && n > 0 { Some(self.head_block()?) } else { None };
-        let listing = self.listing.room(self.pages.memory(), tiles + n_pages)?;
-        Ok(Room { pages, table, head, listing })
+        let kept = self.to_keep(n).filter(|&tile| tile < self.pages.len()).count();
+        self.take(n, kept, |tile| self.to_keep(n).contains(&tile))
     }
 
-    pub fn adopt(&mut self, mut room: Room) {
+    /// Takes what steps of `n` more tokens in all need.
+    pub fn room_ahead(&self, n: usize) -> Result<Room> {
+        let new = (self.len + n).div_ceil(TILE) - self.len.div_ceil(TILE);
+        self.take(n, if self.layout.lossless() { 0 } else { new.min(KEPT) }, |_| false)
+    }
+
+    /// Tiles that are begun by `n` more tokens, and whose rows are kept when they have come.
+    fn to_keep(&self, n: usize) -> Range<usize> {
+        let (first, len) = (self.len.div_ceil(TILE), self.len + n);
+        let end = if self.layout.lossless() { first } else { len.div_ceil(TILE) };
+        released(len, self.exact_tail).clamp(first, end)..end
+    }
+
+    /// Pages for `n` more tokens, some with their rows kept, and spare room for `kept` others.
+    fn take(&self, n: usize, kept: usize, keep: impl Fn(usize) -> bool) -> Result<Room> {
+        let (first, tiles) = (self.pages.len(), (self.len + n).div_ceil(TILE));
+        let n_pages = tiles.saturating_sub(first);
+        let table = self.pages.room(n_pages)?;
+        let mut pages = Table::with_capacity(self.pages.memory(), n_pages)?;
+        for tile in first..first + n_pages {
+            let kept = if keep(tile) { Some(self.kept()?) } else { None };
+            pages.push(Page { block: self.page()?, kept, base: None });
+        }
+        let spares_table = if kept > 0 { self.spares.room(KEPT - self.spares.len())? } else { None };
+        let kept = kept.saturating_sub(self.spares.len());
+        let mut spares = Table::with_capacity(self.pages.memory(), kept)?;
+        for _ in 0..kept {
+            spares.push(self.kept()?);
+        }
+        let head = if self.exact_head > 0 && self.head.is_none() && n > 0 { Some(self.head_block()?) } else { None };
+        let listing = self.listing.room(self.pages.memory(), first + n_pages)?;
+        Ok(Room { pages, table, spares, spares_table, head, listing })
+    }
+
+    fn put(&mut self, mut room: Room) {
         self.pages.adopt(room.table);
         self.pages.append(&mut room.pages);
+        self.spares.adopt(room.spares_table);
+        self.spares.append(&mut room.spares);
         if room.head.is_some() {
             self.head = room.head;
         }
         self.listing.adopt(room.listing);
+    }
+
+    /// Makes the room for a step of `n` tokens the layer's.
+    pub fn adopt(&mut self, n: usize, room: Room) {
+        self.put(room);
+        let tiles = self.to_keep(n);
+        for page in &mut self.pages[tiles] {
+            page.kept = page.kept.take().or_else(|| self.spares.pop());
+        }
+    }
+
+    /// Keeps room for `n` tokens until they have come, or are given up.
+    pub fn reserve(&mut self, room: Room) {
+        self.put(room);
+        self.reserved = self.pages.len();
+    }
+
+    /// Gives up what is reserved.
+    pub fn unreserve(&mut self) {
+        self.reserved = 0;
+        self.spares.truncate(0);
     }
 
     /// A page that holds nothing.
@@ -183,11 +242,15 @@ impl Layer {
         }
     }
 
-    /// Drops rows of tiles that are kept for nothing.
+    /// Drops rows of tiles that are kept for nothing: into the reserve, if there is one.
     pub fn release(&mut self) {
         let n = released(self.len, self.exact_tail);
+        if self.reserved <= self.len.div_ceil(TILE) {
+            self.unreserve();
+        }
         for page in &mut self.pages[..n] {
-            (page.kept, page.base) = (None, None);
+            page.base = None;
+            save(&mut self.spares, self.reserved, page.kept.take());
         }
     }
 
@@ -222,13 +285,17 @@ impl Layer {
         Ok(spare)
     }
 
-    /// Forgets all but the first `len` tokens, and the room for more. What that does to rows on a device goes to `edits`.
+    /// Forgets all but the first `len` tokens, and the room for more that is not reserved. What that does to rows on a device goes to `edits`.
     pub fn truncate(&mut self, len: usize, spare: Spare, edits: &mut Edits) {
         let is_cut = len < self.len;
         self.len = len;
-        self.pages.truncate(len.div_ceil(TILE));
+        let tiles = len.div_ceil(TILE);
+        self.pages.truncate(tiles.max(self.reserved));
+        for page in &mut self.pages[tiles..] {
+            save(&mut self.spares, self.reserved, page.kept.take());
+        }
         self.listing.keep(len / TILE);
-        if len == 0 {
+        if len == 0 && self.reserved == 0 {
             self.head = None;
         }
         replace(&mut self.head, spare.head, edits);
@@ -293,10 +360,21 @@ impl Layer {
         let mut pages = Table::with_capacity(self.pages.memory(), len.div_ceil(TILE))?;
         self.pages[..len.div_ceil(TILE)].iter().for_each(|page| pages.push(page.clone()));
         let (head, nothing) = (self.head.clone(), self.nothing.clone());
-        let mut fork = Layer { pages, head, listing: Listing::default(), nothing, ..*self };
+        let spares = Table::with_capacity(self.pages.memory(), 0)?;
+        let mut fork = Layer { pages, reserved: 0, spares, head, listing: Listing::default(), nothing, ..*self };
         let spare = fork.spare(len)?;
         fork.truncate(len, spare, edits);
         Ok(fork)
+    }
+}
+
+/// Puts rows that nobody else holds by for a later tile, if some are reserved.
+fn save(spares: &mut Table<Shared>, reserved: usize, kept: Option<Shared>) {
+    if let Some(kept) = kept.filter(Shared::is_own)
+        && reserved > 0
+        && spares.len() < KEPT
+    {
+        spares.push(kept);
     }
 }
 

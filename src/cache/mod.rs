@@ -253,6 +253,15 @@ impl Cache {
         self.find(sequence)?.truncate(&self.memory, n_tokens)
     }
 
+    /// Takes the room that steps of `n_tokens` more tokens need.
+    pub fn reserve(&self, sequence: u64, n_tokens: usize) -> Result<()> {
+        let sequence = self.find(sequence)?;
+        if self.memory.device().is_some() {
+            return Err(Error::Unsupported("reserving tokens is not built yet on the CUDA backend".to_owned()));
+        }
+        sequence.reserve(&self.memory, n_tokens)
+    }
+
     /// Removes the tokens whose positions are `from..to`.
     pub fn remove(&self, sequence: u64, from: i64, to: i64) -> Result<()> {
         let sequence = self.find(sequence)?;

@@ -107,6 +107,40 @@ impl Sequence {
         self.cut(memory, n)
     }
 
+    /// Takes the room that steps of `n` more tokens in all need, in all layers or in none. It is kept until they have come,
+    /// or something is cut off.
+    pub fn reserve(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
+        let _claim = self.claim()?;
+        self.check_whole()?;
+        let len = self.len.load(Relaxed);
+        let tiles = len.checked_add(n).filter(|&sum| sum <= i64::MAX as usize).map(|sum| sum.div_ceil(TILE));
+        let tiles =
+            tiles.ok_or_else(|| Error::Argument(format!("n_tokens {n}: sequence {} has {len} tokens", self.id)))?;
+        let (mut layers, mut bytes) = (Vec::new(), 0usize);
+        super::memory::reserve(&mut layers, self.layers.len())?;
+        for i in 0..self.layers.len() {
+            let layer = self.write_layer(i)?;
+            let n_pages = tiles.saturating_sub(layer.pages.len());
+            bytes = bytes.saturating_add(n_pages.saturating_mul(layer.layout.page_bytes()));
+            layers.push(layer);
+        }
+        memory.check(bytes)?;
+        let mut rooms = Vec::new();
+        super::memory::reserve(&mut rooms, layers.len())?;
+        for layer in &layers {
+            rooms.push(layer.room_ahead(n)?);
+        }
+        for (mut layer, room) in layers.into_iter().zip(rooms) {
+            layer.reserve(room);
+        }
+        Ok(())
+    }
+
+    /// Tiles that every layer has pages for.
+    pub fn n_pages(&self) -> Result<usize> {
+        self.layers.first().map_or(Ok(0), |_| Ok(self.read_layer(0)?.pages.len()))
+    }
+
     /// Removes the tokens whose positions are `from..to`. Pages of which no token is left are given back; tokens removed
     /// at the end are cut off.
     pub fn remove(&self, memory: &Arc<Memory>, from: i64, to: i64) -> Result<()> {
@@ -144,10 +178,10 @@ impl Sequence {
         Ok(())
     }
 
-    /// Forgets all but the first `n` tokens, and those before that have been removed. Claimed.
+    /// Forgets all but the first `n` tokens, those before that have been removed, and what is reserved. Claimed.
     fn cut(&self, memory: &Arc<Memory>, n: usize) -> Result<()> {
         let n = self.read_positions()?.trimmed(n);
-        if n == self.len.load(Relaxed) {
+        if n == self.len.load(Relaxed) && self.n_pages()? == n.div_ceil(TILE) {
             return Ok(());
         }
         let (mut layers, mut edits) = (Vec::new(), Edits::new(memory));
@@ -164,6 +198,7 @@ impl Sequence {
         positions.truncate(n);
         self.n_removed.store(positions.removed_within(0, n), Relaxed);
         for (mut layer, spare) in layers {
+            layer.unreserve();
             layer.truncate(n, spare, &mut edits);
         }
         self.len.store(n, Relaxed);

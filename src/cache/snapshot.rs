@@ -6,13 +6,15 @@
 //! |---|---|---|
 //! | header | 64, summed | magic, version, format, layers of the cache, first layer, layers here, exact head, tokens (8 bytes), runs (8), flags |
 //! | runs of positions | 16 each, summed by 4096 | first token, its position |
-//! | then by layer: | 52, summed | heads, dims, dtypes, planes stored, planes here |
+//! | then by layer: | 52, summed | heads, dims, dtypes, planes stored, planes known, if V is a part of K, if there are marks |
 //! | exact head | summed, if there is one | K rows, V rows, as given |
 //! | then by tile: | 32 | kind, base rows, planes of K and V (in the two low bytes), 0, which tokens live |
+//! | its marks, if there are any | 32 a head, summed with the 32 | tokens whose K, and whose V, were no numbers |
 //! | its page, or its base and its rows as given | summed with the 32 | see [`Layout::stretches`], [`Layout::kept_stretches`] |
 //!
 //! Tiles of which no token lives are empty. A stream of further digits (flag 1) has neither runs nor exact heads. Its tiles are the stored ones alone, others are
-//! empty; before its digits a tile has the sum of what the receiver must have of it.
+//! empty; before its digits a tile has, instead of marks, the sum of what the receiver must have of it.
+//! Where V is a part of K there are no bytes of V, and its planes are K's.
 //!
 //! A tile whose rows are kept travels as these rows: its page is encoded anew, to the same bits. Nothing that a header
 //! says is believed before its sum is right, and no memory is taken for more than has come.
@@ -106,16 +108,19 @@ fn format_code(format: Format) -> u32 {
     }
 }
 
-/// What must be the same in both caches, by name. Query heads and windows are not stored.
-fn shape_words(s: &Shape) -> [(&'static str, u32); 7] {
+/// What must be the same in both caches: its word among a layer's, and its name. Query heads and windows are not stored.
+fn layer_words(layout: &Layout) -> [(usize, &'static str, u32); 9] {
+    let s = &layout.shape;
     [
-        ("n_kv_heads", s.n_kv_heads as u32),
-        ("dim_k", s.dim_k as u32),
-        ("dim_v", s.dim_v as u32),
-        ("dtype_k", s.dtype_k as u32),
-        ("dtype_v", s.dtype_v as u32),
-        ("planes_k", s.planes_k as u32),
-        ("planes_v", s.planes_v as u32),
+        (0, "n_kv_heads", s.n_kv_heads as u32),
+        (1, "dim_k", s.dim_k as u32),
+        (2, "dim_v", s.dim_v as u32),
+        (3, "dtype_k", s.dtype_k as u32),
+        (4, "dtype_v", s.dtype_v as u32),
+        (5, "planes_k", s.planes_k as u32),
+        (6, "planes_v", s.planes_v as u32),
+        (9, "v_is_prefix_of_k", s.v_is_prefix as u32),
+        (10, "whether nan_policy is AKV_NAN_PROPAGATE", layout.marked() as u32),
     ]
 }
 
@@ -384,10 +389,16 @@ pub(super) fn export(
     if sink.buffer.is_empty() { Ok(()) } else { sink.flush() }
 }
 
+/// Planes of V are K's where it is a part of it.
+fn as_stored(layout: &Layout, (k, v): (usize, usize)) -> (usize, usize) {
+    (k, if layout.shape.v_is_prefix { k } else { v })
+}
+
 /// Those planes of a page that are wanted, and there.
 fn wanted(layout: &Layout, page: &[u8], excerpt: &Excerpt) -> Planes {
-    let (known, Planes { k, v }) = (excerpt.known.unwrap_or((0, 0)), layout.known(page));
-    let (most_k, most_v) = excerpt.planes.unwrap_or((k.1, v.1));
+    let Planes { k, v } = layout.known(page);
+    let known = as_stored(layout, excerpt.known.unwrap_or((0, 0)));
+    let (most_k, most_v) = as_stored(layout, excerpt.planes.unwrap_or((k.1, v.1)));
     let planes = |from: usize, there: usize, most: usize| (from, there.min(most).max(from));
     Planes { k: planes(known.0, k.1, most_k), v: planes(known.1, v.1, most_v) }
 }
@@ -395,9 +406,10 @@ fn wanted(layout: &Layout, page: &[u8], excerpt: &Excerpt) -> Planes {
 fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &mut Sink) -> Result<()> {
     let layer = &*reader.layer;
     let (layout, is_further) = (&layer.layout, excerpt.known.is_some());
-    let [heads, dim_k, dim_v, dtype_k, dtype_v, planes_k, planes_v] = shape_words(&layout.shape).map(|(_, word)| word);
-    let known = excerpt.known.unwrap_or((0, 0));
-    let words = [heads, dim_k, dim_v, dtype_k, dtype_v, planes_k, planes_v, low(known.0), low(known.1), 0, 0, 0];
+    let known = as_stored(layout, excerpt.known.unwrap_or((0, 0)));
+    let mut words = [0; 12];
+    (words[7], words[8]) = (low(known.0), low(known.1));
+    layer_words(layout).into_iter().for_each(|(at, _, word)| words[at] = word);
     sink.put(little(words).as_ref())?;
     sink.seal()?;
     let n_exact = layer.exact_head.min(layer.len);
@@ -410,8 +422,8 @@ fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &
     }
     for (tile, page) in layer.pages[..layer.len.div_ceil(TILE)].iter().enumerate() {
         let rows = TILE.min(layer.len - tile * TILE);
+        let live = range_bits(0, rows) & reader.positions.live(tile);
         let start = |kind: u32, base_rows: usize, planes: Planes, sink: &mut Sink| {
-            let live = range_bits(0, rows) & reader.positions.live(tile);
             let live = [0, 32, 64, 96].map(|at| (live >> at) as u32);
             let planes = low(planes.k.1 | planes.v.1 << 8);
             sink.put(little([kind, low(base_rows), planes, 0, live[0], live[1], live[2], live[3]]).as_ref())
@@ -419,27 +431,30 @@ fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &
         let nothing = Planes { k: (0, 0), v: (0, 0) };
         match (&page.kept, &page.base) {
             (Some(_), _) if is_further => start(EMPTY, 0, nothing, sink)?,
-            _ if reader.positions.live(tile) == 0 => start(EMPTY, 0, nothing, sink)?,
+            _ if live == 0 => start(EMPTY, 0, nothing, sink)?,
             (None, _) => {
                 let bytes = access.get(&page.block)?;
                 let planes = wanted(layout, bytes, excerpt);
                 start(STORED, 0, planes, sink)?;
                 if is_further {
                     sink.put(&sum_of(layout, bytes, rows, known)?.to_le_bytes())?;
+                } else {
+                    export_marks(layout, bytes, live, sink)?;
                 }
                 layout.stretches(rows, planes, |stretch| sink.put(&bytes[stretch]))?;
             }
             (Some(kept), base) => {
-                let mut from = 0;
-                match base {
-                    Some((base, base_rows)) => {
-                        let bytes = access.get(base)?;
-                        let planes = layout.known(bytes);
-                        start(GIVEN, *base_rows, planes, sink)?;
-                        layout.stretches(*base_rows, planes, |stretch| sink.put(&bytes[stretch]))?;
-                        from = *base_rows;
-                    }
-                    None => start(GIVEN, 0, nothing, sink)?,
+                let (mut from, mut planes) = (0, nothing);
+                if let Some((base, base_rows)) = base {
+                    (from, planes) = (*base_rows, layout.known(access.get(base)?));
+                }
+                start(GIVEN, from, planes, sink)?;
+                if layout.marked() {
+                    export_marks(layout, access.get(&page.block)?, live, sink)?;
+                }
+                if let Some((base, _)) = base {
+                    let bytes = access.get(base)?;
+                    layout.stretches(from, planes, |stretch| sink.put(&bytes[stretch]))?;
                 }
                 let bytes = access.get(kept)?;
                 for stretch in layout.kept_stretches(TILE, from..rows) {
@@ -450,6 +465,20 @@ fn export_layer(reader: &Reader, excerpt: &Excerpt, access: &mut Access, sink: &
         sink.seal()?;
     }
     Ok(())
+}
+
+/// Marks of tokens that live, if there are any: of others they say nothing.
+fn export_marks(layout: &Layout, page: &[u8], live: u128, sink: &mut Sink) -> Result<()> {
+    for (head, side) in marks(layout) {
+        sink.put(&(layout.marks(page, head, side) & live).to_le_bytes())?;
+    }
+    Ok(())
+}
+
+/// What pages have marks of, in order: heads, and sides of each.
+fn marks(layout: &Layout) -> impl Iterator<Item = (usize, usize)> + use<> {
+    let n = if layout.marked() { layout.shape.n_kv_heads } else { 0 };
+    (0..2 * n).map(|i| (i / 2, i % 2))
 }
 
 /// The sum of what a receiver of further digits has of a tile.
@@ -640,18 +669,21 @@ impl<'a, 'b> Import<'a, 'b> {
         let (layout, is_further) = (self.cache.layouts[index], self.header.is_further);
         let words: [u32; 12] = self.source.words()?;
         self.source.seal(&|| format!("layer {index}"))?;
-        for ((name, ours), theirs) in shape_words(&layout.shape).into_iter().zip(words) {
-            differ(&format!("layer {index}: {name}"), theirs, ours)?;
+        for (at, name, ours) in layer_words(&layout) {
+            differ(&format!("layer {index}: {name}"), words[at], ours)?;
         }
         let (k, v) = (words[7] as usize, words[8] as usize);
         let sound = match is_further {
             false => (k, v) == (0, 0),
             true => {
                 let Shape { planes_k, planes_v, .. } = layout.shape;
-                !layout.lossless() && (MIN_PLANES..=planes_k).contains(&k) && (MIN_PLANES..=planes_v).contains(&v)
+                !layout.lossless()
+                    && as_stored(&layout, (k, v)) == (k, v)
+                    && (MIN_PLANES..=planes_k).contains(&k)
+                    && (MIN_PLANES..=planes_v).contains(&v)
             }
         };
-        if sound && words[9..] == [0; 3] {
+        if sound && words[11] == 0 {
             return Ok((k, v));
         }
         Err(Error::Corrupt(format!("layer {index}: planes that it does not have")))
@@ -707,6 +739,7 @@ impl<'a, 'b> Import<'a, 'b> {
             EMPTY => planes == 0,
             _ => (MIN_PLANES..=planes_k).contains(&k) && (MIN_PLANES..=planes_v).contains(&v),
         };
+        let sound = sound && as_stored(layout, (k, v)) == (k, v);
         let dead = range_bits(0, rows) & !live;
         if !sound || zero != 0 || live & !range_bits(0, rows) != 0 {
             return Err(Error::Corrupt(format!("{}: a kind of tile that there is not", what())));
@@ -772,6 +805,19 @@ impl<'a, 'b> Import<'a, 'b> {
             layout.check_page(bytes, rows).map_err(|error| Error::Corrupt(format!("{}, {error}", what())))
         };
         let mut block = layer.page()?;
+        if layout.marked() {
+            access.set(&mut block, |page| {
+                for (head, side) in marks(layout) {
+                    let words = source.words::<4>()?;
+                    let bad = words.into_iter().rev().fold(0u128, |bad, word| bad << 32 | u128::from(word));
+                    if bad & !live != 0 {
+                        return Err(Error::Corrupt(format!("{}: marks of tokens that it does not have", what())));
+                    }
+                    layout.mark(page, head, side, u128::MAX, bad);
+                }
+                Ok(())
+            })?;
+        }
         if kind == STORED {
             access.set(&mut block, |bytes| digits(bytes, rows, source))?;
             source.seal(&what)?;

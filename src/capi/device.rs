@@ -13,7 +13,7 @@ use crate::backend::cuda::params::{
 use crate::backend::cuda::{
     Bounds, Call, Cells, Device, MERGE_SHARED_BYTES, Mask, Sight, Stream, Tables, Workspace, attend, bytes_of,
 };
-use crate::cache::{Batch, Cache, Config, NanPolicy, SlotLayer};
+use crate::cache::{Batch, Cache, Config, NanPolicy, Placement, SlotLayer};
 use crate::format::{Format, Layout, TILE};
 use crate::{Error, Result};
 use std::ffi::c_void;
@@ -22,6 +22,10 @@ use std::sync::PoisonError;
 /// Fails for caches that only the CPU has.
 pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
     let on_cuda = "on the CUDA backend";
+    if config.format != Format::Aligned && config.placement != Placement::Append {
+        let expected = format_args!("AKV_FORMAT_ALIGNED (0) with cells {on_cuda}");
+        return Err(not_built(format_args!("{name}->format"), format_args!("{:?}", config.format), expected));
+    }
     if let Some(i) = config.layers.iter().position(|layer| layer.v_is_prefix) {
         return Err(not_built(format_args!("{name}->layers[{i}].v_is_prefix_of_k"), 1, format_args!("0 {on_cuda}")));
     }

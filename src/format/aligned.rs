@@ -144,10 +144,10 @@ impl<'a> Tile<'a> {
         1 + self.k_rest.len() / (TILE * self.dim_k / 2)
     }
 
-    /// Planes of V that are stored.
+    /// Planes of V that are stored: K's, where V is a part of it.
     #[inline(always)]
     pub fn planes_v(&self) -> usize {
-        self.v.len() / (TILE * self.dim_v / 2)
+        if self.dim_v == 0 { self.planes_k() } else { self.v.len() / (TILE * self.dim_v / 2) }
     }
 
     /// Planes of K that hold digits.
@@ -159,7 +159,7 @@ impl<'a> Tile<'a> {
     /// Planes of V that hold digits.
     #[inline(always)]
     pub fn known_v(&self) -> usize {
-        self.planes_v() - usize::from(self.meta.missing_v)
+        if self.dim_v == 0 { self.known_k() } else { self.planes_v() - usize::from(self.meta.missing_v) }
     }
 
     /// Planes 1 and up of a token's K, one after another.
@@ -379,7 +379,7 @@ pub(super) fn stretches(
         if (from, to) == (0, n) {
             return f(start..start + rows * n * bytes);
         }
-        for row in 0..if from < to { rows } else { 0 } {
+        for row in 0..if from < to && bytes > 0 { rows } else { 0 } {
             f(start + (row * n + from) * bytes..start + (row * n + to) * bytes)?;
         }
         Ok(())

@@ -496,7 +496,7 @@ impl Layout {
     /// The bytes of rows `rows` in such a block, of K and of V.
     pub fn kept_stretches(&self, n: usize, rows: Range<usize>) -> [Range<usize>; 2] {
         let (s, at) = (&self.shape, self.kept_offset(n));
-        let (k, v) = (s.n_kv_heads * s.dim_k * s.dtype_k.size(), s.n_kv_heads * s.dim_v * s.dtype_v.size());
+        let (k, v) = (s.n_kv_heads * s.dim_k * s.dtype_k.size(), s.n_kv_heads * s.stored_v() * s.dtype_v.size());
         [rows.start * k..rows.end * k, at + rows.start * v..at + rows.end * v]
     }
 

@@ -63,5 +63,5 @@ fn write(to: &mut [u8], rows: &Rows, head: usize, some: impl Iterator<Item = usi
 pub(super) fn stretches(s: &Shape, rows: usize, f: &mut impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
     let v = Offsets::new(s).v;
     f(0..rows * s.dim_k * s.dtype_k.size())?;
-    f(v..v + rows * s.dim_v * s.dtype_v.size())
+    f(v..v + rows * s.stored_v() * s.dtype_v.size())
 }

@@ -143,11 +143,15 @@ pub fn shape(group: usize, n_kv_heads: usize, dim_k: usize, dim_v: usize, dtype:
 
 impl Single {
     pub fn new(format: Format, shape: Shape, exact_head: usize) -> Single {
+        Single::with_nan(format, shape, exact_head, NanPolicy::Error)
+    }
+
+    pub fn with_nan(format: Format, shape: Shape, exact_head: usize, nan: NanPolicy) -> Single {
         let lossless = format != Format::Aligned;
         let config = Config {
             placement: Placement::Append,
             format,
-            nan: NanPolicy::Error,
+            nan,
             layers: vec![shape],
             max_sequences: 64,
             exact_head: if lossless { 0 } else { exact_head },
@@ -165,14 +169,15 @@ impl Single {
         self.append_to(self.sequence, k, v);
     }
 
-    /// The same to another sequence.
+    /// The same to another sequence. Where V is a part of K, `v` is not looked at.
     pub fn append_to(&self, sequence: u64, k: &[f32], v: &[f32]) {
         let s = &self.shape;
         let n_new = k.len() / (s.n_kv_heads * s.dim_k);
         let (k, v) =
             (Packed::new(k, s.n_kv_heads, s.dim_k, s.dtype_k), Packed::new(v, s.n_kv_heads, s.dim_v, s.dtype_v));
+        let v = if s.v_is_prefix { k.rows().prefix(s.dim_v) } else { v.rows() };
         self.batch.begin(&[StepSequence { sequence, n_new, n_q: 0 }], None).unwrap();
-        self.batch.append(0, k.rows(), v.rows()).unwrap();
+        self.batch.append(0, k.rows(), v).unwrap();
         self.batch.commit().unwrap();
     }
 

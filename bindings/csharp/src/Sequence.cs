@@ -99,6 +99,14 @@ namespace AlignedKV
                 Library.Check(Native.akv_sequence_truncate((akv_cache*)Handle.Cache, (ulong)(long)use.Value, n));
         }
 
+        /// <summary>Takes the memory that n more tokens need, so that steps of them do not fail for want of it. Truncate, to
+        /// any length, and Dispose give back what is left.</summary>
+        public unsafe void Reserve(long n)
+        {
+            using (var use = Handle.Hold())
+                Library.Check(Native.akv_sequence_reserve((akv_cache*)Handle.Cache, (ulong)(long)use.Value, n));
+        }
+
         /// <summary>Number of committed tokens.</summary>
         public long Length { get { return LengthIn(-1); } }
 

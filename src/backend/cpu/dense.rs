@@ -134,8 +134,7 @@ impl Decoded {
 
     #[inline(always)]
     fn aligned<S: Simd>(&mut self, s: &Shape, tile: &aligned::Tile, n: usize) {
-        let (half_k, half_v, pk, pv) =
-            (s.dim_k / 2, s.dim_v / 2, tile.known_k(), if s.v_is_prefix { 0 } else { tile.known_v() });
+        let (half_k, half_v, pk, pv) = (s.dim_k / 2, s.dim_v / 2, tile.known_k(), tile.known_v());
         self.left_k = LEFT[pk] + tile.meta.slack;
         self.left_v = LEFT[pv];
         // Scores go over whole lanes of channels: none of them may be what was in the memory before.

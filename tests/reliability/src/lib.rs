@@ -8,6 +8,9 @@
 //! | `fuzz` | bytes become operations, descriptors, streams to import |
 //! | `report` | what these found, for benches/results |
 
+// `!(error <= bound)` is true for NaN, as it must be.
+#![allow(clippy::neg_cmp_op_on_partial_ord)]
+
 pub mod api;
 pub mod barrier;
 pub mod counts;
