@@ -329,8 +329,9 @@ impl<'w, 'd> Worker<'w, 'd> {
             26..32 => self.check_rows(),
             32..35 => self.stale(),
             35..37 => self.snapshot(),
-            37..40 if self.world.setup.format != AKV_FORMAT_PUBLISHED => self.remove(),
-            40..43 if self.world.setup.moves => self.shift(),
+            37 => self.reserve(),
+            38..41 if self.world.setup.format != AKV_FORMAT_PUBLISHED => self.remove(),
+            41..43 if self.world.setup.moves => self.shift(),
             43..50 if self.world.plan.threads > 1 => self.disturb(),
             50..62 if self.world.plan.threads > 1 => self.join_crowd(),
             _ => self.step(),
@@ -419,6 +420,17 @@ impl<'w, 'd> Worker<'w, 'd> {
         }
         let (id, len) = (live.id, live.tokens.len());
         self.check_length(id, len);
+    }
+
+    /// Takes memory ahead: a promise of which nothing can be seen but that it does not change anything.
+    fn reserve(&mut self) {
+        let Some((_, slot)) = self.slot(true) else { return };
+        let Some(live) = slot.as_ref() else { return };
+        let n = self.dice.below(300) as i64;
+        // SAFETY: a handle and an id.
+        let status = unsafe { akv_sequence_reserve(self.world.cache.0, live.id, n) };
+        self.expect("reserve", status, &[AKV_E_MEMORY, AKV_E_BUSY]);
+        self.check_length(live.id, live.tokens.len());
     }
 
     /// Removes tokens of a stretch of positions.
