@@ -225,7 +225,8 @@ fn with_descriptors(dice: &mut Dice, arena: &mut Arena) {
             1 => desc.format = value as i32,
             2 => desc.placement = value as i32,
             3 => desc.nan_policy = value as i32,
-            4 => desc.n_layers = if value > n_layers as i64 { 5000 } else { value as i32 },
+            // Never more than there are, unless that is refused before they are looked at.
+            4 => desc.n_layers = if value > n_layers as i64 { 5000 } else { value.max(-9) as i32 },
             5 => desc.layers = null(),
             6 => desc.max_sequences = value as u32,
             7 => desc.exact_head = value as u32,

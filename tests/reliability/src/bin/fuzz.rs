@@ -30,6 +30,7 @@ mod alone {
     use alignedkv_reliability::dice::Dice;
     use alignedkv_reliability::fuzz::{TARGETS, Target};
     use serde_json::{Value, json};
+    use std::os::unix::fs::FileExt;
     use std::path::{Path, PathBuf};
     use std::process::{Command, ExitCode};
     use std::time::Instant;
@@ -100,7 +101,7 @@ mod alone {
     fn random(o: &Options, (name, target): Target, seconds: f64) -> Value {
         let (start, mut inputs, mut findings, mut dice) = (Instant::now(), 0u64, 0, Dice::Seeded(o.seed));
         let _ = std::fs::create_dir_all(FOUND);
-        let last = format!("{FOUND}/fuzz-{name}-last");
+        let last = std::fs::File::create(format!("{FOUND}/fuzz-{name}-last")).ok();
         let mut known = files(&o.corpus.join(name)).into_iter().filter_map(|f| std::fs::read(f).ok());
         while findings == 0 {
             let input = match known.next() {
@@ -110,7 +111,8 @@ mod alone {
             };
             inputs += 1;
             // Whatever happens to this process.
-            let _ = std::fs::write(&last, &input);
+            let _ =
+                last.as_ref().map(|last| last.write_all_at(&input, 0).and_then(|()| last.set_len(input.len() as u64)));
             if std::panic::catch_unwind(|| target(&input)).is_err() {
                 let path = format!("{FOUND}/fuzz-{name}-{}-{inputs}", o.seed);
                 let _ = std::fs::write(&path, &input);
