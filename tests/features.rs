@@ -1294,3 +1294,54 @@ fn layers_that_share_rows() {
         }
     }
 }
+
+/// Windows and causality go by the positions after a shift, and K has turned by it.
+#[test]
+fn windows_after_a_shift() {
+    let mut rng = Rng::new(92);
+    for case in 0..12 {
+        let layer = akv_layer_desc {
+            n_q_heads: 4,
+            n_kv_heads: 2,
+            dim_k: 64,
+            dim_v: 40,
+            dtype_k: AKV_F16,
+            dtype_v: AKV_F16,
+            window: [0, 90][case % 2],
+            ..zeroed()
+        };
+        let format = FORMATS[usize::from(case % 4 == 3)];
+        let e = Engine::new(layer, |c| c.format = format, 0, 1);
+        let (id, mut rows) = (e.sequence(), sequence(&mut rng, &layer, 400, 3, false));
+        ok(e.begin(&[id], &[&rows], &[0]));
+        e.commit();
+        let inv_freq: Vec<f32> = (0..32).map(|i| 1e4f32.powf(-(i as f32) / 32.0)).collect();
+        let rope = akv_rope { pairing: AKV_ROPE_INTERLEAVED, n_dims: 64, inv_freq: inv_freq.as_ptr(), ..zeroed() };
+        for (token, delta) in [(100, 7), (330, 40), (398, 1)] {
+            // SAFETY: an id, and a rope of the one layer.
+            unsafe { ok(akv_sequence_shift(e.cache, id, rows.positions[token], i64::MAX, delta, &rope)) };
+            rows.positions[token..].iter_mut().for_each(|p| *p += delta);
+            for (i, x) in rows.k.chunks_exact_mut(64).enumerate().skip(2 * token) {
+                for (pair, &frequency) in x.as_chunks_mut::<2>().0.iter_mut().zip(&inv_freq) {
+                    let (sin, cos) = (delta as f64 * f64::from(frequency)).sin_cos();
+                    let [p, q] = pair.map(f64::from);
+                    *pair = [(p * cos - q * sin) as f32, (p * sin + q * cos) as f32];
+                }
+                // Rows that are kept as given: of tiles that the exact tail reaches, or all.
+                if i >= 2 * 256 || format == AKV_FORMAT_RAW {
+                    x.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+                }
+            }
+        }
+        let window = [0, 30, 41, 150, 330][case % 5];
+        let asked = Asked { window, sink_tokens: if window > 0 { 4 } else { 0 }, tolerance: 1e-2, ..Asked::default() };
+        let told = format!("case {case}: {asked:?} {layer:?}");
+        let nothing = Sequence { k: Vec::new(), v: Vec::new(), positions: Vec::new(), q: Vec::new() };
+        ok(e.begin(&[id], &[&nothing], &[3]));
+        let (status, got) = e.attend(&rows.q, &asked.desc());
+        ok(status);
+        let asked = Asked { window: if window == 0 { layer.window } else { window }, ..asked };
+        check(&e, &[&rows], &asked, &got, &told);
+        e.commit();
+    }
+}

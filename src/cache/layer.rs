@@ -171,17 +171,17 @@ impl Layer {
     }
 
     /// A page that holds nothing.
-    pub fn empty_page(&mut self) -> Result<Page> {
-        let nothing = match &self.nothing {
+    pub fn empty_page(&self) -> Result<Page> {
+        let block = match &self.nothing {
             Some(nothing) => nothing.clone(),
             None => Shared::new(self.pages.memory(), Kind::Other, self.layout.page_bytes())?,
         };
-        self.nothing = Some(nothing.clone());
-        Ok(Page { block: nothing, kept: None, base: None })
+        Ok(Page { block, kept: None, base: None })
     }
 
-    /// Puts such a page in the place of tiles.
+    /// Puts such a page in the place of tiles, and keeps it for others.
     pub fn empty(&mut self, tiles: Range<usize>, empty: &Page) {
+        self.nothing = Some(empty.block.clone());
         for page in &mut self.pages[tiles] {
             *page = empty.clone();
         }

@@ -164,16 +164,16 @@ impl Sequence {
         let mut layers = Vec::new();
         super::memory::reserve(&mut layers, self.layers.len())?;
         for i in 0..self.layers.len() {
-            let mut layer = self.write_layer(i)?;
+            let layer = self.write_layer(i)?;
             let empty =
                 if last - first >= TILE || !positions.removed().is_empty() { Some(layer.empty_page()?) } else { None };
             layers.push((layer, empty));
         }
         let (first, last) = positions.remove(first, last);
+        let tiles = first.div_ceil(TILE)..last / TILE;
         for (mut layer, empty) in layers {
-            if let Some(empty) = empty {
-                let tiles = first.div_ceil(TILE)..last / TILE;
-                layer.empty(tiles.start..tiles.end.max(tiles.start), &empty);
+            if let Some(empty) = empty.filter(|_| !tiles.is_empty()) {
+                layer.empty(tiles.clone(), &empty);
             }
         }
         self.n_removed.store(positions.removed_within(0, len), Relaxed);

@@ -796,7 +796,9 @@ impl<'a, 'b> Import<'a, 'b> {
         self.note_removed(tile, rows, live)?;
         if kind == EMPTY {
             self.source.seal(&what)?;
-            return layer.empty_page();
+            let page = layer.empty_page()?;
+            layer.empty(0..0, &page);
+            return Ok(page);
         }
         if self.access.device.is_some() && base_rows + TILE * (kind == STORED) as usize > 0 && planes != layout.planes()
         {
