@@ -808,7 +808,8 @@ fn no_memory_on_the_way_leaves_no_trace() {
     let remove = |cache: &Cache, id: u64| cache.remove(id, -1, 140);
     let shift = |cache: &Cache, id: u64| cache.shift(id, 1, 1000, 3, &ropes);
     let cut = |cache: &Cache, id: u64| cache.remove(id, 60, 1000);
-    let calls: [&dyn Fn(&Cache, u64) -> Result<(), Error>; 3] = [&remove, &shift, &cut];
+    type Call<'a> = &'a dyn Fn(&Cache, u64) -> Result<(), Error>;
+    let calls: [Call; 3] = [&remove, &shift, &cut];
     for (i, call) in calls.iter().enumerate() {
         // Some that others hold, and some that they do not.
         for forks in 0..2 {
@@ -860,7 +861,7 @@ fn rows_of_two_bytes_turn() {
                 turned(&mut k, &shape, first..400, &rope, delta);
                 // The exact head, and tiles that the exact tail of 64 tokens reaches; with AKV_FORMAT_RAW all.
                 let row = shape.n_kv_heads * shape.dim_k;
-                for token in (first..400).filter(|&t| format == Format::Raw || t < 4 || t >= 256) {
+                for token in (first..400).filter(|&t| format == Format::Raw || !(4..256).contains(&t)) {
                     common::round(&mut k[token * row..(token + 1) * row], dtype);
                 }
                 certified(&mut rng, &s, s.sequence, &k, &v);
