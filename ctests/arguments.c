@@ -199,7 +199,7 @@ static void caches(void) {
     LAYER(AKV_E_ARGUMENT, "planes_v", l.planes_v = 5);
     LAYER(AKV_E_ARGUMENT, "window", l.window = -1);
     LAYER(AKV_E_UNSUPPORTED, "group", l.group = 1);
-    LAYER(AKV_E_UNSUPPORTED, "share_with", l.share_with = 1);
+    LAYER(AKV_E_ARGUMENT, "share_with", l.share_with = 1); /* of itself */
     LAYER(AKV_E_ARGUMENT, "v_is_prefix_of_k", l.v_is_prefix_of_k = 2);
     /* Attention that akv_supports and the call refuse alike. */
 #define BOTH(...)                                                                                        \

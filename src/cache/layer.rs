@@ -22,6 +22,8 @@ pub(super) struct Page {
 
 #[derive(Debug)]
 pub(super) struct Layer {
+    /// Its index in the cache.
+    pub number: usize,
     pub layout: Layout,
     pub exact_head: usize,
     exact_tail: usize,
@@ -69,11 +71,16 @@ pub(super) fn released(len: usize, exact_tail: usize) -> usize {
 }
 
 impl Layer {
-    pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
+    pub fn new(
+        memory: &Arc<Memory>,
+        (number, layout): (usize, Layout),
+        exact_head: usize,
+        exact_tail: usize,
+    ) -> Result<Layer> {
         let (pages, listing) = (Table::with_capacity(memory, 0)?, Listing::default());
         let spares = Table::with_capacity(memory, 0)?;
         let (len, reserved, head, nothing) = (0, 0, None, None);
-        Ok(Layer { layout, exact_head, exact_tail, len, pages, reserved, spares, head, listing, nothing })
+        Ok(Layer { number, layout, exact_head, exact_tail, len, pages, reserved, spares, head, listing, nothing })
     }
 
     /// Memory for a page.

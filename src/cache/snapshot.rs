@@ -332,8 +332,9 @@ impl Access {
 // ---- export ---------------------------------------------------------------------------------------------------------
 
 impl Excerpt {
-    fn layers(&self, n_layers: usize) -> Result<Range<usize>> {
-        let first = self.first_layer;
+    /// Which of the layers that have rows.
+    fn layers(&self, cache: &Cache) -> Result<Range<usize>> {
+        let (first, n_layers) = (self.first_layer, cache.layouts.len());
         if first >= n_layers {
             return Err(Error::Argument(format!("first_layer {first}: the cache has {n_layers} layers")));
         }
@@ -341,7 +342,11 @@ impl Excerpt {
         if n > n_layers - first {
             return Err(Error::Argument(format!("n_layers {n} from {first} on: the cache has {n_layers} layers")));
         }
-        Ok(first..first + n)
+        let [start, end] = [first, first + n].map(|at| cache.stored.partition_point(|stored| stored.0 < at));
+        if start == end {
+            return Err(Error::Argument(format!("n_layers {n} from {first} on: expected one with rows of its own")));
+        }
+        Ok(start..end)
     }
 }
 
@@ -352,18 +357,18 @@ pub(super) fn export(
     excerpt: &Excerpt,
     write: &mut dyn FnMut(&[u8]) -> i32,
 ) -> Result<()> {
-    let layers = excerpt.layers(cache.layouts.len())?;
+    let layers = excerpt.layers(cache)?;
     let mut readers: Vec<Reader> = Vec::new();
     reserve(&mut readers, layers.len())?;
     for layer in layers.clone() {
-        readers.push(sequence.read(layer)?);
+        readers.push(sequence.read(layer, cache.stored[layer].1)?);
     }
     let Some(first) = readers.first() else { return Err(Error::Argument("n_layers 0: expected a layer".into())) };
     let (len, exact_head) = (first.n_tokens(), first.layer.exact_head);
     // Layers that are to be imported, or appended to, do not have all tokens.
     let all = sequence.len.load(Relaxed).max(len);
     if let Some(i) = readers.iter().position(|reader| reader.n_tokens() != all) {
-        let (layer, n, id) = (layers.start + i, readers[i].n_tokens(), sequence.id);
+        let (layer, n, id) = (readers[i].layer.number, readers[i].n_tokens(), sequence.id);
         return Err(Error::Argument(format!("layer {layer}: has {n} of the {all} tokens of sequence {id}")));
     }
     let n_runs = if excerpt.known.is_some() { 0 } else { first.positions.runs(len).len() };
@@ -372,7 +377,7 @@ pub(super) fn export(
     let [a, b] = [0, 4].map(|at| u32::from_le_bytes([MAGIC[at], MAGIC[at + 1], MAGIC[at + 2], MAGIC[at + 3]]));
     let (n, flags) = (layers.len(), if excerpt.known.is_some() { FURTHER } else { 0 });
     let format = format_code(cache.config.format);
-    let head = [a, b, VERSION, format, low(cache.layouts.len()), low(layers.start), low(n), low(exact_head)];
+    let head = [a, b, VERSION, format, low(cache.stored.len()), low(layers.start), low(n), low(exact_head)];
     sink.put(little(head).as_ref())?;
     sink.put(little([low(len), high(len), low(n_runs), high(n_runs), flags, 0, 0]).as_ref())?;
     sink.seal()?;
@@ -547,7 +552,10 @@ pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnM
     for i in first..first + n {
         let place = sequence.write_layer(i)?;
         if place.len > 0 || len == 0 {
-            return Err(Error::Argument(format!("sequence {}: has layer {i} of the stream already", sequence.id)));
+            return Err(Error::Argument(format!(
+                "sequence {}: has layer {} of the stream already",
+                sequence.id, place.number
+            )));
         }
         if place.exact_head != import.header.exact_head {
             let (ours, theirs) = (place.exact_head, import.header.exact_head);
@@ -577,7 +585,7 @@ pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnM
 impl Header {
     /// A layer that is not there yet.
     fn empty(&self, cache: &Cache, layer: usize) -> Result<Layer> {
-        Layer::new(&cache.memory, cache.layouts[layer], self.exact_head, cache.config.exact_tail)
+        Layer::new(&cache.memory, cache.stored[layer], self.exact_head, cache.config.exact_tail)
     }
 
     fn read(source: &mut Source) -> Result<Header> {
@@ -632,7 +640,7 @@ impl<'a, 'b> Import<'a, 'b> {
         let mut source = Source::new(read)?;
         let header = Header::read(&mut source)?;
         differ("format", header.format, cache.config.format)?;
-        differ("n_layers", header.n_layers, cache.layouts.len())?;
+        differ("n_layers", header.n_layers, cache.stored.len())?;
         if cache.lossless() && header.exact_head > 0 {
             return Err(Error::Corrupt("header: an exact head of rows that are all exact".to_owned()));
         }
@@ -666,7 +674,7 @@ impl<'a, 'b> Import<'a, 'b> {
 
     /// What the next layer begins with: the planes that the receiver has.
     fn start(&mut self, index: usize) -> Result<(usize, usize)> {
-        let (layout, is_further) = (self.cache.layouts[index], self.header.is_further);
+        let ((index, layout), is_further) = (self.cache.stored[index], self.header.is_further);
         let words: [u32; 12] = self.source.words()?;
         self.source.seal(&|| format!("layer {index}"))?;
         for (at, name, ours) in layer_words(&layout) {
@@ -692,9 +700,9 @@ impl<'a, 'b> Import<'a, 'b> {
     /// The next layer.
     fn layer(&mut self, index: usize) -> Result<Layer> {
         let (cache, header) = (self.cache, self.header);
-        let layout = cache.layouts[index];
         self.start(index)?;
         let mut layer = header.empty(cache, index)?;
+        let (index, layout) = (layer.number, layer.layout);
         let n_exact = header.exact_head.min(header.len);
         if n_exact > 0 {
             let mut head = layer.head_block()?;
@@ -788,9 +796,9 @@ impl<'a, 'b> Import<'a, 'b> {
         self.note_removed(tile, rows, live)?;
         if kind == EMPTY {
             self.source.seal(&what)?;
-            let empty = layer.empty_page()?;
-            layer.empty(0..0, &empty);
-            return Ok(empty);
+            let page = layer.empty_page()?;
+            layer.empty(0..0, &page);
+            return Ok(page);
         }
         if self.access.device.is_some() && base_rows + TILE * (kind == STORED) as usize > 0 && planes != layout.planes()
         {
@@ -852,8 +860,8 @@ impl<'a, 'b> Import<'a, 'b> {
         }
         let mut grown: Vec<(usize, usize, Planes, Option<Shared>)> = Vec::new();
         for (i, layer) in places.iter_mut().enumerate() {
-            let (index, layout) = (first + i, layer.layout);
-            let known = self.start(index)?;
+            let (index, layout) = (layer.number, layer.layout);
+            let known = self.start(first + i)?;
             for tile in 0..self.header.len.div_ceil(TILE) {
                 let what = || format!("layer {index}, tile {tile}");
                 let rows = TILE.min(self.header.len - tile * TILE);
