@@ -6,7 +6,7 @@ use std::process::Command;
 /// Runs a short soak; its findings by name.
 fn soak(plant: Option<&str>) -> (bool, Value) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_soak"));
-    command.args(["--seconds", "2.5", "--sequences", "40", "--threads", "8"]);
+    command.args(["--operations", "200", "--sequences", "30", "--threads", "8"]);
     if let Some(plant) = plant {
         command.args(["--plant", plant]);
     }

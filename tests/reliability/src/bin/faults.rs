@@ -13,6 +13,7 @@ use alignedkv_reliability::counts::{Counts, add, found};
 use alignedkv_reliability::dice::{Dice, mix};
 use alignedkv_reliability::memory::{Heap, Hooks};
 use alignedkv_reliability::model::*;
+use alignedkv_reliability::stream::{Reading, collect, read};
 use serde_json::json;
 use std::process::ExitCode;
 use std::ptr::{null, null_mut};
@@ -48,6 +49,9 @@ struct Scene {
     /// Of a step.
     n_new: Vec<i32>,
     n_q: Vec<i32>,
+    /// An exported sequence.
+    bytes: Vec<u8>,
+    frequencies: [Vec<f32>; 2],
 }
 
 /// An operation: what comes before it, itself, and what takes it back.
@@ -115,6 +119,8 @@ impl Scene {
             lse: Vec::new(),
             n_new: Vec::new(),
             n_q: Vec::new(),
+            bytes: Vec::new(),
+            frequencies: [0, 1].map(|i| frequencies(layers[i].dim_k)),
         };
         let long = scene.create();
         scene.sequences.push(long);
@@ -445,6 +451,56 @@ fn operations() -> Vec<Operation> {
             // SAFETY: a handle.
             |s| unsafe { akv_sequence_truncate(s.cache.0, *s.sequences.last().unwrap(), 2) },
             destroy_last,
+        ),
+        op(
+            "akv_sequence_remove",
+            forked,
+            // SAFETY: a handle.
+            |s| unsafe { akv_sequence_remove(s.cache.0, *s.sequences.last().unwrap(), 20, 300) },
+            destroy_last,
+        ),
+        op(
+            "akv_sequence_shift",
+            forked,
+            |s| {
+                let ropes = [rope(0, &s.frequencies[0]), rope(1, &s.frequencies[1])];
+                let last = *s.sequences.last().unwrap();
+                // SAFETY: a handle, a rope for each layer.
+                unsafe { akv_sequence_shift(s.cache.0, last, 100, i64::MAX, 10, ropes.as_ptr()) }
+            },
+            destroy_last,
+        ),
+        op(
+            "akv_sequence_reserve",
+            forked,
+            // SAFETY: a handle.
+            |s| unsafe { akv_sequence_reserve(s.cache.0, *s.sequences.last().unwrap(), 300) },
+            destroy_last,
+        ),
+        op(
+            "akv_sequence_export",
+            |s| s.bytes = Vec::with_capacity(1 << 20),
+            |s| {
+                s.bytes.clear();
+                let user = (&raw mut s.bytes).cast();
+                // SAFETY: a handle, a function with its pointer: the vector has room.
+                unsafe { akv_sequence_export(s.cache.0, s.sequences[0], null(), Some(collect), user) }
+            },
+            nothing,
+        ),
+        op(
+            "akv_sequence_import",
+            |s| {
+                let user = (&raw mut s.bytes).cast();
+                // SAFETY: a handle, a function with its pointer.
+                ok(unsafe { akv_sequence_export(s.cache.0, s.sequences[0], null(), Some(collect), user) });
+            },
+            |s| {
+                let mut reading = Reading { bytes: &s.bytes, ..Reading::default() };
+                // SAFETY: a handle, a function with its pointer, an output.
+                unsafe { akv_sequence_import(s.cache.0, 0, Some(read), (&raw mut reading).cast(), &mut s.made) }
+            },
+            destroy_made,
         ),
         op("akv_batch_begin", mixed, |s| s.begin_again(), Scene::abort),
         op("akv_quantize_kv", begun, |s| s.append(0), Scene::abort),

@@ -2,7 +2,7 @@
 //! AKV_FUZZ_TARGET names. Built plainly it draws inputs at random, without coverage to guide them, so that any compiler will
 //! do; or it drives such a libFuzzer program, target after target.
 //!
-//!     fuzz [--seconds N] [--seed N] [--guided PROGRAM] [--corpus DIR] [--json PATH]
+//!     fuzz [--seconds N] [--seed N] [--target NAME] [--guided PROGRAM] [--corpus DIR] [--json PATH]
 //!
 //! Inputs in DIR/<target> come first, and libFuzzer adds to them.
 
@@ -40,20 +40,28 @@ mod alone {
     struct Options {
         seconds: f64,
         seed: u64,
+        target: Option<String>,
         guided: Option<String>,
         corpus: PathBuf,
         json: Option<String>,
     }
 
     fn options() -> Result<Options, String> {
-        let mut o =
-            Options { seconds: 3.0, seed: 1, guided: None, corpus: "tests/reliability/corpus".into(), json: None };
+        let mut o = Options {
+            seconds: 3.0,
+            seed: 1,
+            target: None,
+            guided: None,
+            corpus: "tests/reliability/corpus".into(),
+            json: None,
+        };
         let mut rest = std::env::args().skip(1);
         while let Some(name) = rest.next() {
             let value = rest.next().ok_or_else(|| format!("{name}: a value is missing"))?;
             match name.as_str() {
                 "--seconds" => o.seconds = value.parse().map_err(|e| format!("{name} {value}: {e}"))?,
                 "--seed" => o.seed = value.parse().map_err(|e| format!("{name} {value}: {e}"))?,
+                "--target" => o.target = Some(value),
                 "--guided" => o.guided = Some(value),
                 "--corpus" => o.corpus = value.into(),
                 "--json" => o.json = Some(value),
@@ -91,6 +99,8 @@ mod alone {
     /// The corpus, then whatever comes. What went wrong is put into a file.
     fn random(o: &Options, (name, target): Target, seconds: f64) -> Value {
         let (start, mut inputs, mut findings, mut dice) = (Instant::now(), 0u64, 0, Dice::Seeded(o.seed));
+        let _ = std::fs::create_dir_all(FOUND);
+        let last = format!("{FOUND}/fuzz-{name}-last");
         let mut known = files(&o.corpus.join(name)).into_iter().filter_map(|f| std::fs::read(f).ok());
         while findings == 0 {
             let input = match known.next() {
@@ -99,9 +109,10 @@ mod alone {
                 None => break,
             };
             inputs += 1;
+            // Whatever happens to this process.
+            let _ = std::fs::write(&last, &input);
             if std::panic::catch_unwind(|| target(&input)).is_err() {
                 let path = format!("{FOUND}/fuzz-{name}-{}-{inputs}", o.seed);
-                let _ = std::fs::create_dir_all(FOUND);
                 let _ = std::fs::write(&path, &input);
                 eprintln!("fuzz: {name}: what went wrong is in {path}");
                 findings += 1;
@@ -140,8 +151,10 @@ mod alone {
         let run = || -> Result<Value, String> {
             let o = options()?;
             let mut table = serde_json::Map::new();
-            for target in TARGETS {
-                let seconds = o.seconds / TARGETS.len() as f64;
+            let targets: Vec<_> =
+                TARGETS.iter().filter(|t| o.target.as_deref().is_none_or(|name| name == t.0)).collect();
+            for &&target in &targets {
+                let seconds = o.seconds / targets.len() as f64;
                 let result = match &o.guided {
                     Some(program) => guided(&o, program, target, seconds)?,
                     None => random(&o, target, seconds),

@@ -1,7 +1,8 @@
 //! The soak: random traffic over one kind of cache after another, by one thread and by many, until the time is over. The
-//! work is done in a child process, so that its end by a crash is counted, too.
+//! work is done in a child process, so that its end by a crash is counted, too. With --operations, one round over each kind
+//! of cache, of so many calls of each thread.
 //!
-//!     soak [--seconds N] [--threads N] [--sequences N] [--seed N] [--plant FAULT] [--json PATH]
+//!     soak [--seconds N | --operations N] [--threads N] [--sequences N] [--seed N] [--plant FAULT] [--json PATH]
 
 use alignedkv_reliability::barrier::{Barrier, together};
 use alignedkv_reliability::counts::{Counts, add, found};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 struct Options {
     seconds: f64,
+    operations: u64,
     threads: usize,
     sequences: usize,
     seed: u64,
@@ -28,6 +30,7 @@ struct Options {
 fn options(arguments: &[String]) -> Result<Options, String> {
     let mut o = Options {
         seconds: 10.0,
+        operations: 0,
         threads: 8,
         sequences: 1000,
         seed: 1,
@@ -45,6 +48,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         let bad = |e: &dyn std::fmt::Display| format!("{name} {value}: {e}");
         match name.as_str() {
             "--seconds" => o.seconds = value.parse().map_err(|e| bad(&e))?,
+            "--operations" => o.operations = value.parse().map_err(|e| bad(&e))?,
             "--threads" => o.threads = value.parse().map_err(|e| bad(&e))?,
             "--sequences" => o.sequences = value.parse().map_err(|e| bad(&e))?,
             "--seed" => o.seed = value.parse().map_err(|e| bad(&e))?,
@@ -65,14 +69,15 @@ const CYCLE: usize = 2 * KINDS;
 fn worker(o: &Options) -> ExitCode {
     let hooks: &'static Hooks = Box::leak(Box::default());
     let counts = Counts::default();
-    let end = within(o.seconds);
+    let by_time = o.operations == 0;
+    let end = within(if by_time { o.seconds } else { 3600.0 });
     // Long enough for sequences to come and go, short enough for every kind to have its turn.
     let round = (o.seconds / CYCLE as f64).clamp(0.2, 10.0);
     let plan = |i: usize, seconds: f64| Plan {
         threads: if i.is_multiple_of(2) { 1 } else { o.threads },
         seed: o.seed.wrapping_mul(1_000_003).wrapping_add(i as u64),
-        until: within(seconds).min(end),
-        operations: 0,
+        until: if by_time { within(seconds).min(end) } else { end },
+        operations: o.operations,
         fail_one_in: [0, 150, 30][i / 2 % 3],
         check_one_in: 3,
         plant: o.plant,
@@ -87,7 +92,7 @@ fn worker(o: &Options) -> ExitCode {
     }
     let mut resident = Vec::new();
     let mut i = 0;
-    while Instant::now() < end {
+    while if by_time { Instant::now() < end } else { i < CYCLE } {
         let setup = Setup { n_threads: [0, 3][i / KINDS % 2], ..Setup::kind(i / 2, o.sequences, 600) };
         let (plan, blocks) = (plan(i, round), Heap::blocks());
         run(&setup, &plan, Dice::Seeded(plan.seed), hooks, &counts);
@@ -124,7 +129,7 @@ fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
         let mut child = command.stdout(Stdio::piped()).spawn().map_err(|e| e.to_string())?;
         let (pid, stop) = (child.id(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
         // A hang is a crash that takes longer.
-        let (watched, limit) = (stop.clone(), within(2.0 * left + 60.0));
+        let (watched, limit) = (stop.clone(), within(2.0 * left + if o.operations > 0 { 600.0 } else { 60.0 }));
         let watch = std::thread::spawn(move || {
             while !watched.load(Relaxed) {
                 if Instant::now() > limit {
@@ -154,6 +159,9 @@ fn supervise(o: &Options, arguments: &[String]) -> Result<Value, String> {
             found(&counts.crashes, 1, || format!("the worker ended with {status}"));
         }
         seed = seed.wrapping_add(77);
+        if o.operations > 0 {
+            break;
+        }
     }
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     // Memory is flat: what is left after a round does not depend on how many there were.

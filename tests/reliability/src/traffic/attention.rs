@@ -161,7 +161,7 @@ impl Worker<'_, '_> {
             }
             Plant::Certificate => outputs.floats[1].fill(0.0),
             Plant::Heap if attended.is_multiple_of(10) => _ = std::hint::black_box(Box::leak(Box::new(1u64))),
-            Plant::Crash if attended.is_multiple_of(100) => std::process::abort(),
+            Plant::Crash if attended.is_multiple_of(20) => std::process::abort(),
             Plant::Race => {
                 static WORD: AtomicU64 = AtomicU64::new(0);
                 // SAFETY: none, which is the point: threads write it at once.

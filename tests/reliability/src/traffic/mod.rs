@@ -329,8 +329,9 @@ impl<'w, 'd> Worker<'w, 'd> {
             26..32 => self.check_rows(),
             32..35 => self.stale(),
             35..37 => self.snapshot(),
-            37..40 if self.world.setup.format != AKV_FORMAT_PUBLISHED => self.remove(),
-            40..43 if self.world.setup.moves => self.shift(),
+            37 => self.reserve(),
+            38..41 if self.world.setup.format != AKV_FORMAT_PUBLISHED => self.remove(),
+            41..43 if self.world.setup.moves => self.shift(),
             43..50 if self.world.plan.threads > 1 => self.disturb(),
             50..62 if self.world.plan.threads > 1 => self.join_crowd(),
             _ => self.step(),
@@ -421,14 +422,27 @@ impl<'w, 'd> Worker<'w, 'd> {
         self.check_length(id, len);
     }
 
+    /// Takes memory ahead: a promise of which nothing can be seen but that it does not change anything.
+    fn reserve(&mut self) {
+        let Some((_, slot)) = self.slot(true) else { return };
+        let Some(live) = slot.as_ref() else { return };
+        let n = self.dice.below(300) as i64;
+        // SAFETY: a handle and an id.
+        let status = unsafe { akv_sequence_reserve(self.world.cache.0, live.id, n) };
+        self.expect("reserve", status, &[AKV_E_MEMORY, AKV_E_BUSY]);
+        self.check_length(live.id, live.tokens.len());
+    }
+
     /// Removes tokens of a stretch of positions.
     fn remove(&mut self) {
         let Some((_, mut slot)) = self.slot(true) else { return };
         let Some(live) = slot.as_mut().filter(|live| !live.tokens.is_empty()) else { return };
-        let first = self.dice.below(live.tokens.len());
-        let n = if self.dice.one_in(3) { live.tokens.len() } else { 150 };
-        let last = (first + self.dice.below(n)).min(live.tokens.len() - 1);
-        let (from, to) = (live.tokens[first].position, live.tokens[last].position + 1);
+        // Those of tokens that are still there ascend.
+        let positions: Vec<i64> = live.tokens.iter().filter(|t| !t.removed).map(|t| t.position).collect();
+        let first = self.dice.below(positions.len());
+        let n = if self.dice.one_in(3) { positions.len() } else { 150 };
+        let last = (first + self.dice.below(n)).min(positions.len() - 1);
+        let (from, to) = (positions[first], positions[last] + 1);
         let before = self.before();
         // SAFETY: a handle and an id.
         let status = unsafe { akv_sequence_remove(self.world.cache.0, live.id, from, to) };
