@@ -83,7 +83,7 @@
  *
  * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): MLA in cells, and layers there that share rows. On
  *   CUDA also cells in other formats, MLA, layers that share rows, trees, ALiBi of sequences, sink_tokens, NaN policies but
- *   AKV_NAN_ERROR, removing, shifting and reserving tokens, and importing what was removed from or a part of the digit
+ *   AKV_NAN_ERROR, removing, shifting, reserving and copying tokens, and importing what was removed from or a part of the digit
  *   planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
@@ -754,6 +754,16 @@ akv_status akv_sequence_import(struct akv_cache *cache,
                                akv_read_fn read,
                                void *user,
                                akv_sequence *out);
+
+// Copies a sequence into `to_cache` (another one, of any context, or the same), as akv_sequence_import would make it of
+// all that akv_sequence_export writes, page by page and without the bytes between. Nothing is shared with the original.
+// On error there is no new sequence.
+//
+// Errors: as akv_sequence_export and akv_sequence_import; AKV_E_UNSUPPORTED if one of the caches is on CUDA.
+akv_status akv_sequence_copy(struct akv_cache *from_cache,
+                             akv_sequence sequence,
+                             struct akv_cache *to_cache,
+                             akv_sequence *out);
 
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is

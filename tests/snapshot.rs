@@ -133,6 +133,12 @@ fn what_comes_back_is_what_went() {
             let copy = import(&b.cache, None, &bytes).unwrap();
             assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
             same_attention(&mut rng, (&a, id), (&b, copy));
+            // Page by page, the same.
+            let direct = a.cache.copy(id, &b.cache).unwrap();
+            assert!(export(&b.cache, direct, Excerpt::default()).unwrap() == bytes);
+            same_attention(&mut rng, (&a, id), (&b, direct));
+            b.cache.destroy(copy).unwrap();
+            let copy = direct;
             // They go on alike: within the exact tail and beyond, through the next tiles.
             for n in [1, 60, 200] {
                 let len = a.cache.length(id, None).unwrap();
@@ -324,6 +330,8 @@ fn what_differs_is_named() {
             Err(Error::Argument(text)) if text.contains(words) => assert_eq!(other.usage().n_sequences, 1),
             other => panic!("{other:?} instead of {words:?}"),
         }
+        let words = words.replace("the stream", "from_cache").replace("the cache", "to_cache");
+        assert!(matches!(cache.copy(id, &other), Err(Error::Argument(text)) if text.contains(&words)));
     };
     named(&|c| c.format = Format::Raw, "format is Aligned in the stream: expected the cache's, Raw");
     named(&|c| c.layers.truncate(1), "n_layers is 2 in the stream: expected the cache's, 1");
@@ -727,6 +735,9 @@ fn marks_go_along() {
             assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
             let (ours, theirs) = (check(&a, id, live, &q), check(&b, copy, live, &q));
             assert!(ours.iter().zip(&theirs).all(|(a, b)| same(a, b)));
+            let direct = a.cache.copy(id, &b.cache).unwrap();
+            assert!(export(&b.cache, direct, Excerpt::default()).unwrap() == bytes);
+            b.cache.destroy(direct).unwrap();
             copy
         };
         b.cache.destroy(travels(a.sequence, &|_| true)).unwrap();
@@ -838,6 +849,29 @@ fn no_memory_on_the_way_leaves_no_trace() {
                 assert!(export(&cache, fork, Excerpt::default()).unwrap() == before);
             }
         }
+    }
+}
+
+/// The same of a copy into another cache.
+#[test]
+fn a_copy_is_all_or_nothing() {
+    let (from, id, _) = small(|_| ());
+    let (to, _, counts) = small(|_| ());
+    let used = to.usage();
+    from.remove(id, -1, 140).unwrap();
+    for failed in 1.. {
+        counts.left.store(failed, Relaxed);
+        let result = from.copy(id, &to);
+        counts.left.store(0, Relaxed);
+        if let Ok(copy) = result {
+            assert!(failed > 1);
+            let bytes = [(&from, id), (&to, copy)].map(|(cache, id)| export(cache, id, Excerpt::default()).unwrap());
+            assert!(bytes[0] == bytes[1]);
+            break;
+        }
+        assert!(matches!(result, Err(Error::Memory(_))));
+        let now = to.usage();
+        assert_eq!((now.n_sequences, now.bytes_used), (used.n_sequences, used.bytes_used));
     }
 }
 

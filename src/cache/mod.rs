@@ -332,6 +332,18 @@ impl Cache {
         snapshot::export(self, &*self.find(sequence)?, part, write)
     }
 
+    /// Makes a sequence of another cache (or this one) that has what an import of an export would have.
+    pub fn copy(&self, sequence: u64, to: &Cache) -> Result<u64> {
+        self.check_placement(false)?;
+        to.check_placement(false)?;
+        if self.memory.device().is_some() || to.memory.device().is_some() {
+            let what = "copying sequences is not built yet on the CUDA backend: akv_sequence_export and _import do it";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        let copy = snapshot::copy(self, &*self.find(sequence)?, to)?;
+        to.sequences.write().insert(copy, to.config.max_sequences)
+    }
+
     /// Makes a sequence from such bytes, or adds what they hold to one that lacks it. `read` fills pieces; what it
     /// returns but 0 ends the import.
     pub fn import(&self, into: Option<u64>, read: &mut dyn FnMut(&mut [u8]) -> i32) -> Result<u64> {

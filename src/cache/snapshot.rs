@@ -350,6 +350,55 @@ impl Excerpt {
     }
 }
 
+/// Some layers of a sequence. Fails unless they have all tokens.
+fn readers(sequence: &Sequence, cache: &Cache, layers: Range<usize>) -> Result<Vec<Reader>> {
+    let mut readers: Vec<Reader> = Vec::new();
+    reserve(&mut readers, layers.len())?;
+    for layer in layers {
+        readers.push(sequence.read(layer, cache.stored[layer].1)?);
+    }
+    // Layers that are to be imported, or appended to, do not have all tokens.
+    let all = sequence.len.load(Relaxed).max(readers.first().map_or(0, Reader::n_tokens));
+    if let Some(reader) = readers.iter().find(|reader| reader.n_tokens() != all) {
+        let (layer, n, id) = (reader.layer.number, reader.n_tokens(), sequence.id);
+        return Err(Error::Argument(format!("layer {layer}: has {n} of the {all} tokens of sequence {id}")));
+    }
+    Ok(readers)
+}
+
+/// See [`Cache::copy`]: what an import of an export would give.
+pub(super) fn copy(from: &Cache, sequence: &Sequence, to: &Cache) -> Result<Sequence> {
+    check_kind(("from_cache", "to_cache"), (from.config.format, from.stored.len()), to)?;
+    for (&(_, theirs), &(number, ours)) in from.stored.iter().zip(&to.stored) {
+        let words = layer_words(&theirs).map(|(_, _, word)| word);
+        check_layer(("from_cache", "to_cache"), &words, &ours, number)?;
+    }
+    let readers = readers(sequence, from, 0..from.stored.len())?;
+    let Some(first) = readers.first() else { return Err(Error::Internal("a cache without layers".into())) };
+    let (memory, len) = (&to.memory, first.n_tokens());
+    Sequence::with(memory, readers.len(), len, first.positions.copy(memory, len)?, |i| {
+        readers[i].layer.copy(memory, to.stored[i], to.config.exact_tail, &first.positions)
+    })
+}
+
+/// Fails unless what comes from elsewhere is of the cache's format and number of layers; `places`: what it is called, and
+/// what the cache is.
+fn check_kind(places: (&str, &str), (format, n_layers): (Format, usize), cache: &Cache) -> Result<()> {
+    differ(places, "format", format, cache.config.format)?;
+    differ(places, "n_layers", n_layers, cache.stored.len())
+}
+
+/// The same of a layer; `words` in the order of [`layer_words`].
+fn check_layer(places: (&str, &str), words: &[u32; 9], layout: &Layout, number: usize) -> Result<()> {
+    for ((_, name, ours), &theirs) in layer_words(layout).into_iter().zip(words) {
+        differ(places, &format!("layer {number}: {name}"), theirs, ours)?;
+    }
+    Ok(())
+}
+
+/// What a stream and its cache are called.
+const STREAM: (&str, &str) = ("the stream", "the cache");
+
 /// See [`Cache::export`].
 pub(super) fn export(
     cache: &Cache,
@@ -358,19 +407,9 @@ pub(super) fn export(
     write: &mut dyn FnMut(&[u8]) -> i32,
 ) -> Result<()> {
     let layers = excerpt.layers(cache)?;
-    let mut readers: Vec<Reader> = Vec::new();
-    reserve(&mut readers, layers.len())?;
-    for layer in layers.clone() {
-        readers.push(sequence.read(layer, cache.stored[layer].1)?);
-    }
+    let readers = readers(sequence, cache, layers.clone())?;
     let Some(first) = readers.first() else { return Err(Error::Argument("n_layers 0: expected a layer".into())) };
     let (len, exact_head) = (first.n_tokens(), first.layer.exact_head);
-    // Layers that are to be imported, or appended to, do not have all tokens.
-    let all = sequence.len.load(Relaxed).max(len);
-    if let Some(i) = readers.iter().position(|reader| reader.n_tokens() != all) {
-        let (layer, n, id) = (readers[i].layer.number, readers[i].n_tokens(), sequence.id);
-        return Err(Error::Argument(format!("layer {layer}: has {n} of the {all} tokens of sequence {id}")));
-    }
     let n_runs = if excerpt.known.is_some() { 0 } else { first.positions.runs(len).len() };
     let mut sink = Sink::new(write)?;
     let mut access = Access::new(&cache.memory)?;
@@ -639,8 +678,7 @@ impl<'a, 'b> Import<'a, 'b> {
     fn new(cache: &'a Cache, read: &'b mut dyn FnMut(&mut [u8]) -> i32) -> Result<Import<'a, 'b>> {
         let mut source = Source::new(read)?;
         let header = Header::read(&mut source)?;
-        differ("format", header.format, cache.config.format)?;
-        differ("n_layers", header.n_layers, cache.stored.len())?;
+        check_kind(STREAM, (header.format, header.n_layers), cache)?;
         if cache.lossless() && header.exact_head > 0 {
             return Err(Error::Corrupt("header: an exact head of rows that are all exact".to_owned()));
         }
@@ -677,9 +715,7 @@ impl<'a, 'b> Import<'a, 'b> {
         let ((index, layout), is_further) = (self.cache.stored[index], self.header.is_further);
         let words: [u32; 12] = self.source.words()?;
         self.source.seal(&|| format!("layer {index}"))?;
-        for (at, name, ours) in layer_words(&layout) {
-            differ(&format!("layer {index}: {name}"), words[at], ours)?;
-        }
+        check_layer(STREAM, &layer_words(&layout).map(|(at, ..)| words[at]), &layout, index)?;
         let (k, v) = (words[7] as usize, words[8] as usize);
         let sound = match is_further {
             false => (k, v) == (0, 0),
@@ -929,10 +965,10 @@ fn check_rows(layout: &Layout, block: &[u8], n: usize, rows: Range<usize>, what:
     result.map_err(|error| Error::Corrupt(format!("{}: {error}", what())))
 }
 
-/// Fails where a stream is not of a cache like ours.
-fn differ<T: std::fmt::Debug + PartialEq>(name: &str, theirs: T, ours: T) -> Result<()> {
+/// Fails where what comes from elsewhere is not of a cache like ours.
+fn differ<T: std::fmt::Debug + PartialEq>(places: (&str, &str), name: &str, theirs: T, ours: T) -> Result<()> {
     if theirs == ours {
         return Ok(());
     }
-    Err(Error::Argument(format!("{name} is {theirs:?} in the stream: expected the cache's, {ours:?}")))
+    Err(Error::Argument(format!("{name} is {theirs:?} in {}: expected {}'s, {ours:?}", places.0, places.1)))
 }

@@ -316,6 +316,31 @@ pub unsafe extern "C" fn akv_sequence_import(
     })
 }
 
+/// Copies a sequence into `to_cache` (another one, of any context, or the same), as akv_sequence_import would make it of
+/// all that akv_sequence_export writes, page by page and without the bytes between. Nothing is shared with the original.
+/// On error there is no new sequence.
+///
+/// Errors: as akv_sequence_export and akv_sequence_import; AKV_E_UNSUPPORTED if one of the caches is on CUDA.
+///
+/// # Safety
+/// Pointers must be NULL or valid as described.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn akv_sequence_copy(
+    from_cache: *mut akv_cache,
+    sequence: akv_sequence,
+    to_cache: *mut akv_cache,
+    out: *mut akv_sequence,
+) -> akv_status {
+    guard(|| {
+        let from = CACHES.get(from_cache, "from_cache")?;
+        let to = CACHES.get(to_cache, "to_cache")?;
+        let out = pointer(out, "out")?;
+        // SAFETY: checked, and the caller's contract.
+        unsafe { out.write(from.cache.copy(sequence, &to.cache)?) };
+        Ok(())
+    })
+}
+
 /// Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 /// as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
 /// `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with

@@ -430,6 +430,19 @@ namespace AlignedKV
         internal static extern int akv_sequence_import(akv_cache* cache, ulong into, akv_sequence_import_read_delegate read, void* user, ulong* @out);
 
         /// <summary>
+        ///  Copies a sequence into `to_cache` (another one, of any context, or the same), as akv_sequence_import would make it of
+        ///  all that akv_sequence_export writes, page by page and without the bytes between. Nothing is shared with the original.
+        ///  On error there is no new sequence.
+        ///
+        ///  Errors: as akv_sequence_export and akv_sequence_import; AKV_E_UNSUPPORTED if one of the caches is on CUDA.
+        ///
+        ///  # Safety
+        ///  Pointers must be NULL or valid as described.
+        /// </summary>
+        [DllImport(__DllName, EntryPoint = "akv_sequence_copy", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
+        internal static extern int akv_sequence_copy(akv_cache* from_cache, ulong sequence, akv_cache* to_cache, ulong* @out);
+
+        /// <summary>
         ///  Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
         ///  as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
         ///  `[n][n_kv_heads][dim_k]`, `value` `[n][n_kv_heads][dim_v]`, in any dtype; either may be NULL. AKV_E_RANGE, with
