@@ -25,6 +25,7 @@ fn cache(n: usize) -> (Arc<Cache>, u64) {
         placement: Placement::Append,
         format: Format::Aligned,
         layers: vec![SHAPE],
+        shares: Vec::new(),
         max_sequences: 1000,
         exact_head: 4,
         exact_tail: 64,

@@ -199,7 +199,7 @@ static void caches(void) {
     LAYER(AKV_E_ARGUMENT, "planes_v", l.planes_v = 5);
     LAYER(AKV_E_ARGUMENT, "window", l.window = -1);
     LAYER(AKV_E_UNSUPPORTED, "group", l.group = 1);
-    LAYER(AKV_E_UNSUPPORTED, "share_with", l.share_with = 1);
+    LAYER(AKV_E_ARGUMENT, "share_with", l.share_with = 1); /* of itself */
     LAYER(AKV_E_ARGUMENT, "v_is_prefix_of_k", l.v_is_prefix_of_k = 2);
     /* Attention that akv_supports and the call refuse alike. */
 #define BOTH(...)                                                                                        \
@@ -248,6 +248,10 @@ static void sequences(void) {
     REFUSED(akv_sequence_fork(cache, other, COMMITTED + 1, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, -2, &written.sequence), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_fork(cache, other, 1, NULL), AKV_E_ARGUMENT, "out");
+    REFUSED(akv_sequence_copy(cache, dead, cache, &written.sequence), AKV_E_HANDLE, "sequence");
+    REFUSED(akv_sequence_copy(cache, other, NULL, &written.sequence), AKV_E_HANDLE, "to_cache");
+    REFUSED(akv_sequence_copy(NULL, other, cache, &written.sequence), AKV_E_HANDLE, "from_cache");
+    REFUSED(akv_sequence_copy(cache, other, cache, NULL), AKV_E_ARGUMENT, "out");
     REFUSED(akv_sequence_reserve(cache, other, -1), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_reserve(cache, other, INT64_MAX), AKV_E_ARGUMENT, "n_tokens");
     REFUSED(akv_sequence_reserve(cache, dead, 1), AKV_E_HANDLE, "sequence");

@@ -81,9 +81,10 @@
  *   which tiles open, grow and close: make it outside of capture, in the order of the device's work. akv_slots_invalidate
  *   and akv_attach_rows wait for nothing: the layer's next call with a stream that is not captured tells the device of them.
  *
- * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): layers that share rows; MLA in cells. On CUDA also
- *   cells in other formats, MLA, trees, ALiBi of sequences, sink_tokens, NaN policies but AKV_NAN_ERROR, removing and shifting
- *   tokens, and importing what was removed from or a part of the digit planes.
+ * NOT BUILT YET, and AKV_E_UNSUPPORTED (akv_supports asks beforehand): MLA in cells, and layers there that share rows. On
+ *   CUDA also cells in other formats, MLA, layers that share rows, trees, ALiBi of sequences, sink_tokens, NaN policies but
+ *   AKV_NAN_ERROR, removing, shifting, reserving and copying tokens, and importing what was removed from or a part of the digit
+ *   planes.
  *
  * Generated from src/capi by bindings/gen: do not edit.
  */
@@ -284,9 +285,12 @@ typedef struct akv_layer_desc {
     // whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
     // their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
     int32_t window;
-    // Layers whose page tables are shared; 0 (the only one built).
+    // 0. (Kept for layers that share a page table, which are not built.)
     int32_t group;
-    // 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
+    // 1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own and the
+    // same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing layer has no
+    // pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been appended. AKV_APPEND
+    // on the CPU only.
     int32_t share_with;
     // 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
     // query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the
@@ -693,7 +697,7 @@ akv_status akv_sequence_remove(struct akv_cache *cache,
                                int64_t to_position);
 
 // Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-// an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+// an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go by the new positions, which must not descend over the tokens
 // that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
 // again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
 // stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
@@ -713,7 +717,7 @@ akv_status akv_sequence_shift(struct akv_cache *cache,
 akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
 // Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
-// the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+// the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it. A layer is exported with all its tokens, also those that a begun
 // batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
 // stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
 // max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
@@ -750,6 +754,16 @@ akv_status akv_sequence_import(struct akv_cache *cache,
                                akv_read_fn read,
                                void *user,
                                akv_sequence *out);
+
+// Copies a sequence into `to_cache` (another one, of any context, or the same), as akv_sequence_import would make it of
+// all that akv_sequence_export writes, page by page and without the bytes between. Nothing is shared with the original.
+// On error there is no new sequence.
+//
+// Errors: as akv_sequence_export and akv_sequence_import; AKV_E_UNSUPPORTED if one of the caches is on CUDA.
+akv_status akv_sequence_copy(struct akv_cache *from_cache,
+                             akv_sequence sequence,
+                             struct akv_cache *to_cache,
+                             akv_sequence *out);
 
 // Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
 // as given, others decoded (to at most 3e-5 of the largest magnitude that shares their scale with 4 planes). `key` is
@@ -810,7 +824,8 @@ akv_status akv_batch_destroy(struct akv_batch *batch);
 
 // Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
 // n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
-// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT, and so is a layer that
+// shares another's rows); without new tokens it does nothing.
 // All rows are checked first: on error nothing is appended, and the call may be made again.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).

@@ -302,6 +302,12 @@ public:
         check(akv_sequence_fork(cache_, id_, n_tokens, &id));
         return Sequence(cache_, id);
     }
+    // The same sequence in another cache.
+    Sequence copy_to(const Cache &cache) const {
+        akv_sequence id = 0;
+        check(akv_sequence_copy(cache_, id_, cache.get(), &id));
+        return Sequence(cache.get(), id);
+    }
     void truncate(int64_t n_tokens) { check(akv_sequence_truncate(cache_, id_, n_tokens)); }
     // Takes the memory of n_tokens more tokens ahead; truncate and destruction give it back.
     void reserve(int64_t n_tokens) { check(akv_sequence_reserve(cache_, id_, n_tokens)); }

@@ -339,7 +339,17 @@ fn config(format: Format, exact_head: usize, exact_tail: usize) -> Config {
         layers.iter_mut().for_each(|s| (s.dtype_k, s.dtype_v) = (Dtype::F16, Dtype::F16));
     }
     let (placement, nan) = (Placement::Append, NanPolicy::Error);
-    Config { placement, format, nan, layers, max_sequences: 12, exact_head, exact_tail, max_bytes: 0 }
+    Config {
+        placement,
+        format,
+        nan,
+        layers,
+        shares: Vec::new(),
+        max_sequences: 12,
+        exact_head,
+        exact_tail,
+        max_bytes: 0,
+    }
 }
 
 fn tokens(random: &mut Random, n: usize, first: i64) -> Vec<Token> {

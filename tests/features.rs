@@ -47,6 +47,8 @@ struct Engine {
     cache: *mut akv_cache,
     batch: *mut akv_batch,
     layer: akv_layer_desc,
+    /// The layer that attends, which is like `layer`.
+    reads: i32,
 }
 
 /// Results of a call, `[row][head]` each (`out`: times dim_v).
@@ -107,7 +109,7 @@ fn packed(x: &[f32], dtype: i32) -> Vec<u8> {
 
 impl Engine {
     fn new(layer: akv_layer_desc, change: impl Fn(&mut akv_cache_desc), isa: i32, n_threads: i32) -> Engine {
-        let mut e = Engine { context: null_mut(), cache: null_mut(), batch: null_mut(), layer };
+        let mut e = Engine { context: null_mut(), cache: null_mut(), batch: null_mut(), layer, reads: 0 };
         let context = akv_context_desc {
             struct_size: size_of::<akv_context_desc>() as u32,
             abi_version: AKV_ABI_VERSION,
@@ -184,7 +186,7 @@ impl Engine {
             ..*desc
         };
         // SAFETY: outputs as large as said; what else `desc` points to is the tests'.
-        let status = unsafe { akv_aligned_attention(self.batch, 0, &desc) };
+        let status = unsafe { akv_aligned_attention(self.batch, self.reads, &desc) };
         (status, o)
     }
 
@@ -1154,5 +1156,192 @@ fn nan_in_cells() {
             ok(akv_cache_destroy(cache));
             ok(akv_context_destroy(context));
         }
+    }
+}
+
+unsafe extern "C" fn write(user: *mut std::ffi::c_void, bytes: *const std::ffi::c_void, n: usize) -> i32 {
+    // SAFETY: `user` is a vector, and the bytes are there.
+    unsafe { (*user.cast::<Vec<u8>>()).extend_from_slice(std::slice::from_raw_parts(bytes.cast(), n)) };
+    0
+}
+
+unsafe extern "C" fn read(user: *mut std::ffi::c_void, bytes: *mut std::ffi::c_void, n: usize) -> i32 {
+    // SAFETY: `user` is a slice, and there is room for the bytes.
+    unsafe {
+        let left = &mut *user.cast::<&[u8]>();
+        let Some((now, later)) = left.split_at_checked(n) else { return 1 };
+        std::ptr::copy_nonoverlapping(now.as_ptr(), bytes.cast(), n);
+        *left = later;
+    }
+    0
+}
+
+/// A layer that shares another's rows attends as one that has the same rows of its own.
+#[test]
+fn layers_that_share_rows() {
+    let mut rng = Rng::new(91);
+    for case in 0..12 {
+        let own = akv_layer_desc {
+            n_q_heads: 2,
+            n_kv_heads: 2,
+            dim_k: 64,
+            dim_v: 40,
+            dtype_k: AKV_F16,
+            dtype_v: AKV_F32,
+            ..zeroed()
+        };
+        let latent = case % 4 == 3;
+        let own = if latent { akv_layer_desc { v_is_prefix_of_k: 1, dtype_v: 0, ..own } } else { own };
+        let other = akv_layer_desc { n_q_heads: 3, n_kv_heads: 1, dim_k: 16, dim_v: 0, v_is_prefix_of_k: 0, ..own };
+        let alone = akv_layer_desc { n_q_heads: 8, window: [0, 50][case % 2], ..own };
+        let layers = [own, akv_layer_desc { share_with: 1, ..alone }, other];
+        let format = FORMATS[usize::from(case % 3 == 2)];
+        let mut e = Engine::new(alone, |c| (c.format, c.n_layers, c.layers) = (format, 3, layers.as_ptr()), 0, 2);
+        e.reads = 1;
+        let plain = Engine::new(alone, |c| c.format = format, 0, 2);
+        let usage = |e: &Engine| {
+            let mut usage = akv_usage { struct_size: size_of::<akv_usage>() as u32, ..zeroed() };
+            // SAFETY: an output.
+            unsafe { ok(akv_cache_usage(e.cache, &mut usage)) };
+            usage
+        };
+        let (id, twin) = (e.sequence(), plain.sequence());
+        let asked = some_call(&mut rng, &akv_layer_desc { v_is_prefix_of_k: 0, ..alone });
+        let asked = Asked { tree: None, kv_from: None, kv_to: None, ..asked };
+        let told = format!("case {case}: {layers:?} {asked:?}");
+        let at = std::cell::Cell::new(0);
+        let mut step = |n: usize, id: akv_sequence, twin: akv_sequence| {
+            let mut rows = sequence(&mut rng, &alone, n, n.min(3), false);
+            rows.positions.iter_mut().for_each(|p| *p += at.get());
+            at.set(at.get() + n as i64);
+            let (k, v) = (packed(&vec![1.0; n * 16], AKV_F16), packed(&vec![1.0; n * 16], other.dtype_v));
+            ok(e.begin(&[id], &[&rows], &[n.min(3) as i32]));
+            ok(plain.begin(&[twin], &[&rows], &[n.min(3) as i32]));
+            let (status, ours) = e.attend(&rows.q, &asked.desc());
+            ok(status);
+            assert_eq!(ours, plain.attend(&rows.q, &asked.desc()).1, "{told}");
+            let (k, v) = (as_rows(&k, AKV_F16), as_rows(&v, other.dtype_v));
+            // SAFETY: rows as many as the step has, of layer 2; of layer 1 none are read.
+            unsafe {
+                fails(akv_quantize_kv(e.batch, 1, &k, &v, null_mut()), AKV_E_ARGUMENT, &["layer 1", "layer 0"]);
+                fails(akv_batch_commit(e.batch), AKV_E_ARGUMENT, &["layer 2 has not been appended"]);
+                ok(akv_quantize_kv(e.batch, 2, &k, &v, null_mut()));
+            }
+            e.commit();
+            plain.commit();
+        };
+        for n in [1, 130, 40, 200] {
+            step(n, id, twin);
+        }
+        assert_eq!(usage(&e).pages_used, 2 * usage(&plain).pages_used, "{told}");
+        // SAFETY: ids, outputs, callbacks and descriptors as described.
+        unsafe {
+            let mut lengths = [0; 3];
+            for (layer, n) in lengths.iter_mut().enumerate() {
+                ok(akv_sequence_length(e.cache, id, layer as i32, n));
+            }
+            assert_eq!(lengths, [371; 3]);
+            let read_back = |cache, id, layer| {
+                let x = vec![0.0f32; 371 * 2 * 64];
+                ok(akv_dequantize_kv(cache, id, layer, 0, 371, &as_rows(&x, AKV_F32), null(), null_mut()));
+                x
+            };
+            assert_eq!(read_back(e.cache, id, 1), read_back(plain.cache, twin, 0));
+
+            // What is done to the rows is done once.
+            let inv_freq = [0.5f32; 12];
+            let turned = akv_rope {
+                pairing: AKV_ROPE_INTERLEAVED,
+                n_dims: 24,
+                first_dim: 40,
+                inv_freq: inv_freq.as_ptr(),
+                ..zeroed()
+            };
+            let not_read = akv_rope { pairing: 99, ..turned };
+            let still = akv_rope { n_dims: 0, first_dim: 0, inv_freq: null(), ..turned };
+            ok(akv_sequence_remove(e.cache, id, 20, 150));
+            ok(akv_sequence_remove(plain.cache, twin, 20, 150));
+            ok(akv_sequence_shift(e.cache, id, 150, i64::MAX, -20, [turned, not_read, still].as_ptr()));
+            ok(akv_sequence_shift(plain.cache, twin, 150, i64::MAX, -20, &turned));
+
+            // Bytes, of a cache that does not share, too.
+            let (mut bytes, mut half) = (Vec::<u8>::new(), Vec::<u8>::new());
+            ok(akv_sequence_export(e.cache, id, null(), Some(write), (&raw mut bytes).cast()));
+            let part = akv_export_desc {
+                struct_size: size_of::<akv_export_desc>() as u32,
+                first_layer: 1,
+                n_layers: 1,
+                ..zeroed()
+            };
+            let status = akv_sequence_export(e.cache, id, &part, Some(write), (&raw mut half).cast());
+            fails(status, AKV_E_ARGUMENT, &["n_layers", "rows of its own"]);
+            let two = [own, other];
+            let apart = Engine::new(alone, |c| (c.format, c.n_layers, c.layers) = (format, 2, two.as_ptr()), 0, 1);
+            let (mut there, mut back) = (0, 0);
+            let mut left = &bytes[..];
+            ok(akv_sequence_import(apart.cache, 0, Some(read), (&raw mut left).cast(), &mut there));
+            let mut again = Vec::<u8>::new();
+            ok(akv_sequence_export(apart.cache, there, null(), Some(write), (&raw mut again).cast()));
+            assert!(again == bytes, "{told}");
+            let mut left = &again[..];
+            ok(akv_sequence_import(e.cache, 0, Some(read), (&raw mut left).cast(), &mut back));
+            at.set(at.get() - 20);
+            step(60, back, twin);
+            ok(akv_sequence_truncate(e.cache, back, 400));
+            ok(akv_sequence_truncate(plain.cache, twin, 400));
+            at.set(at.get() - 31);
+            step(9, back, twin);
+        }
+    }
+}
+
+/// Windows and causality go by the positions after a shift, and K has turned by it.
+#[test]
+fn windows_after_a_shift() {
+    let mut rng = Rng::new(92);
+    for case in 0..12 {
+        let layer = akv_layer_desc {
+            n_q_heads: 4,
+            n_kv_heads: 2,
+            dim_k: 64,
+            dim_v: 40,
+            dtype_k: AKV_F16,
+            dtype_v: AKV_F16,
+            window: [0, 90][case % 2],
+            ..zeroed()
+        };
+        let format = FORMATS[usize::from(case % 4 == 3)];
+        let e = Engine::new(layer, |c| c.format = format, 0, 1);
+        let (id, mut rows) = (e.sequence(), sequence(&mut rng, &layer, 400, 3, false));
+        ok(e.begin(&[id], &[&rows], &[0]));
+        e.commit();
+        let inv_freq: Vec<f32> = (0..32).map(|i| 1e4f32.powf(-(i as f32) / 32.0)).collect();
+        let rope = akv_rope { pairing: AKV_ROPE_INTERLEAVED, n_dims: 64, inv_freq: inv_freq.as_ptr(), ..zeroed() };
+        for (token, delta) in [(100, 7), (330, 40), (398, 1)] {
+            // SAFETY: an id, and a rope of the one layer.
+            unsafe { ok(akv_sequence_shift(e.cache, id, rows.positions[token], i64::MAX, delta, &rope)) };
+            rows.positions[token..].iter_mut().for_each(|p| *p += delta);
+            for (i, x) in rows.k.chunks_exact_mut(64).enumerate().skip(2 * token) {
+                for (pair, &frequency) in x.as_chunks_mut::<2>().0.iter_mut().zip(&inv_freq) {
+                    let (sin, cos) = (delta as f64 * f64::from(frequency)).sin_cos();
+                    let [p, q] = pair.map(f64::from);
+                    *pair = [(p * cos - q * sin) as f32, (p * sin + q * cos) as f32];
+                }
+                // Rows that are kept as given: of tiles that the exact tail reaches, or all.
+                if i >= 2 * 256 || format == AKV_FORMAT_RAW {
+                    x.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+                }
+            }
+        }
+        let window = [0, 30, 41, 150, 330][case % 5];
+        let asked = Asked { window, sink_tokens: if window > 0 { 4 } else { 0 }, tolerance: 1e-2, ..Asked::default() };
+        let told = format!("case {case}: {asked:?} {layer:?}");
+        let nothing = Sequence { k: Vec::new(), v: Vec::new(), positions: Vec::new(), q: Vec::new() };
+        ok(e.begin(&[id], &[&nothing], &[3]));
+        let (status, got) = e.attend(&rows.q, &asked.desc());
+        ok(status);
+        let asked = Asked { window: if window == 0 { layer.window } else { window }, ..asked };
+        check(&e, &[&rows], &asked, &got, &told);
+        e.commit();
     }
 }

@@ -133,6 +133,12 @@ fn what_comes_back_is_what_went() {
             let copy = import(&b.cache, None, &bytes).unwrap();
             assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
             same_attention(&mut rng, (&a, id), (&b, copy));
+            // Page by page, the same.
+            let direct = a.cache.copy(id, &b.cache).unwrap();
+            assert!(export(&b.cache, direct, Excerpt::default()).unwrap() == bytes);
+            same_attention(&mut rng, (&a, id), (&b, direct));
+            b.cache.destroy(copy).unwrap();
+            let copy = direct;
             // They go on alike: within the exact tail and beyond, through the next tiles.
             for n in [1, 60, 200] {
                 let len = a.cache.length(id, None).unwrap();
@@ -161,12 +167,17 @@ fn what_comes_back_is_what_went() {
 struct Counts {
     now: AtomicI64,
     most: AtomicI64,
+    /// Allocations until one fails; 0 = none does.
+    left: AtomicI64,
 }
 
 unsafe extern "C" fn alloc(user: *mut c_void, bytes: usize, align: usize, _: i32, _: *mut c_void) -> *mut c_void {
     // SAFETY: `user` is the leaked Counts of the test; the size is not 0.
     unsafe {
         let counts = &*user.cast::<Counts>();
+        if counts.left.load(Relaxed) > 0 && counts.left.fetch_sub(1, Relaxed) == 1 {
+            return std::ptr::null_mut();
+        }
         let now = counts.now.fetch_add(bytes as i64, Relaxed) + bytes as i64;
         counts.most.fetch_max(now, Relaxed);
         std::alloc::alloc(std::alloc::Layout::from_size_align(bytes, align).unwrap()).cast()
@@ -319,6 +330,8 @@ fn what_differs_is_named() {
             Err(Error::Argument(text)) if text.contains(words) => assert_eq!(other.usage().n_sequences, 1),
             other => panic!("{other:?} instead of {words:?}"),
         }
+        let words = words.replace("the stream", "from_cache").replace("the cache", "to_cache");
+        assert!(matches!(cache.copy(id, &other), Err(Error::Argument(text)) if text.contains(&words)));
     };
     named(&|c| c.format = Format::Raw, "format is Aligned in the stream: expected the cache's, Raw");
     named(&|c| c.layers.truncate(1), "n_layers is 2 in the stream: expected the cache's, 1");
@@ -722,6 +735,9 @@ fn marks_go_along() {
             assert!(export(&b.cache, copy, Excerpt::default()).unwrap() == bytes);
             let (ours, theirs) = (check(&a, id, live, &q), check(&b, copy, live, &q));
             assert!(ours.iter().zip(&theirs).all(|(a, b)| same(a, b)));
+            let direct = a.cache.copy(id, &b.cache).unwrap();
+            assert!(export(&b.cache, direct, Excerpt::default()).unwrap() == bytes);
+            b.cache.destroy(direct).unwrap();
             copy
         };
         b.cache.destroy(travels(a.sequence, &|_| true)).unwrap();
@@ -793,4 +809,97 @@ fn a_shift_is_all_or_nothing() {
     }
     cache.shift(id, 0, 1000, 3, &ropes).unwrap();
     assert!(export(&cache, id, Excerpt::default()).unwrap() != before);
+}
+
+/// Whichever allocation fails, all is as it was; and what failed can be done again.
+#[test]
+fn no_memory_on_the_way_leaves_no_trace() {
+    let inv_freq = [0.7; 8];
+    let ropes = [Rope { interleaved: false, first_dim: 0, inv_freq: &inv_freq }; 2];
+    let remove = |cache: &Cache, id: u64| cache.remove(id, -1, 140);
+    let shift = |cache: &Cache, id: u64| cache.shift(id, 1, 1000, 3, &ropes);
+    let cut = |cache: &Cache, id: u64| cache.remove(id, 60, 1000);
+    type Call<'a> = &'a dyn Fn(&Cache, u64) -> Result<(), Error>;
+    let calls: [Call; 3] = [&remove, &shift, &cut];
+    for (i, call) in calls.iter().enumerate() {
+        // Some that others hold, and some that they do not.
+        for forks in 0..2 {
+            let (cache, id, counts) = small(|c| c.exact_tail = 0);
+            let held: Vec<u64> = (0..forks).map(|_| cache.fork(id, None).unwrap()).collect();
+            let before = export(&cache, id, Excerpt::default()).unwrap();
+            let used = cache.usage();
+            let mut failed = 0;
+            loop {
+                counts.left.store(failed + 1, Relaxed);
+                let result = call(&cache, id);
+                counts.left.store(0, Relaxed);
+                let Err(error) = result else { break };
+                failed += 1;
+                assert!(matches!(error, Error::Memory(_)), "{error}");
+                assert!(export(&cache, id, Excerpt::default()).unwrap() == before);
+                let now = cache.usage();
+                assert_eq!((now.pages_used, now.pages_shared), (used.pages_used, used.pages_shared));
+                assert_eq!((now.bytes_kept, now.tokens), (used.bytes_kept, used.tokens));
+                // A longer list of what has been removed may stay.
+                assert!(now.bytes_used <= used.bytes_used + 256, "call {i}");
+            }
+            assert!(failed > 0 || i == 1 && forks == 0, "call {i}, {forks} forks");
+            assert!(export(&cache, id, Excerpt::default()).unwrap() != before);
+            for fork in held {
+                assert!(export(&cache, fork, Excerpt::default()).unwrap() == before);
+            }
+        }
+    }
+}
+
+/// The same of a copy into another cache.
+#[test]
+fn a_copy_is_all_or_nothing() {
+    let (from, id, _) = small(|_| ());
+    let (to, _, counts) = small(|_| ());
+    let used = to.usage();
+    from.remove(id, -1, 140).unwrap();
+    for failed in 1.. {
+        counts.left.store(failed, Relaxed);
+        let result = from.copy(id, &to);
+        counts.left.store(0, Relaxed);
+        if let Ok(copy) = result {
+            assert!(failed > 1);
+            let bytes = [(&from, id), (&to, copy)].map(|(cache, id)| export(cache, id, Excerpt::default()).unwrap());
+            assert!(bytes[0] == bytes[1]);
+            break;
+        }
+        assert!(matches!(result, Err(Error::Memory(_))));
+        let now = to.usage();
+        assert_eq!((now.n_sequences, now.bytes_used), (used.n_sequences, used.bytes_used));
+    }
+}
+
+/// Rows that are kept as given are turned as given, and rounded as their dtype can hold them.
+#[test]
+fn rows_of_two_bytes_turn() {
+    let mut rng = Rng::new(13);
+    let inv_freq: Vec<f32> = (0..32).map(|i| 1e4f32.powf(-(i as f32) / 32.0)).collect();
+    for format in [Format::Aligned, Format::Raw] {
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            let shape = shape(2, 2, 64, 32, dtype, 4);
+            let rope = Rope { interleaved: dtype == Dtype::F16, first_dim: 0, inv_freq: &inv_freq };
+            let s = Single::new(format, shape, 4);
+            let (mut k, mut v) = rows(&mut rng, &shape, 400);
+            common::round(&mut k, dtype);
+            common::round(&mut v, dtype);
+            s.append(&k, &v);
+            for (from, delta) in [(2, 11), (300, 1000)] {
+                s.cache.shift(s.sequence, from, i64::MAX, delta, &[rope]).unwrap();
+                let first = if from == 2 { 2 } else { 289 };
+                turned(&mut k, &shape, first..400, &rope, delta);
+                // The exact head, and tiles that the exact tail of 64 tokens reaches; with AKV_FORMAT_RAW all.
+                let row = shape.n_kv_heads * shape.dim_k;
+                for token in (first..400).filter(|&t| format == Format::Raw || !(4..256).contains(&t)) {
+                    common::round(&mut k[token * row..(token + 1) * row], dtype);
+                }
+                certified(&mut rng, &s, s.sequence, &k, &v);
+            }
+        }
+    }
 }

@@ -51,7 +51,7 @@ type Layer struct {
 	PlanesK int // Digit planes that are stored: 2, 3 or 4; 0 = 4.
 	PlanesV int
 	Window  int // Sliding window in positions; 0 = none.
-	// Layers whose page tables are shared, and 1 + index of the layer whose rows this one reads; 0 = its own.
+	// 0, and 1 + index of an earlier layer of the same kind whose rows this one reads (it gets no Append); 0 = its own.
 	Group     int
 	ShareWith int
 	// V is the first DimV channels of K (MLA), and Append gets no V.

@@ -57,6 +57,18 @@ func (s *Sequence) Fork(n int64) (*Sequence, error) {
 	return newSequence(s.cache, id), nil
 }
 
+// CopyTo makes the same sequence in another cache.
+func (s *Sequence) CopyTo(c *Cache) (*Sequence, error) {
+	var id uint64
+	err := callSequenceCopy(s.cache.handle.Load(), s.id.Load(), c.handle.Load(), &id)
+	runtime.KeepAlive(s)
+	runtime.KeepAlive(c)
+	if err != nil {
+		return nil, err
+	}
+	return newSequence(c, id), nil
+}
+
 // Truncate keeps the first n tokens.
 func (s *Sequence) Truncate(n int64) error {
 	err := callSequenceTruncate(s.cache.handle.Load(), s.id.Load(), n)

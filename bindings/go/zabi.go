@@ -71,6 +71,9 @@ package alignedkv
 // static outcome go_akv_sequence_import(uintptr_t cache, akv_sequence into, akv_read_fn read, uintptr_t user, akv_sequence *out) {
 //     return done(akv_sequence_import((akv_cache *)cache, into, read, (void *)user, out));
 // }
+// static outcome go_akv_sequence_copy(uintptr_t from_cache, akv_sequence sequence, uintptr_t to_cache, akv_sequence *out) {
+//     return done(akv_sequence_copy((akv_cache *)from_cache, sequence, (akv_cache *)to_cache, out));
+// }
 // static outcome go_akv_dequantize_kv(uintptr_t cache, akv_sequence sequence, int32_t layer, int64_t first, int64_t n, const akv_rows *key, const akv_rows *value, uintptr_t stream, uint8_t *key_data, uint8_t *value_data) {
 //     akv_rows full_key;
 //     if (key) {
@@ -740,6 +743,14 @@ func callSequenceImport(cache uintptr, into uint64, read unsafe.Pointer, user ui
 		return nil
 	}
 	return failure("akv_sequence_import", int32(o.status), unsafe.Pointer(o.text))
+}
+
+func callSequenceCopy(fromCache uintptr, sequence uint64, toCache uintptr, out *uint64) error {
+	o := C.go_akv_sequence_copy(C.uintptr_t(fromCache), C.akv_sequence(sequence), C.uintptr_t(toCache), (*C.akv_sequence)(unsafe.Pointer(out)))
+	if o.status == akvOk {
+		return nil
+	}
+	return failure("akv_sequence_copy", int32(o.status), unsafe.Pointer(o.text))
 }
 
 func callDequantizeKv(cache uintptr, sequence uint64, layer int32, first int64, n int64, key *rows, value *rows, stream uintptr) error {

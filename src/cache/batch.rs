@@ -42,7 +42,7 @@ struct Step {
     members: Vec<Member>,
     /// New tokens of all members.
     n_new: usize,
-    /// By layer: where appending stands.
+    /// By layer that has rows: where appending stands.
     appended: Vec<AtomicU8>,
 }
 
@@ -107,8 +107,9 @@ impl Batch {
         self.check(step, positions)?;
         let mut begun = Step { members: Vec::new(), n_new: 0, appended: Vec::new() };
         reserve(&mut begun.members, step.len())?;
-        reserve(&mut begun.appended, self.cache.layouts.len())?;
-        begun.appended.resize_with(self.cache.layouts.len(), || AtomicU8::new(NOT_YET));
+        let stored = &self.cache.stored;
+        reserve(&mut begun.appended, stored.len())?;
+        begun.appended.resize_with(stored.len(), || AtomicU8::new(NOT_YET));
         // Of each member: the positions to note.
         let mut new = Vec::new();
         reserve(&mut new, step.len())?;
@@ -118,7 +119,7 @@ impl Batch {
             begun.members.push(member);
             begun.n_new += s.n_new;
         }
-        let page_bytes = self.cache.layouts.iter().fold(0usize, |sum, layout| sum.saturating_add(layout.page_bytes()));
+        let page_bytes = stored.iter().fold(0usize, |sum, (_, layout)| sum.saturating_add(layout.page_bytes()));
         let new_pages = begun.members.iter().fold(0usize, |sum, member| sum.saturating_add(member.new_pages()));
         self.cache.memory.check(page_bytes.saturating_mul(new_pages))?;
         begun.take_room(&new)?;
@@ -173,7 +174,7 @@ impl Batch {
             let mut layers = Vec::new();
             reserve(&mut layers, step.members.len())?;
             for member in step.members.iter().filter(|m| m.step.n_new > 0) {
-                layers.push((member.sequence.write_layer(layer)?, member.step.n_new));
+                layers.push((member.sequence.write_layer(self.cache.homes[layer])?, member.step.n_new));
             }
             launch()?;
             layers.iter_mut().for_each(|(layer, n_new)| layer.advance(*n_new));
@@ -185,7 +186,8 @@ impl Batch {
         let current = self.step.try_read().ok_or_else(|| in_use("append"))?;
         let step = current.as_ref().ok_or_else(|| no_step("append"))?;
         self.cache.check_layer(layer)?;
-        let flag = &step.appended[layer];
+        self.cache.check_stored(layer)?;
+        let flag = &step.appended[self.cache.homes[layer]];
         match flag.compare_exchange(NOT_YET, RUNNING, SeqCst, SeqCst) {
             Ok(_) => {}
             Err(RUNNING) => return Err(Error::Busy(format!("layer {layer}: is being appended by another call"))),
@@ -222,7 +224,7 @@ impl Batch {
         let mut layers = Vec::new();
         reserve(&mut layers, step.members.len())?;
         for member in step.members.iter().filter(|m| m.step.n_new > 0) {
-            layers.push((member.sequence.write_layer(layer)?, member.step.n_new));
+            layers.push((member.sequence.write_layer(self.cache.homes[layer])?, member.step.n_new));
         }
         let mut row = 0;
         for (mut layer, n_new) in layers {
@@ -237,10 +239,10 @@ impl Batch {
 
     /// Counts the step's new tokens as appended in all layers that lack them: a device has been told by a graph.
     pub fn replayed(&self) -> Result<()> {
-        for layer in 0..self.cache.layouts.len() {
+        for &(layer, _) in &self.cache.stored {
             let current = self.step.try_read().ok_or_else(|| in_use("replayed"))?;
             let step = current.as_ref().ok_or_else(|| no_step("replayed"))?;
-            if step.n_new > 0 && step.appended[layer].load(SeqCst) == NOT_YET {
+            if step.n_new > 0 && step.appended[self.cache.homes[layer]].load(SeqCst) == NOT_YET {
                 self.append_on_device(layer, || Ok(()))?;
             }
         }
@@ -252,7 +254,7 @@ impl Batch {
         let current = self.step.try_read().ok_or_else(|| in_use("plan"))?;
         let step = current.as_ref().ok_or_else(|| no_step("plan"))?;
         let mut plan = Plan::default();
-        let n_layers = self.cache.layouts.len();
+        let n_layers = self.cache.stored.len();
         reserve(&mut plan.views, n_layers * step.members.len())?;
         for layer in 0..n_layers {
             let before = plan.appends.len();
@@ -287,7 +289,7 @@ impl Batch {
     /// Fails unless the step's new tokens are in a layer.
     pub fn check_appended(&self, layer: usize) -> Result<()> {
         let current = self.step.try_read().ok_or_else(|| in_use("read"))?;
-        current.as_ref().ok_or_else(|| no_step("read"))?.check_appended(layer)
+        current.as_ref().ok_or_else(|| no_step("read"))?.check_appended(&self.cache, layer)
     }
 
     /// Makes the step's tokens part of their sequences.
@@ -295,8 +297,9 @@ impl Batch {
         let mut current = self.step.try_write().ok_or_else(|| in_use("commit"))?;
         let step = current.as_ref().ok_or_else(|| no_step("commit"))?;
         if step.n_new > 0
-            && let Some(layer) = step.appended.iter().position(|flag| flag.load(SeqCst) != DONE)
+            && let Some(at) = step.appended.iter().position(|flag| flag.load(SeqCst) != DONE)
         {
+            let layer = self.cache.stored[at].0;
             return Err(Error::Argument(format!("commit: layer {layer} has not been appended")));
         }
         let (keeps, tail) = (!self.cache.lossless(), self.cache.config.exact_tail);
@@ -325,7 +328,7 @@ impl Batch {
         let mut edits = Edits::new(&self.cache.memory);
         for member in &step.members {
             let Member { step: s, sequence, len, new_runs, .. } = member;
-            for (layer, flag) in sequence.layers.iter().zip(&step.appended) {
+            for ((_, layer), flag) in sequence.layers.iter().zip(&step.appended) {
                 if s.n_new > 0 && (member.grows() || flag.load(SeqCst) != NOT_YET) {
                     layer.write().truncate(*len, Spare::default(), &mut edits);
                 }
@@ -345,11 +348,11 @@ impl Batch {
         let current = self.step.try_read().ok_or_else(|| in_use("read"))?;
         let step = current.as_ref().ok_or_else(|| no_step("read"))?;
         self.cache.check_layer(layer)?;
-        step.check_appended(layer)?;
+        step.check_appended(&self.cache, layer)?;
         let mut readers = Vec::new();
         reserve(&mut readers, step.members.len())?;
         for member in &step.members {
-            readers.push((member.step, member.sequence.read(layer)?));
+            readers.push((member.step, member.sequence.read(self.cache.homes[layer], self.cache.layouts[layer])?));
         }
         Ok(readers)
     }
@@ -362,8 +365,9 @@ impl Drop for Batch {
 }
 
 impl Step {
-    fn check_appended(&self, layer: usize) -> Result<()> {
-        match self.appended[layer].load(SeqCst) {
+    fn check_appended(&self, cache: &Cache, layer: usize) -> Result<()> {
+        let (state, layer) = (self.appended[cache.homes[layer]].load(SeqCst), cache.home(layer));
+        match state {
             NOT_YET if self.n_new > 0 => {
                 Err(Error::Argument(format!("layer {layer}: its new tokens have not been appended")))
             }

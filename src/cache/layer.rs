@@ -3,6 +3,7 @@
 //! Whatever can still be written is held by this sequence alone: the open tile with its kept rows, and the exact head
 //! while it is not full. Forks and truncations copy what would break that; appending never has to.
 
+use super::Positions;
 use super::device::{Edits, Listing};
 use super::memory::{Block, Kind, Memory, Shared, Table};
 use crate::Result;
@@ -22,6 +23,8 @@ pub(super) struct Page {
 
 #[derive(Debug)]
 pub(super) struct Layer {
+    /// Its index in the cache.
+    pub number: usize,
     pub layout: Layout,
     pub exact_head: usize,
     exact_tail: usize,
@@ -69,11 +72,16 @@ pub(super) fn released(len: usize, exact_tail: usize) -> usize {
 }
 
 impl Layer {
-    pub fn new(memory: &Arc<Memory>, layout: Layout, exact_head: usize, exact_tail: usize) -> Result<Layer> {
+    pub fn new(
+        memory: &Arc<Memory>,
+        (number, layout): (usize, Layout),
+        exact_head: usize,
+        exact_tail: usize,
+    ) -> Result<Layer> {
         let (pages, listing) = (Table::with_capacity(memory, 0)?, Listing::default());
         let spares = Table::with_capacity(memory, 0)?;
         let (len, reserved, head, nothing) = (0, 0, None, None);
-        Ok(Layer { layout, exact_head, exact_tail, len, pages, reserved, spares, head, listing, nothing })
+        Ok(Layer { number, layout, exact_head, exact_tail, len, pages, reserved, spares, head, listing, nothing })
     }
 
     /// Memory for a page.
@@ -353,6 +361,39 @@ impl Layer {
         if base_rows < rows {
             self.layout.encode(block, &Source { k, v, base, base_rows }, skip, base_rows, rows);
         }
+    }
+
+    /// The same tokens in the memory of another cache. On the host.
+    pub fn copy(
+        &self,
+        memory: &Arc<Memory>,
+        stored: (usize, Layout),
+        exact_tail: usize,
+        positions: &Positions,
+    ) -> Result<Layer> {
+        let block = |block: &Shared, kind: Kind| {
+            let mut copy = Shared::new(memory, kind, block.size())?;
+            copy.own().copy_from_slice(block);
+            Ok(copy)
+        };
+        let mut copy = Layer::new(memory, stored, self.exact_head, exact_tail)?;
+        if let Some(head) = self.head.as_ref().filter(|_| self.len > 0) {
+            copy.head = Some(block(head, Kind::Kept)?);
+        }
+        for (tile, page) in self.pages[..self.len.div_ceil(TILE)].iter().enumerate() {
+            if positions.live(tile) == 0 {
+                let empty = copy.empty_page()?;
+                copy.empty(0..0, &empty);
+                copy.add_page(empty)?;
+                continue;
+            }
+            let kept = page.kept.as_ref().map(|kept| block(kept, Kind::Kept)).transpose()?;
+            let base = page.base.as_ref().map(|(base, rows)| Ok((block(base, Kind::Page)?, *rows))).transpose()?;
+            copy.add_page(Page { block: block(&page.block, Kind::Page)?, kept, base })?;
+        }
+        copy.len = self.len;
+        copy.release();
+        Ok(copy)
     }
 
     /// The first `len` tokens as another sequence's.

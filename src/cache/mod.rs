@@ -82,6 +82,8 @@ pub struct Config {
     pub nan: NanPolicy,
     /// Layers.
     pub layers: Vec<Shape>,
+    /// Layers that read the rows of an earlier one, which has some of its own and is of the same kind: (layer, that one).
+    pub shares: Vec<(usize, usize)>,
     /// Most sequences at once.
     pub max_sequences: usize,
     /// Tokens at the start of a sequence that are kept as given.
@@ -111,6 +113,10 @@ pub struct Usage {
 pub struct Cache {
     config: Config,
     layouts: Vec<Layout>,
+    /// Layers that have rows, in order: what sequences are made of, by index.
+    stored: Vec<(usize, Layout)>,
+    /// Of each layer: the index of whose rows it reads.
+    homes: Vec<usize>,
     memory: Arc<Memory>,
     /// Locked for a look or an entry only, never while something else is waited for.
     sequences: RwLock<Directory>,
@@ -139,9 +145,21 @@ impl Cache {
         let layout = |&shape: &Shape| if is_index { Layout::index(shape) } else { Layout::new(config.format, shape) };
         let marks = |layout: Layout| if config.nan == NanPolicy::Propagate { layout.with_marks() } else { layout };
         let layouts = crate::error::collect(config.layers.iter().map(|shape| Ok(marks(layout(shape)))))?;
+        let (mut stored, mut homes): (Vec<(usize, Layout)>, Vec<usize>) = (Vec::new(), Vec::new());
+        memory::reserve(&mut stored, layouts.len())?;
+        memory::reserve(&mut homes, layouts.len())?;
+        for (layer, &layout) in layouts.iter().enumerate() {
+            match config.shares.iter().find(|share| share.0 == layer) {
+                Some(&(_, other)) => homes.push(homes[other]),
+                None => {
+                    homes.push(stored.len());
+                    stored.push((layer, layout));
+                }
+            }
+        }
         let memory = Memory::with_device(allocator, device, config.max_bytes);
         let sequences = RwLock::new(Directory::new(&memory)?);
-        let mut cache = Cache { config, layouts, memory, sequences, slots: Vec::new() };
+        let mut cache = Cache { config, layouts, stored, homes, memory, sequences, slots: Vec::new() };
         if cache.lossless() {
             (cache.config.exact_head, cache.config.exact_tail) = (0, 0);
         }
@@ -164,6 +182,11 @@ impl Cache {
     /// Layout of each layer.
     pub fn layouts(&self) -> &[Layout] {
         &self.layouts
+    }
+
+    /// The layer whose rows a layer reads: itself, as a rule.
+    pub fn home(&self, layer: usize) -> usize {
+        self.stored[self.homes[layer]].0
     }
 
     /// Allocator and budget, for whoever else takes memory on the cache's account (workspaces).
@@ -231,7 +254,7 @@ impl Cache {
     /// Makes an empty sequence.
     pub fn create(&self) -> Result<u64> {
         self.check_placement(false)?;
-        let sequence = Sequence::new(&self.memory, &self.config, &self.layouts)?;
+        let sequence = Sequence::new(&self.memory, &self.config, &self.stored)?;
         self.sequences.write().insert(sequence, self.config.max_sequences)
     }
 
@@ -272,7 +295,7 @@ impl Cache {
         sequence.remove(&self.memory, from, to)
     }
 
-    /// Moves the tokens whose positions are `from..to` by `delta`; `ropes` are the layers'.
+    /// Moves the tokens whose positions are `from..to` by `delta`; `ropes` are those of layers that have rows of their own.
     pub fn shift(&self, sequence: u64, from: i64, to: i64, delta: i64, ropes: &[Rope]) -> Result<()> {
         let sequence = self.find(sequence)?;
         if self.config.format == Format::Published || self.memory.device().is_some() {
@@ -293,13 +316,13 @@ impl Cache {
     /// Shared access to one layer of one sequence.
     pub fn read(&self, sequence: u64, layer: usize) -> Result<Reader> {
         self.check_layer(layer)?;
-        self.find(sequence)?.read(layer)
+        self.find(sequence)?.read(self.homes[layer], self.layouts[layer])
     }
 
     /// The same on a device: what its kernels are told, once what was launched on `stream` has run.
     pub fn device_view(&self, sequence: u64, layer: usize, stream: Stream) -> Result<View> {
         self.check_layer(layer)?;
-        self.find(sequence)?.device_view(&self.memory, layer, stream)
+        self.find(sequence)?.device_view(&self.memory, self.homes[layer], stream)
     }
 
     /// Writes a sequence, or the part of it that is asked for, as bytes. `write` takes them in pieces; what it returns
@@ -307,6 +330,18 @@ impl Cache {
     pub fn export(&self, sequence: u64, part: &Excerpt, write: &mut dyn FnMut(&[u8]) -> i32) -> Result<()> {
         self.check_placement(false)?;
         snapshot::export(self, &*self.find(sequence)?, part, write)
+    }
+
+    /// Makes a sequence of another cache (or this one) that has what an import of an export would have.
+    pub fn copy(&self, sequence: u64, to: &Cache) -> Result<u64> {
+        self.check_placement(false)?;
+        to.check_placement(false)?;
+        if self.memory.device().is_some() || to.memory.device().is_some() {
+            let what = "copying sequences is not built yet on the CUDA backend: akv_sequence_export and _import do it";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        let copy = snapshot::copy(self, &*self.find(sequence)?, to)?;
+        to.sequences.write().insert(copy, to.config.max_sequences)
     }
 
     /// Makes a sequence from such bytes, or adds what they hold to one that lacks it. `read` fills pieces; what it
@@ -322,6 +357,14 @@ impl Cache {
                 snapshot::import_into(self, &*self.find(id)?, read)?;
                 Ok(id)
             }
+        }
+    }
+
+    /// Fails for a layer that reads another's rows.
+    pub fn check_stored(&self, layer: usize) -> Result<()> {
+        match self.home(layer) {
+            home if home == layer => Ok(()),
+            home => Err(Error::Argument(format!("layer {layer}: reads the rows of layer {home}, and takes none"))),
         }
     }
 

@@ -209,11 +209,16 @@ impl Positions {
 
     /// Those of the first `len` tokens.
     pub(super) fn fork(&self, len: usize) -> Result<Positions> {
+        self.copy(self.runs.memory(), len)
+    }
+
+    /// The same in other memory.
+    pub(super) fn copy(&self, memory: &Arc<Memory>, len: usize) -> Result<Positions> {
         let n = self.runs.partition_point(|r| r.first < len);
-        let mut runs = Table::with_capacity(self.runs.memory(), n.max(1))?;
+        let mut runs = Table::with_capacity(memory, n.max(1))?;
         self.runs[..n].iter().for_each(|&run| runs.push(run));
         let n = self.removed.partition_point(|r| r.0 < len);
-        let mut removed = Table::with_capacity(self.runs.memory(), n)?;
+        let mut removed = Table::with_capacity(memory, n)?;
         self.removed[..n].iter().for_each(|&stretch| removed.push(stretch));
         Ok(Positions { runs, removed })
     }

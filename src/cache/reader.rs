@@ -14,6 +14,8 @@ pub(super) type ReadGuard<T> = ArcRwLockReadGuard<RawRwLock, T>;
 pub struct Reader {
     pub(super) layer: ReadGuard<Layer>,
     pub(super) positions: ReadGuard<Positions>,
+    /// Of the layer that reads them.
+    pub(super) layout: Layout,
 }
 
 impl Reader {
@@ -33,7 +35,7 @@ impl Reader {
         let n_exact = layer.exact_head.min(layer.len);
         let exact = layer.head.as_ref().filter(|_| n_exact > 0);
         SequenceView {
-            layout: &layer.layout,
+            layout: &self.layout,
             len: layer.len,
             n_exact,
             exact: exact.map(|head| layer.layout.kept(head, layer.exact_head)),

@@ -23,7 +23,8 @@ pub(super) struct Sequence {
     /// Committed tokens; changes under `alive` only.
     pub len: AtomicUsize,
     pub positions: Arc<RwLock<Positions>>,
-    pub layers: Vec<Arc<RwLock<Layer>>>,
+    /// Those that have rows, with their index in the cache.
+    pub layers: Vec<(usize, Arc<RwLock<Layer>>)>,
     /// Layers that are still to be imported; changes under `alive` only. Theirs have no tokens.
     pub n_missing: AtomicUsize,
     /// Tokens that have been removed; changes under `alive` only.
@@ -42,7 +43,7 @@ impl Sequence {
             + 3 * COUNTS
             + size_of::<RwLock<bool>>()
             + size_of::<RwLock<Positions>>()
-            + n_layers * (size_of::<Arc<RwLock<Layer>>>() + COUNTS + size_of::<RwLock<Layer>>())
+            + n_layers * (size_of::<(usize, Arc<RwLock<Layer>>)>() + COUNTS + size_of::<RwLock<Layer>>())
     }
 
     /// `layer(i)` makes the layers.
@@ -57,7 +58,8 @@ impl Sequence {
         let mut layers = Vec::new();
         super::memory::reserve(&mut layers, n_layers)?;
         for i in 0..n_layers {
-            layers.push(Arc::new(RwLock::new(layer(i)?)));
+            let layer = layer(i)?;
+            layers.push((layer.number, Arc::new(RwLock::new(layer))));
         }
         Ok(Sequence {
             id: 0,
@@ -71,9 +73,9 @@ impl Sequence {
         })
     }
 
-    pub fn new(memory: &Arc<Memory>, config: &Config, layouts: &[Layout]) -> Result<Sequence> {
-        let layer = |i: usize| Layer::new(memory, layouts[i], config.exact_head, config.exact_tail);
-        Sequence::with(memory, layouts.len(), 0, Positions::new(memory)?, layer)
+    pub fn new(memory: &Arc<Memory>, config: &Config, stored: &[(usize, Layout)]) -> Result<Sequence> {
+        let layer = |i: usize| Layer::new(memory, stored[i], config.exact_head, config.exact_tail);
+        Sequence::with(memory, stored.len(), 0, Positions::new(memory)?, layer)
     }
 
     /// The first `n_tokens` tokens (all without) as another sequence.
@@ -168,10 +170,10 @@ impl Sequence {
             layers.push((layer, empty));
         }
         let (first, last) = positions.remove(room, first, last);
+        let tiles = first.div_ceil(TILE)..last / TILE;
         for (mut layer, empty) in layers {
-            if let Some(empty) = empty {
-                let tiles = first.div_ceil(TILE)..last / TILE;
-                layer.empty(tiles.start..tiles.end.max(tiles.start), &empty);
+            if let Some(empty) = empty.filter(|_| !tiles.is_empty()) {
+                layer.empty(tiles.clone(), &empty);
             }
         }
         self.n_removed.store(positions.removed_within(0, len), Relaxed);
@@ -242,11 +244,11 @@ impl Sequence {
     }
 
     fn read_layer(&self, layer: usize) -> Result<RwLockReadGuard<'_, Layer>> {
-        self.layers[layer].try_read().ok_or_else(|| self.being_written(layer))
+        self.layers[layer].1.try_read().ok_or_else(|| self.being_written(layer))
     }
 
     fn being_written(&self, layer: usize) -> Error {
-        Error::Busy(format!("sequence {}: layer {layer} is being written", self.id))
+        Error::Busy(format!("sequence {}: layer {} is being written", self.id, self.layers[layer].0))
     }
 
     /// What a device's kernels are told of a layer.
@@ -272,8 +274,9 @@ impl Sequence {
     }
 
     pub fn write_layer(&self, layer: usize) -> Result<RwLockWriteGuard<'_, Layer>> {
-        let busy = || Error::Busy(format!("sequence {}: layer {layer} is being read or written", self.id));
-        self.layers[layer].try_write().ok_or_else(busy)
+        let busy =
+            || Error::Busy(format!("sequence {}: layer {} is being read or written", self.id, self.layers[layer].0));
+        self.layers[layer].1.try_write().ok_or_else(busy)
     }
 
     pub fn read_positions(&self) -> Result<RwLockReadGuard<'_, Positions>> {
@@ -285,10 +288,11 @@ impl Sequence {
         self.positions.try_write().ok_or_else(busy)
     }
 
-    pub fn read(&self, layer: usize) -> Result<Reader> {
+    /// Shared access to a layer's rows, for one of that layout.
+    pub fn read(&self, layer: usize, layout: Layout) -> Result<Reader> {
         let busy = || self.being_written(layer);
         let positions = self.positions.try_read_arc().ok_or_else(busy)?;
-        Ok(Reader { layer: self.layers[layer].try_read_arc().ok_or_else(busy)?, positions })
+        Ok(Reader { layer: self.layers[layer].1.try_read_arc().ok_or_else(busy)?, positions, layout })
     }
 }
 

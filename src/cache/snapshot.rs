@@ -332,8 +332,9 @@ impl Access {
 // ---- export ---------------------------------------------------------------------------------------------------------
 
 impl Excerpt {
-    fn layers(&self, n_layers: usize) -> Result<Range<usize>> {
-        let first = self.first_layer;
+    /// Which of the layers that have rows.
+    fn layers(&self, cache: &Cache) -> Result<Range<usize>> {
+        let (first, n_layers) = (self.first_layer, cache.layouts.len());
         if first >= n_layers {
             return Err(Error::Argument(format!("first_layer {first}: the cache has {n_layers} layers")));
         }
@@ -341,9 +342,62 @@ impl Excerpt {
         if n > n_layers - first {
             return Err(Error::Argument(format!("n_layers {n} from {first} on: the cache has {n_layers} layers")));
         }
-        Ok(first..first + n)
+        let [start, end] = [first, first + n].map(|at| cache.stored.partition_point(|stored| stored.0 < at));
+        if start == end {
+            return Err(Error::Argument(format!("n_layers {n} from {first} on: expected one with rows of its own")));
+        }
+        Ok(start..end)
     }
 }
+
+/// Some layers of a sequence. Fails unless they have all tokens.
+fn readers(sequence: &Sequence, cache: &Cache, layers: Range<usize>) -> Result<Vec<Reader>> {
+    let mut readers: Vec<Reader> = Vec::new();
+    reserve(&mut readers, layers.len())?;
+    for layer in layers {
+        readers.push(sequence.read(layer, cache.stored[layer].1)?);
+    }
+    // Layers that are to be imported, or appended to, do not have all tokens.
+    let all = sequence.len.load(Relaxed).max(readers.first().map_or(0, Reader::n_tokens));
+    if let Some(reader) = readers.iter().find(|reader| reader.n_tokens() != all) {
+        let (layer, n, id) = (reader.layer.number, reader.n_tokens(), sequence.id);
+        return Err(Error::Argument(format!("layer {layer}: has {n} of the {all} tokens of sequence {id}")));
+    }
+    Ok(readers)
+}
+
+/// See [`Cache::copy`]: what an import of an export would give.
+pub(super) fn copy(from: &Cache, sequence: &Sequence, to: &Cache) -> Result<Sequence> {
+    check_kind(("from_cache", "to_cache"), (from.config.format, from.stored.len()), to)?;
+    for (&(_, theirs), &(number, ours)) in from.stored.iter().zip(&to.stored) {
+        let words = layer_words(&theirs).map(|(_, _, word)| word);
+        check_layer(("from_cache", "to_cache"), &words, &ours, number)?;
+    }
+    let readers = readers(sequence, from, 0..from.stored.len())?;
+    let Some(first) = readers.first() else { return Err(Error::Internal("a cache without layers".into())) };
+    let (memory, len) = (&to.memory, first.n_tokens());
+    Sequence::with(memory, readers.len(), len, first.positions.copy(memory, len)?, |i| {
+        readers[i].layer.copy(memory, to.stored[i], to.config.exact_tail, &first.positions)
+    })
+}
+
+/// Fails unless what comes from elsewhere is of the cache's format and number of layers; `places`: what it is called, and
+/// what the cache is.
+fn check_kind(places: (&str, &str), (format, n_layers): (Format, usize), cache: &Cache) -> Result<()> {
+    differ(places, "format", format, cache.config.format)?;
+    differ(places, "n_layers", n_layers, cache.stored.len())
+}
+
+/// The same of a layer; `words` in the order of [`layer_words`].
+fn check_layer(places: (&str, &str), words: &[u32; 9], layout: &Layout, number: usize) -> Result<()> {
+    for ((_, name, ours), &theirs) in layer_words(layout).into_iter().zip(words) {
+        differ(places, &format!("layer {number}: {name}"), theirs, ours)?;
+    }
+    Ok(())
+}
+
+/// What a stream and its cache are called.
+const STREAM: (&str, &str) = ("the stream", "the cache");
 
 /// See [`Cache::export`].
 pub(super) fn export(
@@ -352,27 +406,17 @@ pub(super) fn export(
     excerpt: &Excerpt,
     write: &mut dyn FnMut(&[u8]) -> i32,
 ) -> Result<()> {
-    let layers = excerpt.layers(cache.layouts.len())?;
-    let mut readers: Vec<Reader> = Vec::new();
-    reserve(&mut readers, layers.len())?;
-    for layer in layers.clone() {
-        readers.push(sequence.read(layer)?);
-    }
+    let layers = excerpt.layers(cache)?;
+    let readers = readers(sequence, cache, layers.clone())?;
     let Some(first) = readers.first() else { return Err(Error::Argument("n_layers 0: expected a layer".into())) };
     let (len, exact_head) = (first.n_tokens(), first.layer.exact_head);
-    // Layers that are to be imported, or appended to, do not have all tokens.
-    let all = sequence.len.load(Relaxed).max(len);
-    if let Some(i) = readers.iter().position(|reader| reader.n_tokens() != all) {
-        let (layer, n, id) = (layers.start + i, readers[i].n_tokens(), sequence.id);
-        return Err(Error::Argument(format!("layer {layer}: has {n} of the {all} tokens of sequence {id}")));
-    }
     let n_runs = if excerpt.known.is_some() { 0 } else { first.positions.runs(len).len() };
     let mut sink = Sink::new(write)?;
     let mut access = Access::new(&cache.memory)?;
     let [a, b] = [0, 4].map(|at| u32::from_le_bytes([MAGIC[at], MAGIC[at + 1], MAGIC[at + 2], MAGIC[at + 3]]));
     let (n, flags) = (layers.len(), if excerpt.known.is_some() { FURTHER } else { 0 });
     let format = format_code(cache.config.format);
-    let head = [a, b, VERSION, format, low(cache.layouts.len()), low(layers.start), low(n), low(exact_head)];
+    let head = [a, b, VERSION, format, low(cache.stored.len()), low(layers.start), low(n), low(exact_head)];
     sink.put(little(head).as_ref())?;
     sink.put(little([low(len), high(len), low(n_runs), high(n_runs), flags, 0, 0]).as_ref())?;
     sink.seal()?;
@@ -547,7 +591,10 @@ pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnM
     for i in first..first + n {
         let place = sequence.write_layer(i)?;
         if place.len > 0 || len == 0 {
-            return Err(Error::Argument(format!("sequence {}: has layer {i} of the stream already", sequence.id)));
+            return Err(Error::Argument(format!(
+                "sequence {}: has layer {} of the stream already",
+                sequence.id, place.number
+            )));
         }
         if place.exact_head != import.header.exact_head {
             let (ours, theirs) = (place.exact_head, import.header.exact_head);
@@ -577,7 +624,7 @@ pub(super) fn import_into(cache: &Cache, sequence: &Sequence, read: &mut dyn FnM
 impl Header {
     /// A layer that is not there yet.
     fn empty(&self, cache: &Cache, layer: usize) -> Result<Layer> {
-        Layer::new(&cache.memory, cache.layouts[layer], self.exact_head, cache.config.exact_tail)
+        Layer::new(&cache.memory, cache.stored[layer], self.exact_head, cache.config.exact_tail)
     }
 
     fn read(source: &mut Source) -> Result<Header> {
@@ -631,8 +678,7 @@ impl<'a, 'b> Import<'a, 'b> {
     fn new(cache: &'a Cache, read: &'b mut dyn FnMut(&mut [u8]) -> i32) -> Result<Import<'a, 'b>> {
         let mut source = Source::new(read)?;
         let header = Header::read(&mut source)?;
-        differ("format", header.format, cache.config.format)?;
-        differ("n_layers", header.n_layers, cache.layouts.len())?;
+        check_kind(STREAM, (header.format, header.n_layers), cache)?;
         if cache.lossless() && header.exact_head > 0 {
             return Err(Error::Corrupt("header: an exact head of rows that are all exact".to_owned()));
         }
@@ -666,12 +712,10 @@ impl<'a, 'b> Import<'a, 'b> {
 
     /// What the next layer begins with: the planes that the receiver has.
     fn start(&mut self, index: usize) -> Result<(usize, usize)> {
-        let (layout, is_further) = (self.cache.layouts[index], self.header.is_further);
+        let ((index, layout), is_further) = (self.cache.stored[index], self.header.is_further);
         let words: [u32; 12] = self.source.words()?;
         self.source.seal(&|| format!("layer {index}"))?;
-        for (at, name, ours) in layer_words(&layout) {
-            differ(&format!("layer {index}: {name}"), words[at], ours)?;
-        }
+        check_layer(STREAM, &layer_words(&layout).map(|(at, ..)| words[at]), &layout, index)?;
         let (k, v) = (words[7] as usize, words[8] as usize);
         let sound = match is_further {
             false => (k, v) == (0, 0),
@@ -692,9 +736,9 @@ impl<'a, 'b> Import<'a, 'b> {
     /// The next layer.
     fn layer(&mut self, index: usize) -> Result<Layer> {
         let (cache, header) = (self.cache, self.header);
-        let layout = cache.layouts[index];
         self.start(index)?;
         let mut layer = header.empty(cache, index)?;
+        let (index, layout) = (layer.number, layer.layout);
         let n_exact = header.exact_head.min(header.len);
         if n_exact > 0 {
             let mut head = layer.head_block()?;
@@ -788,9 +832,9 @@ impl<'a, 'b> Import<'a, 'b> {
         self.note_removed(tile, rows, live)?;
         if kind == EMPTY {
             self.source.seal(&what)?;
-            let empty = layer.empty_page()?;
-            layer.empty(0..0, &empty);
-            return Ok(empty);
+            let page = layer.empty_page()?;
+            layer.empty(0..0, &page);
+            return Ok(page);
         }
         if self.access.device.is_some() && base_rows + TILE * (kind == STORED) as usize > 0 && planes != layout.planes()
         {
@@ -852,8 +896,8 @@ impl<'a, 'b> Import<'a, 'b> {
         }
         let mut grown: Vec<(usize, usize, Planes, Option<Shared>)> = Vec::new();
         for (i, layer) in places.iter_mut().enumerate() {
-            let (index, layout) = (first + i, layer.layout);
-            let known = self.start(index)?;
+            let (index, layout) = (layer.number, layer.layout);
+            let known = self.start(first + i)?;
             for tile in 0..self.header.len.div_ceil(TILE) {
                 let what = || format!("layer {index}, tile {tile}");
                 let rows = TILE.min(self.header.len - tile * TILE);
@@ -921,10 +965,10 @@ fn check_rows(layout: &Layout, block: &[u8], n: usize, rows: Range<usize>, what:
     result.map_err(|error| Error::Corrupt(format!("{}: {error}", what())))
 }
 
-/// Fails where a stream is not of a cache like ours.
-fn differ<T: std::fmt::Debug + PartialEq>(name: &str, theirs: T, ours: T) -> Result<()> {
+/// Fails where what comes from elsewhere is not of a cache like ours.
+fn differ<T: std::fmt::Debug + PartialEq>(places: (&str, &str), name: &str, theirs: T, ours: T) -> Result<()> {
     if theirs == ours {
         return Ok(());
     }
-    Err(Error::Argument(format!("{name} is {theirs:?} in the stream: expected the cache's, {ours:?}")))
+    Err(Error::Argument(format!("{name} is {theirs:?} in {}: expected {}'s, {ours:?}", places.0, places.1)))
 }

@@ -368,7 +368,8 @@ pub unsafe extern "C" fn akv_batch_destroy(batch: *mut akv_batch) -> akv_status 
 
 /// Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
 /// n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
-/// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+/// dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT, and so is a layer that
+/// shares another's rows); without new tokens it does nothing.
 /// All rows are checked first: on error nothing is appended, and the call may be made again.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
@@ -388,6 +389,7 @@ pub unsafe extern "C" fn akv_quantize_kv(
         // SAFETY: the caller's contract.
         let stream = unsafe { batch.owner.context.stream("stream", stream) }?;
         let layer = batch.owner.layer(layer)?;
+        batch.owner.cache.check_stored(layer)?;
         let step = batch.step()?;
         if step.n_new == 0 {
             return Ok(());

@@ -8,7 +8,7 @@ use super::{context, device, guard};
 use crate::Result;
 use crate::backend::cuda::Scratches;
 use crate::cache::{Cache, Config, NanPolicy, Placement};
-use crate::error::collect;
+use crate::error::{collect, reserve};
 use crate::format::{Dtype, Format, MAX_DIM, MAX_GROUP, MAX_LATENT, MAX_LATENT_GROUP, PLANES, Shape, TILE};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex};
@@ -41,7 +41,7 @@ fn dim(name: impl Display, value: i32, max: usize) -> Result<usize> {
     dim.ok_or_else(|| wrong(name, value, format_args!("a multiple of 8 from 16 to {max}")))
 }
 
-fn shape(l: &akv_layer_desc, name: &dyn Display, format: Format, n_layers: usize) -> Result<Shape> {
+fn shape(l: &akv_layer_desc, name: &dyn Display, format: Format) -> Result<Shape> {
     let at = |field| Field(name, ".", field);
     // Bounds that no model comes near, and under which no size overflows.
     let n_kv_heads = within(at("n_kv_heads"), l.n_kv_heads, 1..=4096)? as usize;
@@ -92,13 +92,38 @@ fn shape(l: &akv_layer_desc, name: &dyn Display, format: Format, n_layers: usize
         window: within(at("window"), l.window, 0..=i32::MAX)? as usize,
         v_is_prefix,
     };
-    within(at("share_with"), l.share_with, 0..=n_layers as i32)?;
-    for (field, value) in [("group", l.group), ("share_with", l.share_with)] {
-        if value != 0 {
-            return Err(not_built(at(field), value, 0));
-        }
+    if l.group != 0 {
+        return Err(not_built(at("group"), l.group, 0));
     }
     Ok(shape)
+}
+
+/// Layers that read the rows of others. `all` are as `layers` say.
+fn shares(layers: &[akv_layer_desc], all: &[Shape], name: &str) -> Result<Vec<(usize, usize)>> {
+    let mut shares = Vec::new();
+    reserve(&mut shares, layers.len())?;
+    for (i, l) in layers.iter().enumerate() {
+        let of = format_args!("{name}->layers[{i}]");
+        let at = |field| Field(&of, ".", field);
+        let n = within(at("share_with"), l.share_with, 0..=i as i32)?;
+        let Some(other) = (n as usize).checked_sub(1) else { continue };
+        if layers[other].share_with != 0 {
+            return Err(wrong(at("share_with"), n, "1 + index of a layer with rows of its own"));
+        }
+        let values = |s: &Shape| {
+            let kinds = [s.dtype_k as i32, s.dtype_v as i32, s.v_is_prefix as i32];
+            let sizes = [s.n_kv_heads, s.dim_k, s.dim_v, s.planes_k, s.planes_v].map(|x| x as i32);
+            (sizes, kinds)
+        };
+        let ((sizes, kinds), (sizes_there, kinds_there)) = (values(&all[i]), values(&all[other]));
+        let names = ["n_kv_heads", "dim_k", "dim_v", "planes_k", "planes_v", "dtype_k", "dtype_v", "v_is_prefix_of_k"];
+        let ours = sizes.into_iter().chain(kinds).zip(sizes_there.into_iter().chain(kinds_there));
+        if let Some((field, (ours, there))) = names.into_iter().zip(ours).find(|(_, (ours, there))| ours != there) {
+            return Err(wrong(at(field), ours, format_args!("that of layer {other}, whose rows it shares ({there})")));
+        }
+        shares.push((i, other));
+    }
+    Ok(shares)
 }
 
 /// Tokens kept as given at an end of a sequence.
@@ -163,10 +188,14 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
     };
     let n_layers = within(at("n_layers"), desc.n_layers, 1..=4096)? as usize;
     // SAFETY: the caller's contract.
-    let layers = unsafe { array(desc.layers, n_layers, at("layers")) }?;
-    let layers = layers.iter().enumerate();
-    let layers = layers.map(|(i, l)| shape(l, &format_args!("{name}->layers[{i}]"), format, n_layers));
-    let layers = collect(layers)?;
+    let given = unsafe { array(desc.layers, n_layers, at("layers")) }?;
+    let layers = given.iter().enumerate();
+    let layers = collect(layers.map(|(i, l)| shape(l, &format_args!("{name}->layers[{i}]"), format)))?;
+    let shares = shares(given, &layers, name)?;
+    if let (Some((i, other)), true) = (shares.first(), placement != Placement::Append) {
+        let name = format_args!("{name}->layers[{i}].share_with");
+        return Err(not_built(name, other + 1, "0 with AKV_SLOTS and AKV_ATTACHED"));
+    }
     if let (Some(i), true) = (layers.iter().position(|l| l.v_is_prefix), placement != Placement::Append) {
         return Err(not_built(
             format_args!("{name}->layers[{i}].v_is_prefix_of_k"),
@@ -187,6 +216,7 @@ pub(super) unsafe fn config(desc: &akv_cache_desc, name: &str) -> Result<Config>
         format,
         nan,
         layers,
+        shares,
         max_sequences: if desc.max_sequences == 0 { 65536 } else { desc.max_sequences as usize },
         exact_head: exact_head * lossy,
         exact_tail: exact_tail * lossy,
@@ -330,7 +360,7 @@ mod tests {
             argument(with(change, |_| ()), name);
         }
         type LayerCase = (&'static str, fn(&mut akv_layer_desc));
-        let cases: [LayerCase; 20] = [
+        let cases: [LayerCase; 24] = [
             ("n_kv_heads", |l| l.n_kv_heads = 0),
             ("n_kv_heads", |l| l.n_kv_heads = -2),
             ("n_q_heads", |l| l.n_q_heads = 0),
@@ -350,7 +380,11 @@ mod tests {
             ("window", |l| l.window = -1),
             ("v_is_prefix_of_k", |l| l.v_is_prefix_of_k = 2),
             ("share_with", |l| l.share_with = -1),
-            ("share_with", |l| l.share_with = 3),
+            ("share_with", |l| l.share_with = 2),
+            ("n_kv_heads", |l| (l.share_with, l.n_kv_heads) = (1, 4)),
+            ("dim_v", |l| (l.share_with, l.dim_v) = (1, 32)),
+            ("dtype_k", |l| (l.share_with, l.dtype_k) = (1, AKV_F16)),
+            ("planes_v", |l| (l.share_with, l.planes_v) = (1, 2)),
         ];
         for (name, change) in cases {
             argument(with(|_| (), change), &format!("desc->layers[1].{name} is "));
@@ -365,7 +399,7 @@ mod tests {
     fn what_is_not_built_says_so() {
         let unsupported = |result: Result<Config>| assert!(matches!(result, Err(Error::Unsupported(_))), "{result:?}");
         unsupported(with(|_| (), |l| l.group = 1));
-        unsupported(with(|_| (), |l| l.share_with = 1));
+        unsupported(with(|d| (d.placement, d.n_slots) = (AKV_SLOTS, 8), |l| l.share_with = 1));
         let slots = |d: &mut akv_cache_desc| (d.placement, d.n_slots) = (AKV_SLOTS, 8);
         unsupported(with(slots, |l| l.v_is_prefix_of_k = 1));
     }

@@ -29,6 +29,10 @@ pub(super) fn check_config(config: &Config, name: &str) -> Result<()> {
     if let Some(i) = config.layers.iter().position(|layer| layer.v_is_prefix) {
         return Err(not_built(format_args!("{name}->layers[{i}].v_is_prefix_of_k"), 1, format_args!("0 {on_cuda}")));
     }
+    if let Some((i, other)) = config.shares.first() {
+        let (field, expected) = (format_args!("{name}->layers[{i}].share_with"), format_args!("0 {on_cuda}"));
+        return Err(not_built(field, other + 1, expected));
+    }
     if config.nan != NanPolicy::Error {
         let expected = format_args!("AKV_NAN_ERROR (0) {on_cuda}");
         return Err(not_built(format_args!("{name}->nan_policy"), format_args!("{:?}", config.nan), expected));

@@ -125,7 +125,7 @@ pub unsafe extern "C" fn akv_sequence_remove(
 }
 
 /// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-/// an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+/// an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go by the new positions, which must not descend over the tokens
 /// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
 /// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
 /// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
@@ -154,7 +154,7 @@ pub unsafe extern "C" fn akv_sequence_shift(
         let layouts = cache.cache.layouts();
         // SAFETY: the caller's contract.
         let given = unsafe { array(rope_per_layer, layouts.len(), "rope_per_layer") }?;
-        let ropes = given.iter().zip(layouts).enumerate();
+        let ropes = given.iter().zip(layouts).enumerate().filter(|(layer, _)| cache.cache.home(*layer) == *layer);
         // SAFETY: the caller's contract.
         let ropes = ropes.map(|(i, (r, layout))| unsafe { rope(r, &format!("rope_per_layer[{i}]"), &layout.shape) });
         let ropes = ropes.collect::<Result<Vec<_>>>()?;
@@ -208,7 +208,7 @@ pub unsafe extern "C" fn akv_sequence_length(
 }
 
 /// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
-/// the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+/// the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it. A layer is exported with all its tokens, also those that a begun
 /// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
 /// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
 /// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
@@ -312,6 +312,31 @@ pub unsafe extern "C" fn akv_sequence_import(
             // SAFETY: checked, and the caller's contract.
             unsafe { out.write(sequence) };
         }
+        Ok(())
+    })
+}
+
+/// Copies a sequence into `to_cache` (another one, of any context, or the same), as akv_sequence_import would make it of
+/// all that akv_sequence_export writes, page by page and without the bytes between. Nothing is shared with the original.
+/// On error there is no new sequence.
+///
+/// Errors: as akv_sequence_export and akv_sequence_import; AKV_E_UNSUPPORTED if one of the caches is on CUDA.
+///
+/// # Safety
+/// Pointers must be NULL or valid as described.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn akv_sequence_copy(
+    from_cache: *mut akv_cache,
+    sequence: akv_sequence,
+    to_cache: *mut akv_cache,
+    out: *mut akv_sequence,
+) -> akv_status {
+    guard(|| {
+        let from = CACHES.get(from_cache, "from_cache")?;
+        let to = CACHES.get(to_cache, "to_cache")?;
+        let out = pointer(out, "out")?;
+        // SAFETY: checked, and the caller's contract.
+        unsafe { out.write(from.cache.copy(sequence, &to.cache)?) };
         Ok(())
     })
 }

@@ -240,9 +240,12 @@ pub struct akv_layer_desc {
     /// whose masks say it. On the CPU short windows, up to about 1024 tokens, take less time in AKV_FORMAT_RAW (a cache of
     /// their own), though it reads and keeps more bytes: `cargo bench --bench attention -- windows` measures both.
     pub window: i32,
-    /// Layers whose page tables are shared; 0 (the only one built).
+    /// 0. (Kept for layers that share a page table, which are not built.)
     pub group: i32,
-    /// 1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
+    /// 1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own and the
+    /// same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing layer has no
+    /// pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been appended. AKV_APPEND
+    /// on the CPU only.
     pub share_with: i32,
     /// 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
     /// query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the

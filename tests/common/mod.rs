@@ -153,6 +153,7 @@ impl Single {
             format,
             nan,
             layers: vec![shape],
+            shares: Vec::new(),
             max_sequences: 64,
             exact_head: if lossless { 0 } else { exact_head },
             exact_tail: if lossless { 0 } else { 64 },

@@ -58,9 +58,10 @@ namespace AlignedKV
         public int PlanesV { get; set; }
         /// <summary>Sliding window in positions; 0 = none.</summary>
         public int Window { get; set; }
-        /// <summary>Layers whose page tables are shared.</summary>
+        /// <summary>0.</summary>
         public int Group { get; set; }
-        /// <summary>1 + index of the layer whose rows this one reads; 0 = its own.</summary>
+        /// <summary>1 + index of an earlier layer of the same kind whose rows this one reads (it gets no Append); 0 = its
+        /// own.</summary>
         public int ShareWith { get; set; }
         /// <summary>V is the first DimV channels of K (MLA), and Append gets no V.</summary>
         public bool VIsPrefixOfK { get; set; }

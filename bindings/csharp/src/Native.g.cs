@@ -361,7 +361,7 @@ namespace AlignedKV
 
         /// <summary>
         ///  Adds `delta` to the positions `from_position &lt;= p &lt; to_position` and turns their K accordingly; `rope_per_layer` has
-        ///  an element per layer. Causal visibility and windows go by the new positions, which must not descend over the tokens
+        ///  an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go by the new positions, which must not descend over the tokens
         ///  that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
         ///  again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
         ///  stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
@@ -388,7 +388,7 @@ namespace AlignedKV
 
         /// <summary>
         ///  Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
-        ///  the same bytes from any backend and instruction set. A layer is exported with all its tokens, also those that a begun
+        ///  the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it. A layer is exported with all its tokens, also those that a begun
         ///  batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
         ///  stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
         ///  max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
@@ -428,6 +428,19 @@ namespace AlignedKV
         /// </summary>
         [DllImport(__DllName, EntryPoint = "akv_sequence_import", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
         internal static extern int akv_sequence_import(akv_cache* cache, ulong into, akv_sequence_import_read_delegate read, void* user, ulong* @out);
+
+        /// <summary>
+        ///  Copies a sequence into `to_cache` (another one, of any context, or the same), as akv_sequence_import would make it of
+        ///  all that akv_sequence_export writes, page by page and without the bytes between. Nothing is shared with the original.
+        ///  On error there is no new sequence.
+        ///
+        ///  Errors: as akv_sequence_export and akv_sequence_import; AKV_E_UNSUPPORTED if one of the caches is on CUDA.
+        ///
+        ///  # Safety
+        ///  Pointers must be NULL or valid as described.
+        /// </summary>
+        [DllImport(__DllName, EntryPoint = "akv_sequence_copy", CallingConvention = CallingConvention.Cdecl, ExactSpelling = true)]
+        internal static extern int akv_sequence_copy(akv_cache* from_cache, ulong sequence, akv_cache* to_cache, ulong* @out);
 
         /// <summary>
         ///  Reads tokens `first..first + n` of a sequence back, as attention sees them with all stored planes: exact head rows
@@ -528,7 +541,8 @@ namespace AlignedKV
         /// <summary>
         ///  Appends the step's new tokens in one layer: quantizes `key` `[sum of n_new][n_kv_heads][dim_k]` and `value` `[sum of
         ///  n_new][n_kv_heads][dim_v]` (NULL if the layer's v_is_prefix_of_k is 1), rows sequence by sequence, in the layer's
-        ///  dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT); without new tokens it does nothing.
+        ///  dtypes, K after RoPE. Once per layer and step (a second time is AKV_E_ARGUMENT, and so is a layer that
+        ///  shares another's rows); without new tokens it does nothing.
         ///  All rows are checked first: on error nothing is appended, and the call may be made again.
         ///
         ///  Errors: AKV_E_ARGUMENT, AKV_E_NONFINITE, AKV_E_RANGE, AKV_E_BUSY (attention on the same layer is running).
@@ -856,11 +870,14 @@ namespace AlignedKV
         /// </summary>
         public int window;
         /// <summary>
-        ///  Layers whose page tables are shared; 0 (the only one built).
+        ///  0. (Kept for layers that share a page table, which are not built.)
         /// </summary>
         public int group;
         /// <summary>
-        ///  1 + index of the layer whose KV rows this one reads instead of its own; 0 = its own (the only one built).
+        ///  1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own and the
+        ///  same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing layer has no
+        ///  pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been appended. AKV_APPEND
+        ///  on the CPU only.
         /// </summary>
         public int share_with;
         /// <summary>

@@ -92,6 +92,17 @@ namespace AlignedKV
             return new Sequence(Cache, id);
         }
 
+        /// <summary>The same sequence in another cache.</summary>
+        public unsafe Sequence CopyTo(Cache cache)
+        {
+            ulong id;
+            using (var use = Handle.Hold())
+            using (var to = cache.Handle.Hold())
+                Library.Check(Native.akv_sequence_copy(
+                    (akv_cache*)Handle.Cache, (ulong)(long)use.Value, (akv_cache*)to.Value, &id));
+            return new Sequence(cache, id);
+        }
+
         /// <summary>Keeps the first n tokens.</summary>
         public unsafe void Truncate(long n)
         {
