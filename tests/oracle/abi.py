@@ -25,7 +25,7 @@ Cache = struct("cache", "struct_size:u flags:u format:i placement:i nan_policy:i
 Batch = struct("batch", "struct_size:u n_sequences:u sequences:p n_new:p n_q:p positions:p max_sequences:i max_q:i max_kv:I max_threads:i reserved:i")
 Rows = struct("rows", "data:p stride_row:I stride_head:I dtype:i reserved:i")
 Stats = struct("stats", "bytes_k:U bytes_v:U bytes_scales:U bytes_exact:U planes_k:c5 planes_v:c5 tokens:U dense_rows:U backend:i isa:i path:i reserved:i")
-Attention = struct("attention", "struct_size:u flags:u q:rows out:rows scale:f softcap:f tolerance:f mode:i visibility:i window:i alibi:p sink:p mask:p kv_from:p "
+Attention = struct("attention", "struct_size:u flags:u q:rows out:rows scale:f softcap:f tolerance:f mode:i visibility:i window:i sink_tokens:i reserved:i alibi:p sink:p mask:p kv_from:p "
                    "kv_to:p tree:p lse:p bound:p lse_bound:p estimate:p amplitude:p stats:p threads:p workspace:p workspace_bytes:U stream:p")
 
 
