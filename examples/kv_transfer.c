@@ -12,11 +12,10 @@
  * same logits, bit for bit. What moves is compared with K and V in f16, and what two planes instead of four do to the
  * text and to the loss is measured against attention over the rows as given, in f32.
  *
- * STARTING EARLY. In the last run the cache of two planes goes first, and generation starts with it; four planes follow
- * meanwhile. The decode process keeps the rows of the tokens that it makes, appends them to the finer sequences once
- * these are there, and goes on with those. An export of single planes (akv_export_desc.planes_k and known_k) would save
- * sending the first two again; it is not built yet, so that the prefill process fills two caches, and what moves is the
- * sum of both.
+ * FEWER PLANES. The cache has four digit planes on both sides, and what is sent may have the first two alone: the
+ * decode process then reads no others. In the last run generation starts with them, and the other two follow meanwhile
+ * (akv_export_desc.known_k); once they are there they are added to the sequences, which go on as if they had been
+ * whole.
  *
  * MIT OR Apache-2.0.
  */
@@ -47,16 +46,19 @@ enum {
 
 /* How K and V are kept, on both sides. */
 typedef struct {
-    const char *name;
-    int32_t format, dtype, planes, mode;
+    int32_t format, dtype, mode;
 } scheme;
 
-static const scheme SCHEMES[] = {
-    {"rows as given, f32", AKV_FORMAT_RAW, AKV_F32, 0, AKV_EXACT}, /* what the others are compared with */
-    {"4 planes", AKV_FORMAT_ALIGNED, AKV_F16, 4, AKV_EXPECTED},
-    {"2 planes", AKV_FORMAT_ALIGNED, AKV_F16, 2, AKV_EXPECTED},
-};
-enum { N_SCHEMES = sizeof SCHEMES / sizeof SCHEMES[0], N_RESULTS = N_SCHEMES + 1 };
+static const scheme GIVEN = {AKV_FORMAT_RAW, AKV_F32, AKV_EXACT}; /* what all is compared with */
+static const scheme ALIGNED = {AKV_FORMAT_ALIGNED, AKV_F16, AKV_EXPECTED};
+
+/* Planes that are sent before generation starts, and whether the others follow. */
+static const struct {
+    const char *name;
+    int32_t planes;
+    bool follow;
+} RUNS[] = {{"4 planes", 4, false}, {"2 planes", 2, false}, {"2 planes, then the others", 2, true}};
+enum { N_RUNS = sizeof RUNS / sizeof RUNS[0] };
 
 /* What one process makes of the sequences once they are in its cache. */
 typedef struct {
@@ -100,6 +102,34 @@ static int put(void *user, const void *bytes, size_t n) {
         if (some <= 0) return 1;
         p += some, n -= (size_t)some, w->bytes += (uint64_t)some;
     }
+    return 0;
+}
+
+/* Bytes in memory. */
+typedef struct {
+    char *bytes;
+    size_t n, at, room;
+} memory;
+
+/* akv_write_fn. */
+static int put_memory(void *user, const void *bytes, size_t n) {
+    memory *m = user;
+    if (m->n + n > m->room) {
+        char *more = realloc(m->bytes, m->room = 2 * (m->n + n));
+        if (!more) return 1;
+        m->bytes = more;
+    }
+    memcpy(m->bytes + m->n, bytes, n);
+    m->n += n;
+    return 0;
+}
+
+/* akv_read_fn. */
+static int get_memory(void *user, void *bytes, size_t n) {
+    memory *m = user;
+    if (n > m->n - m->at) return 1;
+    memcpy(bytes, m->bytes + m->at, n);
+    m->at += n;
     return 0;
 }
 
@@ -160,13 +190,8 @@ static void open_kv(kv_cache *kv, const scheme *s) {
     const akv_context_desc machine = {.struct_size = sizeof machine, .abi_version = AKV_ABI_VERSION};
     akv_layer_desc layers[LAYERS];
     for (int i = 0; i < LAYERS; i++) {
-        layers[i] = (akv_layer_desc){.n_q_heads = HEADS,
-                                     .n_kv_heads = KV_HEADS,
-                                     .dim_k = DIM,
-                                     .dtype_k = s->dtype,
-                                     .dtype_v = s->dtype,
-                                     .planes_k = s->planes,
-                                     .planes_v = s->planes};
+        layers[i] = (akv_layer_desc){
+            .n_q_heads = HEADS, .n_kv_heads = KV_HEADS, .dim_k = DIM, .dtype_k = s->dtype, .dtype_v = s->dtype};
     }
     const akv_cache_desc desc = {
         .struct_size = sizeof desc, .format = s->format, .n_layers = LAYERS, .layers = layers, .exact_tail = AKV_NONE};
@@ -278,28 +303,64 @@ static void catch_up(kv_cache *kv, const rows_made *made) {
     free(k);
 }
 
-/* Generates with `coarse` until `fine` is there (after `after` tokens, or when *arrived says so), then with that.
- * Returns how many tokens `coarse` has made. */
-static int generate(kv_cache *coarse, kv_cache *fine, model *m, const uint8_t *first, int after, atomic_bool *arrived,
+/* Digits that follow: read into memory by a thread, so that generation does not wait, and added between two steps. */
+typedef struct {
+    wire *from;
+    memory streams;
+    atomic_bool arrived;
+} follower;
+
+static void *receive_rest(void *user) {
+    follower *f = user;
+    uint64_t n;
+    receive_all(f->from, &n, sizeof n);
+    f->streams.bytes = allocate(n);
+    f->streams.n = n;
+    receive_all(f->from, f->streams.bytes, n);
+    atomic_store(&f->arrived, true);
+    return NULL;
+}
+
+static void add_digits(kv_cache *kv, memory *streams) {
+    for (int i = 0; i < LANES; i++) {
+        for (int l = 0; l < LAYERS; l++) {
+            check(akv_sequence_import(kv->cache, kv->sequences[i], get_memory, streams, NULL), "akv_sequence_import");
+        }
+    }
+}
+
+/* Generates with the first planes, then with all. The decode process (`f`) adds the other digits when they have come;
+ * the prefill process, for comparison, goes on after `after` tokens with the sequences that it had from the start
+ * (`whole`), and appends to them what has been generated. Returns how many tokens were made before. */
+static int generate(kv_cache *kv, model *m, const uint8_t *first, follower *f, kv_cache *whole, int after,
                     continuation *c) {
     uint8_t tokens[LANES];
     rows_made *made = allocate(sizeof *made);
-    kv_cache *kv = coarse;
-    coarse->n = fine->n = LANES;
-    coarse->kept = made;
+    bool all = false;
+    kv->n = LANES;
+    kv->kept = made;
     memcpy(tokens, first, sizeof tokens);
     for (int t = 0; t < GREEDY; t++) {
-        /* One token at least with the coarse cache, and half of them with the fine one. */
-        while (arrived && t == GREEDY / 2 && !atomic_load(arrived)) usleep(1000);
-        if (kv == coarse && (arrived ? t > 0 && atomic_load(arrived) : t == after)) catch_up(kv = fine, made);
+        /* One token at least with the first planes, and half of them with all. */
+        while (f && t == GREEDY / 2 && !atomic_load(&f->arrived)) usleep(1000);
+        if (!all && (f ? t > 0 && atomic_load(&f->arrived) : t == after)) {
+            all = true;
+            kv->kept = NULL;
+            if (f) {
+                add_digits(kv, &f->streams);
+            } else {
+                catch_up(whole, made);
+                kv = whole;
+                kv->n = LANES;
+            }
+        }
         memcpy(c->text[t], tokens, sizeof tokens);
         begin(kv, kv->sequences, LANES, 1, 1);
         model_step(m, tokens, LANES, PROMPT + t, attend, kv, c->logits[t]);
         check(akv_batch_commit(kv->batch), "akv_batch_commit");
-        if (kv == coarse) made->n++;
+        if (!all) made->n++;
         for (int i = 0; i < LANES; i++) tokens[i] = most_likely(c->logits[t] + i * VOCAB);
     }
-    coarse->kept = NULL;
     const int n = made->n;
     free(made);
     return n;
@@ -308,18 +369,21 @@ static int generate(kv_cache *coarse, kv_cache *fine, model *m, const uint8_t *f
 /* ---- prefill: one thread computes layers, one sends them ---- */
 
 typedef struct {
-    kv_cache *kv, *second; /* `second` takes the rows, too (NULL: none), and is what is sent */
-    wire *to;              /* NULL: nothing is sent */
-    int i;                 /* of the sequences */
+    kv_cache *kv;
+    int i;          /* of the sequences */
+    int32_t planes; /* that are sent */
+    wire *to;       /* NULL: nothing is sent */
+    memory *copy;   /* what is sent goes here, too */
     pthread_mutex_t lock;
     pthread_cond_t more;
     int computed; /* layers that can be sent */
     double sent_at[LAYERS], computed_at;
 } prefill;
 
-static void send_layer(kv_cache *kv, int i, int layer, wire *to) {
-    const akv_export_desc part = {.struct_size = sizeof part, .first_layer = layer, .n_layers = 1};
-    check(akv_sequence_export(kv->cache, kv->sequences[i], &part, put, to), "akv_sequence_export");
+/* akv_write_fn: to the socket, and kept. */
+static int put_both(void *user, const void *bytes, size_t n) {
+    prefill *p = user;
+    return put(p->to, bytes, n) || put_memory(p->copy, bytes, n);
 }
 
 static void *send_layers(void *user) {
@@ -328,7 +392,9 @@ static void *send_layers(void *user) {
         pthread_mutex_lock(&p->lock);
         while (p->computed <= l) pthread_cond_wait(&p->more, &p->lock);
         pthread_mutex_unlock(&p->lock);
-        send_layer(p->second ? p->second : p->kv, p->i, l, p->to);
+        const akv_export_desc part = {
+            .struct_size = sizeof part, .first_layer = l, .n_layers = 1, .planes_k = p->planes, .planes_v = p->planes};
+        check(akv_sequence_export(p->kv->cache, p->kv->sequences[p->i], &part, put_both, p), "akv_sequence_export");
         p->sent_at[l] = now();
     }
     return NULL;
@@ -338,7 +404,6 @@ static void *send_layers(void *user) {
 static void attend_prompt(void *user, int layer, int n, const float *q, const float *k, const float *v, float *out) {
     prefill *p = user;
     append_rows(p->kv, layer, n, k, v);
-    if (p->second) append_rows(p->second, layer, n, k, v);
     attend_rows(p->kv, layer, q, out);
     pthread_mutex_lock(&p->lock);
     p->computed = layer + 1;
@@ -348,82 +413,74 @@ static void attend_prompt(void *user, int layer, int n, const float *q, const fl
 
 /* Sequence `i` of the cache, of the first PROMPT tokens of a text. Returns how many layers had been sent when the last
  * one was computed. */
-static int run_prefill(kv_cache *kv, kv_cache *second, model *m, int i, const uint8_t *text, wire *to, float *logits) {
+static int run_prefill(kv_cache *kv, model *m, int i, const uint8_t *text, int32_t planes, wire *to, memory *copy,
+                       float *logits) {
     prefill p = {.kv = kv,
-                 .second = second,
-                 .to = to,
                  .i = i,
+                 .planes = planes,
+                 .to = to,
+                 .copy = copy,
                  .lock = PTHREAD_MUTEX_INITIALIZER,
                  .more = PTHREAD_COND_INITIALIZER};
     pthread_t sender;
-    kv_cache *both[2] = {kv, second};
-    for (int which = 0; which < 2 && both[which]; which++) {
-        check(akv_sequence_create(both[which]->cache, &both[which]->sequences[i]), "akv_sequence_create");
-        begin(both[which], &both[which]->sequences[i], 1, PROMPT, which == 0 ? PROMPT : 0);
-    }
+    check(akv_sequence_create(kv->cache, &kv->sequences[i]), "akv_sequence_create");
+    begin(kv, &kv->sequences[i], 1, PROMPT, PROMPT);
     if (to && pthread_create(&sender, NULL, send_layers, &p)) die("pthread_create");
     model_prefill(m, text, PROMPT, attend_prompt, &p, logits);
     p.computed_at = now();
     int early = 0;
     if (to) pthread_join(sender, NULL);
     for (int l = 0; l < LAYERS; l++) early += to && p.sent_at[l] < p.computed_at;
-    for (int which = 0; which < 2 && both[which]; which++)
-        check(akv_batch_commit(both[which]->batch), "akv_batch_commit");
+    check(akv_batch_commit(kv->batch), "akv_batch_commit");
     return early;
+}
+
+/* The digits that were not sent before, of all sequences: their size, then their streams. */
+static void send_rest(kv_cache *kv, int32_t planes, wire *to) {
+    memory streams = {0};
+    for (int i = 0; i < LANES; i++) {
+        for (int l = 0; l < LAYERS; l++) {
+            const akv_export_desc part = {
+                .struct_size = sizeof part, .first_layer = l, .n_layers = 1, .known_k = planes, .known_v = planes};
+            check(akv_sequence_export(kv->cache, kv->sequences[i], &part, put_memory, &streams), "akv_sequence_export");
+        }
+    }
+    const uint64_t n = streams.n;
+    send_all(to, &n, sizeof n);
+    send_all(to, streams.bytes, n);
+    free(streams.bytes);
 }
 
 /* ---- decode ---- */
 
-static void receive_sequences(kv_cache *kv, wire *w) {
+static void receive_sequences(kv_cache *kv, akv_read_fn read, void *user) {
     for (int i = 0; i < LANES; i++) {
-        check(akv_sequence_import(kv->cache, 0, get, w, &kv->sequences[i]), "akv_sequence_import");
+        check(akv_sequence_import(kv->cache, 0, read, user, &kv->sequences[i]), "akv_sequence_import");
         for (int l = 1; l < LAYERS; l++) {
-            check(akv_sequence_import(kv->cache, kv->sequences[i], get, w, NULL), "akv_sequence_import");
+            check(akv_sequence_import(kv->cache, kv->sequences[i], read, user, NULL), "akv_sequence_import");
         }
     }
 }
 
-typedef struct {
+static void run_decode(bool follow, model *m, const char *texts, wire *w) {
     kv_cache kv;
-    wire *from;
-    atomic_bool arrived;
-} follower;
-
-static void *receive_fine(void *user) {
-    follower *f = user;
-    receive_sequences(&f->kv, f->from);
-    atomic_store(&f->arrived, true);
-    return NULL;
-}
-
-static void run_decode_early(const scheme *coarse, const scheme *fine, model *m, wire *w) {
-    kv_cache kv;
-    follower f = {.from = w};
     uint8_t first[LANES];
-    pthread_t receiver;
-    open_kv(&kv, coarse);
-    open_kv(&f.kv, fine);
-    receive_sequences(&kv, w);
-    receive_all(w, first, sizeof first);
-    if (pthread_create(&receiver, NULL, receive_fine, &f)) die("pthread_create");
     continuation *c = allocate(sizeof *c);
-    const int32_t n = generate(&kv, &f.kv, m, first, 0, &f.arrived, c);
-    pthread_join(receiver, NULL);
+    int32_t n = 0;
+    open_kv(&kv, &ALIGNED);
+    receive_sequences(&kv, get, w);
+    receive_all(w, first, sizeof first);
+    if (follow) {
+        follower f = {.from = w};
+        pthread_t receiver;
+        if (pthread_create(&receiver, NULL, receive_rest, &f)) die("pthread_create");
+        n = generate(&kv, m, first, &f, NULL, 0, c);
+        pthread_join(receiver, NULL);
+        free(f.streams.bytes);
+    } else {
+        go_on(&kv, m, texts, first, c);
+    }
     send_all(w, &n, sizeof n);
-    send_all(w, c, sizeof *c);
-    free(c);
-    close_kv(&kv);
-    close_kv(&f.kv);
-}
-
-static void run_decode(const scheme *s, model *m, const char *texts, wire *w) {
-    kv_cache kv;
-    open_kv(&kv, s);
-    receive_sequences(&kv, w);
-    uint8_t first[LANES];
-    receive_all(w, first, sizeof first);
-    continuation *c = allocate(sizeof *c);
-    go_on(&kv, m, texts, first, c);
     send_all(w, c, sizeof *c);
     free(c);
     close_kv(&kv);
@@ -432,9 +489,9 @@ static void run_decode(const scheme *s, model *m, const char *texts, wire *w) {
 /* ---- what comes of it ---- */
 
 typedef struct {
-    const char *scheme;
+    const char *name;
     double bytes, f16_bytes; /* per text */
-    double loss, loss_difference, se;
+    double loss_difference, se;
     int same_text, same_bits, early; /* of LANES texts; of their logits; of LANES * LAYERS layers */
     double bytes_at_start; /* that had been sent when generation began, and tokens that were generated before */
     int switched;          /* the rest had come; 0: all came first */
@@ -462,74 +519,62 @@ static void compare(const continuation *here, const continuation *there, const c
     r->same_text += same_text;
 }
 
-/* One scheme, on the prefill side. `truth` is the first scheme's, and written if this is it. */
-static result run(const scheme *s, model *m, const char *texts, wire *w, continuation *truth) {
+/* What one process makes of the rows as given. */
+static void run_truth(model *m, const char *texts, continuation *truth) {
     kv_cache kv;
-    result r = {.scheme = s->name, .f16_bytes = 2.0 * 2 * PROMPT * LAYERS * KV_HEADS * DIM};
     float logits[VOCAB];
     uint8_t first[LANES];
-    const bool is_truth = s == &SCHEMES[0];
-    open_kv(&kv, s);
-    w->bytes = 0;
+    open_kv(&kv, &GIVEN);
     for (int i = 0; i < LANES; i++) {
-        r.early += run_prefill(&kv, NULL, m, i, (const uint8_t *)texts + i * CONTEXT, is_truth ? NULL : w, logits);
+        run_prefill(&kv, m, i, (const uint8_t *)texts + i * CONTEXT, 0, NULL, NULL, logits);
         first[i] = most_likely(logits);
     }
-    r.bytes = (double)w->bytes / LANES;
-    continuation *here = is_truth ? truth : allocate(sizeof *here), *there = NULL;
-    if (!is_truth) send_all(w, first, sizeof first);
-    go_on(&kv, m, texts, first, here);
+    go_on(&kv, m, texts, first, truth);
     close_kv(&kv);
-    if (!is_truth) {
-        there = allocate(sizeof *there);
-        receive_all(w, there, sizeof *there);
-        for (int i = 0; i < LANES; i++) compare(here, there, truth, i, &r);
-        free(here);
-    }
-    const double *loss = is_truth ? truth->loss : there->loss;
-    double squares = 0;
-    for (int i = 0; i < LANES; i++) {
-        r.loss += loss[i] / LANES;
-        r.loss_difference += (loss[i] - truth->loss[i]) / LANES;
-    }
-    for (int i = 0; i < LANES; i++) squares += pow(loss[i] - truth->loss[i] - r.loss_difference, 2);
-    r.se = sqrt(squares / (LANES - 1) / LANES);
-    free(there);
-    return r;
 }
 
-/* Two planes first, then four: what both sides generate while the latter arrive, and after. */
-static result run_early(const scheme *coarse, const scheme *fine, model *m, const char *texts, wire *w,
-                        const continuation *truth) {
-    kv_cache kv, second;
+/* One run, on the prefill side. */
+static result run(int which, model *m, const char *texts, wire *w, const continuation *truth) {
+    const int32_t planes = RUNS[which].planes;
+    const bool follow = RUNS[which].follow;
+    kv_cache kv, part; /* `part`: what the decode process has, here */
     result r = {
-        .scheme = "2 planes, then 4", .f16_bytes = 2.0 * 2 * PROMPT * LAYERS * KV_HEADS * DIM, .loss_difference = NAN};
+        .name = RUNS[which].name, .f16_bytes = 2.0 * 2 * PROMPT * LAYERS * KV_HEADS * DIM, .loss_difference = NAN};
     float logits[VOCAB];
     uint8_t first[LANES];
+    memory copy = {0};
     int32_t n;
-    open_kv(&kv, fine);
-    open_kv(&second, coarse);
+    open_kv(&kv, &ALIGNED);
+    open_kv(&part, &ALIGNED);
     w->bytes = 0;
     for (int i = 0; i < LANES; i++) {
-        r.early += run_prefill(&kv, &second, m, i, (const uint8_t *)texts + i * CONTEXT, w, logits);
+        r.early += run_prefill(&kv, m, i, (const uint8_t *)texts + i * CONTEXT, planes, w, &copy, logits);
         first[i] = most_likely(logits);
     }
-    r.bytes_at_start = (double)w->bytes / LANES;
+    r.bytes = r.bytes_at_start = (double)w->bytes / LANES;
     send_all(w, first, sizeof first);
-    for (int i = 0; i < LANES; i++) {
-        for (int l = 0; l < LAYERS; l++) send_layer(&kv, i, l, w);
+    if (follow) {
+        w->bytes = 0;
+        send_rest(&kv, planes, w);
+        r.bytes += (double)w->bytes / LANES;
     }
-    r.bytes = (double)(w->bytes - sizeof first) / LANES;
     continuation *here = allocate(sizeof *here), *there = allocate(sizeof *there);
+    if (planes < 4) receive_sequences(&part, get_memory, &copy);
+    if (!follow) go_on(planes < 4 ? &part : &kv, m, texts, first, here);
     receive_all(w, &n, sizeof n);
     receive_all(w, there, sizeof *there);
-    r.switched = n;
-    generate(&second, &kv, m, first, n, NULL, here);
+    if (follow) generate(&part, m, first, NULL, &kv, r.switched = n, here);
     for (int i = 0; i < LANES; i++) compare(here, there, truth, i, &r);
-    free(here);
-    free(there);
+    if (!follow) {
+        double squares = 0;
+        r.loss_difference = 0;
+        for (int i = 0; i < LANES; i++) r.loss_difference += (there->loss[i] - truth->loss[i]) / LANES;
+        for (int i = 0; i < LANES; i++) squares += pow(there->loss[i] - truth->loss[i] - r.loss_difference, 2);
+        r.se = sqrt(squares / (LANES - 1) / LANES);
+    }
+    free(here), free(there), free(copy.bytes);
     close_kv(&kv);
-    close_kv(&second);
+    close_kv(&part);
     return r;
 }
 
@@ -555,37 +600,38 @@ static const char *number(double x, const char *format, const char *none) {
 static void write_results(const char *stem, const result *rows) {
     FILE *f = create(stem, "json");
     fprintf(f, "[\n");
-    for (int i = 1; i < N_RESULTS; i++) {
+    for (int i = 0; i < N_RUNS; i++) {
         const result *r = &rows[i];
         fprintf(f,
                 " {\"sent\": \"%s\", \"prompt\": %d, \"bytes_per_text\": %.0f, \"f16_bytes_per_text\": %.0f, "
                 "\"share\": %.5g, ",
-                r->scheme, PROMPT, r->bytes, r->f16_bytes, r->bytes / r->f16_bytes);
+                r->name, PROMPT, r->bytes, r->f16_bytes, r->bytes / r->f16_bytes);
         fprintf(f, "\"share_at_start\": %.5g, ", (r->bytes_at_start > 0 ? r->bytes_at_start : r->bytes) / r->f16_bytes);
         fprintf(f, "\"loss_difference\": %s, \"se\": %s, ", number(r->loss_difference, "%.5g", "null"),
                 number(isfinite(r->loss_difference) ? r->se : NAN, "%.5g", "null"));
         fprintf(f,
                 "\"same_logits\": %d, \"same_text\": %d, \"texts\": %d, \"layers_sent_early\": %d, \"layers\": %d}%s\n",
-                r->same_bits, r->same_text, LANES, r->early, LANES * LAYERS, i + 1 < N_RESULTS ? "," : "");
+                r->same_bits, r->same_text, LANES, r->early, LANES * LAYERS, i + 1 < N_RUNS ? "," : "");
     }
     fprintf(f, "]\n");
     fclose(f);
     f = create(stem, "md");
-    fprintf(f,
-            "Written by `make results` (examples/kv_transfer.c): the demo model's KV cache from a prefill process to "
-            "a decode process, over TCP, layer by layer while the next layers are computed. %d texts, prompts of %d "
-            "bytes; then %d tokens are generated greedily, and the texts' own next %d bytes are predicted. \"Same "
-            "logits\": texts whose generated tokens' logits are, bit for bit, those of the prefill process going on "
-            "by itself. \"Same text\" and the loss are against attention over rows as given, in f32, in one process. "
-            "\"2 planes, then 4\": generation starts with two planes and goes on with four when these have come; "
-            "without an export of single planes the first two go twice.\n\n"
-            "| what is sent | bytes per text | of f16 | when generation starts | same logits | same text | loss "
-            "difference, nats per byte |\n"
-            "|---|---|---|---|---|---|---|\n",
-            LANES, PROMPT, GREEDY, REST);
-    for (int i = 1; i < N_RESULTS; i++) {
+    fprintf(
+        f,
+        "Written by `make results` (examples/kv_transfer.c): the demo model's KV cache from a prefill process to a "
+        "decode process, over TCP, layer by layer while the next layers are computed. %d texts, prompts of %d bytes; "
+        "then %d tokens are generated greedily, and the texts' own next %d bytes are predicted. \"Same logits\": "
+        "texts whose generated tokens' logits are, bit for bit, those of the prefill process going on by itself with "
+        "what it has sent. \"Same text\" and the loss are against attention over rows as given, in f32, in one "
+        "process. \"2 planes, then the others\": generation starts with two planes, and goes on with all when the "
+        "rest has come.\n\n"
+        "| what is sent | bytes per text | of f16 | when generation starts | same logits | same text | loss "
+        "difference, nats per byte |\n"
+        "|---|---|---|---|---|---|---|\n",
+        LANES, PROMPT, GREEDY, REST);
+    for (int i = 0; i < N_RUNS; i++) {
         const result *r = &rows[i];
-        fprintf(f, "| %s | %.0f | %.1f%% | %.1f%% | %d of %d | %d of %d | ", r->scheme, r->bytes,
+        fprintf(f, "| %s | %.0f | %.1f%% | %.1f%% | %d of %d | %d of %d | ", r->name, r->bytes,
                 100 * r->bytes / r->f16_bytes,
                 100 * (r->bytes_at_start > 0 ? r->bytes_at_start : r->bytes) / r->f16_bytes, r->same_bits, LANES,
                 r->same_text, LANES);
@@ -625,34 +671,31 @@ int main(int argc, char **argv) {
         return 1;
     }
     if (child == 0) {
-        for (int i = 1; i < N_SCHEMES; i++) run_decode(&SCHEMES[i], m, texts, &w);
-        run_decode_early(&SCHEMES[2], &SCHEMES[1], m, &w);
+        for (int i = 0; i < N_RUNS; i++) run_decode(RUNS[i].follow, m, texts, &w);
         free(texts);
         model_free(m);
         return 0;
     }
-    result rows[N_RESULTS];
+    result rows[N_RUNS];
     continuation *truth = allocate(sizeof *truth);
-    for (int i = 0; i < N_RESULTS; i++) {
-        const bool early = i == N_SCHEMES;
-        rows[i] =
-            early ? run_early(&SCHEMES[2], &SCHEMES[1], m, texts, &w, truth) : run(&SCHEMES[i], m, texts, &w, truth);
+    run_truth(m, texts, truth);
+    for (int i = 0; i < N_RUNS; i++) {
+        rows[i] = run(i, m, texts, &w, truth);
         const result *r = &rows[i];
-        printf("%s: loss difference %s", r->scheme, number(r->loss_difference, "%+.6f", "-"));
-        if (i > 0) {
-            printf(
-                ", %.0f bytes per text (%.1f%% of f16), of %d texts %d with the same logits, %d with the same text; "
-                "%d of %d layers sent before the prompt was done",
-                r->bytes, 100 * r->bytes / r->f16_bytes, LANES, r->same_bits, r->same_text, r->early, LANES * LAYERS);
-        }
-        printf("\n");
+        printf(
+            "%s: %.0f bytes per text (%.1f%% of f16), loss difference %s, of %d texts %d with the same logits, %d with "
+            "the same text; %d of %d layers sent before the prompt was done\n",
+            r->name, r->bytes, 100 * r->bytes / r->f16_bytes, number(r->loss_difference, "%+.6f", "-"), LANES,
+            r->same_bits, r->same_text, r->early, LANES * LAYERS);
         fflush(stdout);
-        if (i == 0) continue;
-        EXPECT(r->same_bits == LANES, "%s: %d of %d texts go on with the same bits", r->scheme, r->same_bits, LANES);
-        if (early) EXPECT(r->switched > 0 && r->switched <= GREEDY / 2, "finer planes after %d tokens", r->switched);
-        if (early) continue;
-        EXPECT(fabs(r->loss_difference) < 1e-3, "%s: loss differs by %g", r->scheme, r->loss_difference);
-        EXPECT(r->bytes <= (SCHEMES[i].planes == 2 ? 0.55 : 1.1) * r->f16_bytes, "%s: %g bytes", r->scheme, r->bytes);
+        EXPECT(r->same_bits == LANES, "%s: %d of %d texts go on with the same bits", r->name, r->same_bits, LANES);
+        EXPECT(r->bytes_at_start <= (RUNS[i].planes == 2 ? 0.55 : 1.1) * r->f16_bytes, "%s: %g bytes", r->name,
+               r->bytes_at_start);
+        if (RUNS[i].follow) {
+            EXPECT(r->switched > 0 && r->switched <= GREEDY / 2, "the rest after %d tokens", r->switched);
+        } else {
+            EXPECT(fabs(r->loss_difference) < 1e-3, "%s: loss differs by %g", r->name, r->loss_difference);
+        }
     }
     int status;
     if (waitpid(child, &status, 0) != child || status != 0) {
