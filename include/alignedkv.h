@@ -287,10 +287,10 @@ typedef struct akv_layer_desc {
     int32_t window;
     // 0. (Kept for layers that share a page table, which are not built.)
     int32_t group;
-    // 1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own and the
-    // same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing layer has no
-    // pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been appended. AKV_APPEND
-    // on the CPU only.
+    // 1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own
+    // and the same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing
+    // layer has no pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been
+    // appended. AKV_APPEND on the CPU only.
     int32_t share_with;
     // 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
     // query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the
@@ -528,8 +528,8 @@ typedef struct akv_attention_desc {
     // head h, after the cap, is added alibi_slopes[h] times the distance, the token's position less the query row's;
     // NULL = nothing. Not for AKV_FORMAT_PUBLISHED.
     const float *alibi_slopes;
-    // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
-    // merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
+    // `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of
+    // parts that are to be merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
     const float *sink_logits;
     // For akv_slots_attention: who sees what; NULL = every row sees all cells of its span.
     const struct akv_mask *mask;
@@ -674,12 +674,12 @@ akv_status akv_sequence_fork(struct akv_cache *cache, akv_sequence sequence, int
 // while it is in a begun batch.
 akv_status akv_sequence_truncate(struct akv_cache *cache, akv_sequence sequence, int64_t n_tokens);
 
-// Takes the memory that `n_tokens` more tokens need, in all layers or in none: until they have been committed, steps of
-// them, of any size, do not fail with AKV_E_CAPACITY (but for the batch's bounds) or for want of pages. akv_cache_usage
-// counts it. Aborted steps leave it in place; akv_sequence_truncate, to any length, and akv_sequence_destroy give back
-// what is left of it. Less than there is already changes nothing. What else takes memory (positions that do not follow
-// each other, attention, forks, akv_sequence_shift) is not provided for, and forks may hold on to rows that would have gone back to
-// it: reserve again after a fork.
+// Takes the memory that `n_tokens` more tokens need, in all layers or in none: until they have been committed, steps
+// of them, of any size, do not fail with AKV_E_CAPACITY (but for the batch's bounds) or for want of pages.
+// akv_cache_usage counts it. Aborted steps leave it in place; akv_sequence_truncate, to any length, and
+// akv_sequence_destroy give back what is left of it. Less than there is already changes nothing. What else takes
+// memory (positions that do not follow each other, attention, forks, akv_sequence_shift) is not provided for, and
+// forks may hold on to rows that would have gone back to it: reserve again after a fork.
 //
 // Errors: AKV_E_ARGUMENT, AKV_E_BUSY (in a begun batch, or read), AKV_E_CAPACITY, AKV_E_MEMORY, AKV_E_UNSUPPORTED on CUDA.
 akv_status akv_sequence_reserve(struct akv_cache *cache,
@@ -697,11 +697,12 @@ akv_status akv_sequence_remove(struct akv_cache *cache,
                                int64_t to_position);
 
 // Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-// an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go by the new positions, which must not descend over the tokens
-// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
-// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
-// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
-// that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+// an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go
+// by the new positions, which must not descend over the tokens that have not been removed. Rows that are kept as given
+// are turned, rounded to the layer's dtype, and count as given again; others are decoded, turned and encoded anew,
+// with an error that every later certificate contains. Other tokens stay as they are, but for those that share a tile
+// of 128 with some that turn: they may be encoded anew, too. Pages that forks share are copied first, all or nothing.
+// Takes a tile of K in binary32 of the process's heap.
 //
 // Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
 // AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
@@ -716,12 +717,12 @@ akv_status akv_sequence_shift(struct akv_cache *cache,
 // committed tokens. Those that have been removed count, since others keep their indices.
 akv_status akv_sequence_length(const struct akv_cache *cache, akv_sequence sequence, int32_t layer, int64_t *out);
 
-// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
-// the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it. A layer is exported with all its tokens, also those that a begun
-// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
-// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
-// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
-// work of the CUDA context.
+// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and
+// checksums: the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it.
+// A layer is exported with all its tokens, also those that a begun batch has appended: so layers can be sent, one call
+// each, while the next ones are still computed. `write` takes the stream in order, in pieces; only 64 KiB of the
+// process's heap are taken meanwhile (and a page with CUDA), nothing of max_bytes: a full cache can be swapped out.
+// The sequence is read until the call ends. On CUDA the call waits for all work of the CUDA context.
 //
 // With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
 // others: its certificates include what is missing. An export with known_k and known_v has the digits that such a
@@ -946,9 +947,9 @@ akv_status akv_slots_attention(struct akv_cache *cache,
                                int32_t n_spans,
                                const struct akv_attention_desc *desc);
 
-// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
-// `max_kv` cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number
-// of query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
+// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to `max_kv`
+// cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number of
+// query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
 akv_status akv_slots_workspace(const struct akv_cache *cache,
                                int64_t max_kv,
                                int32_t max_threads,
@@ -963,11 +964,11 @@ akv_status akv_slots_workspace(const struct akv_cache *cache,
 // Threads: a mask is used by any number of attention calls at once, or set by one call; otherwise AKV_E_BUSY.
 akv_status akv_mask_create(struct akv_context *context, int64_t max_rows, int64_t max_kv, struct akv_mask **out);
 
-// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next
-// (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
-// if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
-// layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
-// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
+// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next (0
+// = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
+// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
+// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
+// size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
 // and akv_poll tells of them.
 akv_status akv_mask_set(struct akv_mask *mask,
                         int64_t first_row,

@@ -75,12 +75,12 @@ pub unsafe extern "C" fn akv_sequence_truncate(
     guard(|| CACHES.get(cache, "cache")?.cache.truncate(sequence, count("n_tokens", n_tokens)?))
 }
 
-/// Takes the memory that `n_tokens` more tokens need, in all layers or in none: until they have been committed, steps of
-/// them, of any size, do not fail with AKV_E_CAPACITY (but for the batch's bounds) or for want of pages. akv_cache_usage
-/// counts it. Aborted steps leave it in place; akv_sequence_truncate, to any length, and akv_sequence_destroy give back
-/// what is left of it. Less than there is already changes nothing. What else takes memory (positions that do not follow
-/// each other, attention, forks, akv_sequence_shift) is not provided for, and forks may hold on to rows that would have gone back to
-/// it: reserve again after a fork.
+/// Takes the memory that `n_tokens` more tokens need, in all layers or in none: until they have been committed, steps
+/// of them, of any size, do not fail with AKV_E_CAPACITY (but for the batch's bounds) or for want of pages.
+/// akv_cache_usage counts it. Aborted steps leave it in place; akv_sequence_truncate, to any length, and
+/// akv_sequence_destroy give back what is left of it. Less than there is already changes nothing. What else takes
+/// memory (positions that do not follow each other, attention, forks, akv_sequence_shift) is not provided for, and
+/// forks may hold on to rows that would have gone back to it: reserve again after a fork.
 ///
 /// Errors: AKV_E_ARGUMENT, AKV_E_BUSY (in a begun batch, or read), AKV_E_CAPACITY, AKV_E_MEMORY, AKV_E_UNSUPPORTED on CUDA.
 ///
@@ -125,11 +125,12 @@ pub unsafe extern "C" fn akv_sequence_remove(
 }
 
 /// Adds `delta` to the positions `from_position <= p < to_position` and turns their K accordingly; `rope_per_layer` has
-/// an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go by the new positions, which must not descend over the tokens
-/// that have not been removed. Rows that are kept as given are turned, rounded to the layer's dtype, and count as given
-/// again; others are decoded, turned and encoded anew, with an error that every later certificate contains. Other tokens
-/// stay as they are, but for those that share a tile of 128 with some that turn: they may be encoded anew, too. Pages
-/// that forks share are copied first, all or nothing. Takes a tile of K in binary32 of the process's heap.
+/// an element per layer; those of layers that share another's rows are not looked at. Causal visibility and windows go
+/// by the new positions, which must not descend over the tokens that have not been removed. Rows that are kept as given
+/// are turned, rounded to the layer's dtype, and count as given again; others are decoded, turned and encoded anew,
+/// with an error that every later certificate contains. Other tokens stay as they are, but for those that share a tile
+/// of 128 with some that turn: they may be encoded anew, too. Pages that forks share are copied first, all or nothing.
+/// Takes a tile of K in binary32 of the process's heap.
 ///
 /// Errors: AKV_E_ARGUMENT (rope, positions that would descend or overflow), AKV_E_BUSY, AKV_E_MEMORY, AKV_E_CAPACITY;
 /// AKV_E_UNSUPPORTED on CUDA and with AKV_FORMAT_PUBLISHED.
@@ -207,12 +208,12 @@ pub unsafe extern "C" fn akv_sequence_length(
     })
 }
 
-/// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and checksums:
-/// the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it. A layer is exported with all its tokens, also those that a begun
-/// batch has appended: so layers can be sent, one call each, while the next ones are still computed. `write` takes the
-/// stream in order, in pieces; only 64 KiB of the process's heap are taken meanwhile (and a page with CUDA), nothing of
-/// max_bytes: a full cache can be swapped out. The sequence is read until the call ends. On CUDA the call waits for all
-/// work of the CUDA context.
+/// Writes a sequence, or the part of it that `desc` names (NULL = all of it), as a byte stream with version and
+/// checksums: the same bytes from any backend and instruction set. Layers that share another's rows add nothing to it.
+/// A layer is exported with all its tokens, also those that a begun batch has appended: so layers can be sent, one call
+/// each, while the next ones are still computed. `write` takes the stream in order, in pieces; only 64 KiB of the
+/// process's heap are taken meanwhile (and a page with CUDA), nothing of max_bytes: a full cache can be swapped out.
+/// The sequence is read until the call ends. On CUDA the call waits for all work of the CUDA context.
 ///
 /// With planes_k and planes_v only the first digits of closed tiles are exported, and what is made from them reads no
 /// others: its certificates include what is missing. An export with known_k and known_v has the digits that such a

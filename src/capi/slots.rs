@@ -479,9 +479,9 @@ pub unsafe extern "C" fn akv_slots_attention(
     })
 }
 
-/// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to
-/// `max_kv` cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number
-/// of query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
+/// Size and alignment of the workspace that akv_slots_attention can do with, in any layer, over spans of up to `max_kv`
+/// cells and on up to `max_threads` threads (0 = the context's; not used on CUDA). It does not depend on the number of
+/// query rows: on CUDA they take turns, 64 at once, or 1024 where all read every digit.
 ///
 /// # Safety
 /// Pointers must be NULL or valid as described.
@@ -552,11 +552,11 @@ pub unsafe extern "C" fn akv_mask_create(
     })
 }
 
-/// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next
-/// (0 = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes`
-/// if there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per
-/// layer: whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the
-/// mask's size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
+/// Sets rows `first_row..first_row + rows` of a mask from f16 `[rows][n_kv]`, `stride` bytes from a row to the next (0
+/// = contiguous): -inf hides a cell, any other value is added to its score, times the query head's `alibi_slopes` if
+/// there are any. Cells from `n_kv` on are hidden. The values are copied. Do it once per graph, not once per layer:
+/// whole tiles that a row does not see are skipped. AKV_E_ARGUMENT for NaN and +inf, AKV_E_CAPACITY beyond the mask's
+/// size, AKV_E_MEMORY (the first time that something is added); nothing is set then. On CUDA NaN and +inf hide a cell,
 /// and akv_poll tells of them.
 ///
 /// # Safety

@@ -242,10 +242,10 @@ pub struct akv_layer_desc {
     pub window: i32,
     /// 0. (Kept for layers that share a page table, which are not built.)
     pub group: i32,
-    /// 1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own and the
-    /// same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing layer has no
-    /// pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been appended. AKV_APPEND
-    /// on the CPU only.
+    /// 1 + index of an earlier layer whose KV rows this one reads; 0 = its own. That layer must have rows of its own
+    /// and the same n_kv_heads, dims, dtypes, planes and v_is_prefix_of_k; n_q_heads and window may differ. A sharing
+    /// layer has no pages: akv_quantize_kv is not called for it, and it may attend once the other's rows have been
+    /// appended. AKV_APPEND on the CPU only.
     pub share_with: i32,
     /// 1: V is the first dim_v channels of K (MLA: K is the latent row with the RoPE channels behind it, q the absorbed
     /// query). K is stored once, akv_quantize_kv takes no value, dtype_v and planes_v are 0 or K's. Attention takes the
@@ -503,8 +503,8 @@ pub struct akv_attention_desc {
     /// head h, after the cap, is added alibi_slopes[h] times the distance, the token's position less the query row's;
     /// NULL = nothing. Not for AKV_FORMAT_PUBLISHED.
     pub alibi_slopes: *const f32,
-    /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of parts that are to be
-    /// merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
+    /// `[n_q_heads]`: score of a token more, whose value is 0; NULL = none. Device memory on CUDA. It counts in lse: of
+    /// parts that are to be merged, give it to one. Not for AKV_FORMAT_PUBLISHED.
     pub sink_logits: *const f32,
     /// For akv_slots_attention: who sees what; NULL = every row sees all cells of its span.
     pub mask: *const akv_mask,
