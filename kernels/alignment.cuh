@@ -11,7 +11,7 @@ struct TileError {
     DEVICE float bound(i32 planes) const { return worst * (left(planes) + slack) + q_worst + bend; }
     DEVICE float rms(i32 planes) const {
         float left_out = rough * (left(planes) * 0.5773503f);
-        return sqrt_rn(left_out * left_out + q_rms * q_rms);
+        return sqrt_fast(left_out * left_out + q_rms * q_rms);
     }
     // Of a score from K as the caller has it.
     DEVICE float bound_of_rows() const { return worst * slack + bend; }
@@ -51,26 +51,22 @@ struct Share {
     }
 };
 
-// A token with weight e and V scale vs reads 1 + #(e * (vs + offset_k) > k) planes of K, and of V none if
-// e * (vs + offset_v) <= v[0], else #(e * vs > v) and at least 1.
+// A token with weight e and V scale vs reads the planes whose thresholds its products exceed: e * (vs + offset_k) * by_k for
+// K; e * vs * by_v for V, and e * (vs + offset_v) * by_v whether there is any. Over several heads the largest products count.
 struct Thresholds {
-    float k[PLANES - 1], v[PLANES], offset_k, offset_v;
+    float by_k, by_v;  // such that a product of 1 is the second plane's threshold
 
-    DEVICE Thresholds(const Share &share, const TileError &e, float mean) : offset_k(share.offset_k()), offset_v(share.offset_v(mean)) {
-        float scaled = share.scaled * exp(-share.slack(e));
-        for (i32 p = 0; p < PLANES - 1; p++) k[p] = div_rn(scaled, share.error_k(e, p + 1));
-        for (i32 p = 0; p < PLANES; p++) v[p] = div_rn(scaled, share.error_v(p));
+    DEVICE Thresholds(const Share &share, const TileError &e) {
+        const float scaled = share.scaled * exp(-share.slack(e));
+        by_k = share.error_k(e, 1) * inverse_fast(scaled), by_v = share.error_v(1) * inverse_fast(scaled);
     }
-    DEVICE i32 planes_k(float e, float vs) const {
-        float x = e * (vs + offset_k);
-        return 1 + (x > k[0]) + (x > k[1]) + (x > k[2]);
-    }
-    DEVICE i32 planes_v(float e, float vs) const {
-        float x = e * vs;
-        return (e * (vs + offset_v) > v[0]) + (x > v[1]) + (x > v[2]) + (x > v[3]);
+    DEVICE static i32 planes_k(float x) { return 1 + (x > 1.0f) + (x > left(1) / left(2)) + (x > left(1) / left(3)); }
+    DEVICE static i32 planes_v(float x, float any) {
+        return (any > left(1) / left(0)) + (x > 1.0f) + (x > left(1) / left(2)) + (x > left(1) / left(3));
     }
 };
 
+constexpr float LOG2_E = 1.442695041f;
 constexpr double LOOSE = 60.0;  // score errors beyond this are not summed: the hull says more
 constexpr float LOWEST = -3.402823466e38f;
 
@@ -79,13 +75,6 @@ DEVICE double larger(double a, double b) { return a > b ? a : b; }
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
 DEVICE_CALL double grow_of(double x) { return expm1(x); }
-
-// What a token's sums are multiplied with: for `spread` and `square`.
-DEVICE float spread_of(float bound) { return float(grow_of(bound < float(LOOSE) ? double(bound) : LOOSE)); }
-DEVICE float square_of(float rms) {
-    float x = rms * (PEAK / 2.0f), y = x * x;
-    return y < 1e30f ? y : 1e30f;
-}
 
 DEVICE Sums no_sums(float max) {
     Sums s = {};

@@ -174,8 +174,8 @@ def tile_loop(kernel, code, labels):
                 left += before[j]
     products = {i for i in state if "IMMA" in code[i]}
     around = sorted((loop for loop in loops.values() if products and products <= loop), key=len)
-    if len(around) != 2 or any(loop < around[1] and loop != around[0] for loop in loops.values()):
-        sys.exit(f"kernels: {kernel} is no loop over tiles with one over heads in it: it cannot be counted")
+    if len(around) != 3 or any(loop < around[1] and loop != around[0] for loop in loops.values()):
+        sys.exit(f"kernels: {kernel} is no loop over splits with one over tiles and one over heads in it: it cannot be counted")
     return len(around[1])
 
 

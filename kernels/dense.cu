@@ -394,7 +394,7 @@ DEVICE void dense_split(const AttendParams &p) {
         }
         if (n_exact) atomic_add(&stats->tokens_exact, u64(n_exact));
         if (n_attached) atomic_add(&stats->tokens_attached, u64(n_attached));
-        if (thread() == 0 && u.split == 0 && block_y() == 0) atomic_add(&stats->rows[PATH_DENSE], u64(team.n));
+        if (thread() == 0 && u.split == 0 && block_x() == 0) atomic_add(&stats->rows[PATH_DENSE], u64(team.n));
     }
     sync_block();
     UNROLLED

@@ -76,11 +76,29 @@ DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+// c += a * b: 16 x 16 by 16 x 8 of f16, two in a word (the same, "mma.m16n8k16").
+DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // The same, and known to be global memory: what was an integer does not tell.
 template <class T>
 DEVICE T *global(T *p) {
     __builtin_assume(__isGlobal(p));
     return p;
+}
+
+// Copies to shared memory that go on while the thread does; it sees its own copies once it has waited. `commit` ends a group
+// of them, `wait<n>` waits until at most n groups are under way.
+using Near = u32;  // an address of shared memory
+DEVICE Near near(const void *p) { return u32(__cvta_generic_to_shared(p)); }
+DEVICE void copy_async(Near to, const uint4 *from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
+DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <i32 n>
+DEVICE void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
 // Of memory that nobody writes while the kernel runs.
@@ -106,6 +124,18 @@ DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float sqrt_rn(float x) { return __fsqrt_rn(x); }
+
+// Two f16 in a word: of floats, and their products with a plus b.
+DEVICE u32 halves(float low, float high) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+DEVICE u32 fma_halves(u32 x, u32 a, u32 b) {
+    u32 y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(a), "r"(b));
+    return y;
+}
 
 // Within 2 units in the last place; what is below the smallest normal number is 0.
 DEVICE float exp2_fast(float x) {

@@ -8,20 +8,22 @@
 
 namespace akv {
 
-// Words of a digit row that belong to this lane, zeros beyond its end.
+// Words of a digit row that belong to this lane, zeros beyond its end. `near`: they are in shared memory.
 template <i32 S>
-DEVICE void load_words(const u8 *row, i32 half, u32 (&w)[S]) {
+DEVICE void load_words(const u8 *row, i32 half, u32 (&w)[S], bool near = false) {
     const i32 t = lane() % 4;
     if (S % 4 == 0 && half == 16 * S) {
         UNROLLED
         for (i32 s = 0; s < S; s += 4) {
-            const uint4 x = *global(reinterpret_cast<const uint4 *>(row + 4 * (S * t + s)));
+            const uint4 *const from = reinterpret_cast<const uint4 *>(row + 4 * (S * t + s));
+            const uint4 x = near ? *from : *global(from);
             w[s] = x.x, w[(s + 1) % S] = x.y, w[(s + 2) % S] = x.z, w[(s + 3) % S] = x.w;
         }
     } else if (S % 2 == 0 && half == 16 * S) {
         UNROLLED
         for (i32 s = 0; s < S; s += 2) {
-            const uint2 x = *global(reinterpret_cast<const uint2 *>(row + 4 * (S * t + s)));
+            const uint2 *const from = reinterpret_cast<const uint2 *>(row + 4 * (S * t + s));
+            const uint2 x = near ? *from : *global(from);
             w[s] = x.x, w[(s + 1) % S] = x.y;
         }
     } else {
@@ -47,13 +49,14 @@ struct Fold {
     // Of head first + lane / 8.
     float worst, rough, peak, own_step;
 
-    DEVICE Fold(const Queries &q, const Tile &tile, i32 first) {
+    // `near`: the tile's scales are in shared memory.
+    DEVICE Fold(const Queries &q, const Tile &tile, i32 first, bool near = false) {
         // Of two lanes with a head's two digits, one folds the channels of the low nibbles, and one those of the high
         // ones; then each has the other's digits of its kind.
         const i32 t = lane() % 4, odd = lane() / 4 % 2;
         const float *of_head = q.part(first + lane() / 8, odd, t);
         u32 scales[S];
-        load_words<S>(tile.k_scales + odd * tile.half_k, tile.half_k, scales);
+        load_words<S>(tile.k_scales + odd * tile.half_k, tile.half_k, scales, near);
         float f[S][4];
         peak = worst = rough = 0.0f;
         UNROLLED

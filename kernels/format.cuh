@@ -97,14 +97,6 @@ struct Tile {
         v_mean = next(s.dim_v);
         meta = next(META_BYTES);
     }
-    // Of one in a page at address 0: the same in another page.
-    DEVICE Tile in(u64 page) const {
-        Tile tile = *this;
-        auto move = [=](u8 *&array) { array = reinterpret_cast<u8 *>(reinterpret_cast<u64>(array) + page); };
-        move(tile.k0), move(tile.k_rest), move(tile.v), move(tile.k_scales), move(tile.v_scales), move(tile.v_mean), move(tile.meta);
-        return tile;
-    }
-
     // Word j of a token's plane-0 row.
     DEVICE u8 *k0_word(i32 row, i32 j) const { return k0 + row / LANES * LANES * half_k + j * 4 * LANES + row % LANES * 4; }
     DEVICE u8 *k_word(i32 row, i32 plane, i32 j) const {
@@ -121,15 +113,6 @@ struct Tile {
         *reinterpret_cast<float *>(meta + 4) = slack;
     }
 };
-
-// The first digits of channels 4j.. (high: of those half a row on), as integers.
-DEVICE void prefixes(const u8 *first, i32 stride, i32 planes, bool high, u32 (&prefix)[4]) {
-    for (i32 i = 0; i < 4; i++) prefix[i] = 0;
-    for (i32 p = 0; p < planes; p++) {
-        u32 word = *reinterpret_cast<const u32 *>(first + p * stride) >> (high ? 4 : 0);
-        for (i32 i = 0; i < 4; i++) prefix[i] = prefix[i] << 4 | (word >> 8 * i & 15);
-    }
-}
 
 DEVICE i32 size_of_dtype(i32 dtype) { return dtype == F32 ? 4 : 2; }
 

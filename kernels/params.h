@@ -204,6 +204,8 @@ struct AttendParams {
     i32 layer;
     i32 first_row;  // of the caller's, for faults
     i32 n_rows;
+    i32 blocks;  // most of a unit in the scan and in the second phase: each takes its turns at the splits. No result depends on it
+    i32 reserved;
 };
 
 enum { MODE_EXPECTED = 0, MODE_GUARANTEED = 1 };
@@ -315,7 +317,7 @@ struct PokeParams {
 static_assert(sizeof(Shape) == 40 && sizeof(Rows) == 32 && sizeof(View) == 56, "");
 static_assert(sizeof(QueryRow) == 24 && sizeof(Append) == 72 && sizeof(EncodeParams) == 128, "");
 static_assert(sizeof(Fault) == 40 && sizeof(Scanned) == 48 && sizeof(Partial) == 24, "");
-static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 384 && sizeof(Stats) == 160, "");
+static_assert(sizeof(Sums) == 72 && sizeof(AttendParams) == 392 && sizeof(Stats) == 160, "");
 static_assert(sizeof(MergeParams) == 3128 && sizeof(State) == 48 && sizeof(DequantizeParams) == 264, "");
 static_assert(sizeof(CellWrite) == 264 && sizeof(WriteParams) == 3288 && sizeof(AdoptParams) == 72, "");
 static_assert(sizeof(MaskParams) == 64 && sizeof(SpansParams) == 1112, "");

@@ -105,7 +105,7 @@ KERNEL(akv_published_scores, ATTEND_THREADS, 4, AttendParams) {
         if (lane() == 0) {
             atomic_add(&stats->tokens, n);
             atomic_add(&stats->bytes_k, bits * n / 8);
-            if (block_y() == 0) atomic_add(&stats->rows[PATH_PUBLISHED], u64(1));
+            if (block_x() == 0) atomic_add(&stats->rows[PATH_PUBLISHED], u64(1));
         }
     }
     const Stretch some(u);
@@ -261,7 +261,7 @@ KERNEL(akv_published_values, ATTEND_THREADS, 4, AttendParams) {
         u.sums(u.split, h) = sums;
     }
     if (p.stats && bits_read) atomic_add(&reinterpret_cast<Stats *>(p.stats)->bytes_v, bits_read * u64(s.dim_v) / 8);
-    leave(u, m.flag);
+    leave(u, m.flag, 1);
 }
 
 }  // namespace akv

@@ -34,11 +34,68 @@ DEVICE void multiply(const uint4 *words, const Fold<S> &fold, i32 (&sums)[4]) {
     }
 }
 
+// What a warp scans of a tile, on its way from memory: plane 0 in groups of 32 tokens, and the scales with the first group.
+// Where a group has been read, that of the tile after it follows. Copies are of whole lines: lane l has every 32nd piece of
+// 16 bytes. Pieces of the four lanes of a quad lie in different banks (`place`).
+template <i32 S>
+struct Ring {
+    static constexpr i32 PIECES = 32 * S, SCALES = 2 * S + TILE / 16 + 1;  // of a group; of the scales of K and V and the rest
+    uint4 *pieces;
+
+    DEVICE Ring(float *scratch) : pieces(reinterpret_cast<uint4 *>(scratch + ATTEND_WARPS * TILE) + warp() * (4 * PIECES + SCALES)) {}
+    // Piece i of a group: 4 of each word, which is of 16 tokens.
+    DEVICE static i32 place(i32 i) { return i ^ (i % (16 * S) / (4 * S)) << 1; }
+    DEVICE u8 *scales() const { return reinterpret_cast<u8 *>(pieces + 4 * PIECES); }
+
+    // Where a lane's pieces of a tile come from.
+    struct Source {
+        const uint4 *words, *scales;
+
+        DEVICE Source(const Shape &shape, u64 page, i32 kv_head) {
+            const Tile tile(shape, page, kv_head);
+            const i32 i = lane();
+            words = page ? reinterpret_cast<const uint4 *>(tile.k0) + i : nullptr;
+            scales = reinterpret_cast<const uint4 *>(i < 2 * S ? tile.k_scales + 16 * i : i < SCALES - 1 ? tile.v_scales + 16 * (i - 2 * S) : tile.meta);
+        }
+    };
+    DEVICE void ask(const Source &from, i32 group) const {
+        if (from.words) {
+            UNROLLED
+            for (i32 s = 0; s < S; s++) {
+                // place(32 * s + lane), which stays within the 32.
+                const i32 at = lane() ^ (32 * s + lane()) % (16 * S) / (4 * S) << 1;
+                copy_async(near(pieces) + 16 * at + 16 * (group * PIECES + 32 * s), from.words + group * PIECES + 32 * s);
+            }
+            if (group == 0 && lane() < SCALES) copy_async(near(pieces) + 16 * (4 * PIECES + lane()), from.scales);
+        }
+        commit();
+    }
+    // A whole tile, in place of what is there.
+    DEVICE void ask(const Source &from) const {
+        wait<0>();
+        sync_warp();
+        ROLLED
+        for (i32 group = 0; group < 4; group++) ask(from, group);
+    }
+    // Waits for a group; then nobody may still read what it took the place of.
+    DEVICE void arrive() const {
+        wait<3>();
+        sync_warp();
+    }
+    // This lane's words of a group, four tokens' each.
+    DEVICE void take(i32 group, uint4 (&to)[S]) const {
+        const i32 quad = lane() / 4, first = (quad >> 2) * 16 * S + 4 * S * (lane() % 4) + (quad & 3);
+        UNROLLED
+        for (i32 s = 0; s < S; s++) to[s] = pieces[group * PIECES + place(first + 4 * s)];
+    }
+};
+
 // The scan of a tile by a warp, four heads at a time: lane 4 g + t has, of every 32 tokens, scores of tokens
 // 4 g .. 4 g + 3 for the head first + t. PLAIN: all tokens are seen, no score is bent, and rows fill the lanes' words; such
-// tiles are nearly all, and have no branches and no inner loops. Results go to scanned[head] and all_scores[head][token].
+// tiles are nearly all, have no branches and no inner loops, and come through the ring, which goes on with the tile at
+// `next`, if it has a page. Results go to scanned[head] and all_scores[head][token].
 template <i32 S, bool PLAIN>
-DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned *scanned, float *all_scores) {
+DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned *scanned, float *all_scores, const Ring<S> &ring, const typename Ring<S>::Source &next) {
     const i32 quad = lane() / 4;
     const u32 seen = PLAIN ? 15 : u.seen_paged(t, lane() / 8) >> 4 * (lane() % 8) & 15;  // of tokens 4 lane ..
     if (!PLAIN && !any(seen)) {
@@ -48,20 +105,17 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned
         }
         return;
     }
-    if (PLAIN) tile.half_k = 16 * S;
+    if (PLAIN) {
+        tile.half_k = 16 * S;
+        ring.arrive();
+        tile.k_scales = ring.scales(), tile.v_scales = tile.k_scales + 32 * S, tile.meta = tile.v_scales + TILE;
+    }
 
-    // Of every block of 32 tokens, this lane's words of four, a load each: a block's are under way at once, and some ahead.
-    constexpr i32 AHEAD = PLAIN ? 3 : 0;
-    const u8 *from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16 + S * (lane() % 4) * 4 * LANES;
-    auto load = [&](i32 i) {
-        const i32 block = i / S, s = i % S;
-        return PLAIN || S * i32(lane() % 4) + s < tile.half_k / 4
-                   ? *global(reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + s * 4 * LANES)) : uint4{0, 0, 0, 0};
-    };
+    const u8 *const from = tile.k0 + (quad >> 2) * LANES * tile.half_k + (quad & 3) * 16 + S * (lane() % 4) * 4 * LANES;
 
     // V scales, by tokens.
     float *const units = q.end((u.unit_heads + 3) / 4 * 4) + warp() * TILE;
-    const u32 bytes = load_u32(tile.v_scales + 4 * lane());
+    const u32 bytes = *reinterpret_cast<const u32 *>(tile.v_scales + 4 * lane());
     float unit[4], unit_max = 0.0f;
     UNROLLED
     for (i32 i = 0; i < 4; i++) {
@@ -75,10 +129,7 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned
 
     ROLLED
     for (i32 first = 0; first < u.heads; first += 4) {
-        uint4 words[PLAIN ? 4 * S + AHEAD : S];
-        UNROLLED
-        for (i32 i = 0; i < AHEAD; i++) words[i] = load(i);
-        const Fold<S> fold(q, tile, first);
+        const Fold<S> fold(q, tile, first, PLAIN);
         const float worst = fold.most_of_score(), reach = worst * PEAK;
         if (const i32 h = first + lane() / 8; lane() % 8 == 0 && h < u.heads) {
             Scanned &s = scanned[h];
@@ -92,14 +143,24 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned
         float score[4][4], max = -infinity();
         UNROLLED_BY(PLAIN ? 4 : 1)
         for (i32 block = 0; block < 4; block++) {
-            // Loads stay behind the stores of the block before, and take its registers.
-            UNROLLED
-            for (i32 s = 0; s < S; s++) {
-                const i32 i = block * S + s + AHEAD;
-                if (i < 4 * S) words[PLAIN ? i : s] = load(i);
+            uint4 words[S];
+            if (PLAIN) {
+                if (block > 0) ring.arrive();
+                ring.take(block, words);
+            } else {
+                UNROLLED
+                for (i32 s = 0; s < S; s++) {
+                    const bool there = S * i32(lane() % 4) + s < tile.half_k / 4;
+                    words[s] = there ? *global(reinterpret_cast<const uint4 *>(from + block * 2 * LANES * tile.half_k + s * 4 * LANES)) : uint4{0, 0, 0, 0};
+                }
             }
             i32 sums[4];
-            multiply<S>(words + (PLAIN ? block * S : 0), fold, sums);
+            multiply<S>(words, fold, sums);
+            if (PLAIN) {
+                sync_warp();
+                if (first + 4 >= u.heads) ring.ask(next, block);
+                else commit();
+            }
             float(&s)[4] = score[block];
             const u32 seen_block = PLAIN ? 15 : shuffle(seen, 8 * block + quad);
             UNROLLED
@@ -120,7 +181,6 @@ DEVICE void scan_tile(const Unit &u, const Queries &q, i32 t, Tile tile, Scanned
             const float of_token[4] = {vs.x, vs.y, vs.z, vs.w};
             UNROLLED_BY(PLAIN ? 4 : 1)
             for (i32 i = 0; i < 4; i++) {
-                constexpr float LOG2_E = 1.442695041f;
                 const float e = exp2_fast((score[block][i] - max) * LOG2_E), x = e * of_token[i];
                 e_sum += e;
                 e_vs += x;
@@ -148,10 +208,10 @@ DEVICE float exact_unit(const Unit &u, i32 row) {
     return warp_max(peak) * (1.0f / PEAK);
 }
 
-// The rows that are kept as given, by a warp: their scores are final.
+// The rows that are kept as given, by warps that share the heads: their scores are final.
 DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
-    for (i32 h = 0; h < Unit(p).heads; h++) {
-        const Unit u(anew(p));
+    for (i32 h = warp(); h < Unit(p).heads; h += ATTEND_WARPS) {
+        const Unit u(anew(p), block_y(), 0);
         const Shape &s = u.p.shape;
         const i32 d = s.dim_k, half = d / 2;
         // By lanes: channels while a row is read, rows while they are weighed.
@@ -205,20 +265,20 @@ DEVICE_CALL void scan_exact(const AttendParams &p, const Queries q) {
 
 // Tiles of any kind, by a warp: bits of `tiles`, from the split's first on.
 template <i32 S>
-DEVICE_CALL void scan_others(const AttendParams &p, u32 tiles) {
+DEVICE_CALL void scan_others(const AttendParams &p, i32 split, u32 tiles) {
     ROLLED
     for (; tiles != 0; tiles &= tiles - 1) {
-        const Unit u(anew(p));
+        const Unit u(anew(p), block_y(), split);
         const i32 t = u.first + popc(~tiles & (tiles - 1));
-        scan_tile<S, false>(u, {shared<float>(), S}, t, u.tile(t), &u.scanned(t, 0), u.scores(t, 0));
+        scan_tile<S, false>(u, {shared<float>(), S}, t, u.tile(t), &u.scanned(t, 0), u.scores(t, 0), Ring<S>(shared<float>()), {u.p.shape, 0, 0});
     }
 }
 
 // Rows as given, and then the split's sums, from those of its tiles.
-DEVICE_CALL void sum_split(const AttendParams &p, const Queries q) {
-    if (warp() == 0 && Unit(p).count_exact() > 0) scan_exact(p, q);
+DEVICE_CALL void sum_split(const AttendParams &p, i32 split, const Queries q) {
+    const Unit u(p, block_y(), split);
+    if (u.count_exact() > 0) scan_exact(p, q);
     sync_block();
-    const Unit u(p);
     // A lane has a tile, the last one the exact rows.
     const i32 tile = lane() == 31 ? -1 : u.first + i32(lane());
     const bool has = lane() == 31 ? u.count_exact() > 0 : tile < u.last;
@@ -234,10 +294,11 @@ DEVICE_CALL void sum_split(const AttendParams &p, const Queries q) {
     }
 }
 
-// The whole phase. What is rare is called, and reads its parameters anew: nothing of it stays in registers in the loop.
+// The whole phase, of one split. What is rare is called, and reads its parameters anew: nothing of it stays in registers in
+// the loop. `in_ring`: the page whose tile is in the ring, if any; `then`: the block's next split, or -1.
 template <i32 S>
-DEVICE void scan_split(const AttendParams &p) {
-    const Unit u(p);
+DEVICE void scan_split(const Unit &u, i32 then, u64 &in_ring) {
+    const AttendParams &p = u.p;
     // Lanes have a tile each.
     const i32 tile = u.first + i32(lane());
     const u64 pages = tile < u.last ? u.page(tile) : 0;
@@ -246,19 +307,29 @@ DEVICE void scan_split(const AttendParams &p) {
     static_assert(SPLIT == 8 && ATTEND_WARPS == 4, "a warp's turns are bits 4 apart");
     constexpr u32 TURNS = 0x11;
     const u32 kinds = ballot(plain) | ballot(tile < u.last && !plain) << 16;
-    const Tile at(p.shape, 0, u.kv_head);
+    const i32 ahead = then < 0 ? -1 : u.in_split(then, warp());
+    const u64 page_ahead = ahead < 0 ? 0 : u.page(ahead);
+    const Queries q = {shared<float>(), S};
+    const Ring<S> ring(q.end((u.unit_heads + 3) / 4 * 4));
     Scanned *const scanned = &u.scanned(u.first, 0);
     float *const scores = u.scores(u.first, 0);
+    if (const u32 mine = kinds & TURNS << warp(); mine != 0) {
+        const u64 page = shuffle(pages, popc(~mine & (mine - 1)));
+        if (in_ring != page) ring.ask({p.shape, page, u.kv_head});
+    }
     ROLLED
     for (i32 i = warp(); i < SPLIT; i += ATTEND_WARPS) {
         const u64 page = shuffle(pages, i);
         if (!(kinds >> i & 1)) continue;
+        const Tile tile(p.shape, page, u.kv_head);
+        const u64 next = kinds >> i >> ATTEND_WARPS & 1 ? shuffle(pages, i + ATTEND_WARPS) : page_ahead;
         const i32 offset = i * u.unit_heads;
-        scan_tile<S, true>(u, {shared<float>(), S}, u.first + i, at.in(page), scanned + offset, scores + offset * TILE);
+        scan_tile<S, true>(u, q, u.first + i, tile, scanned + offset, scores + offset * TILE, ring, {p.shape, next, u.kv_head});
+        in_ring = next;
     }
     const u32 others = kinds >> 16 & TURNS << warp();
-    if (others != 0) scan_others<S>(p, others);
-    sum_split(p, {shared<float>(), S});
+    if (others != 0) scan_others<S>(p, u.split, others);
+    sum_split(p, u.split, q);
 }
 
 }  // namespace akv

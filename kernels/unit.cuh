@@ -10,13 +10,14 @@ constexpr i32 UNIT_HEADS = 16;   // larger groups are several units, which decid
 constexpr i32 ATTEND_THREADS = 128, ATTEND_WARPS = ATTEND_THREADS / 32;
 
 // A score after the soft cap, and with what a mask adds.
-DEVICE_CALL float bent(float score, float cap, u64 added, float slope) {
-    if (score == -infinity()) return score;
-    if (cap > 0.0f) {
-        float x = score / cap, e = exp(-2.0f * magnitude(x)), y = (1.0f - e) / (1.0f + e) * cap;
-        score = x < 0.0f ? -y : y;
-    }
-    return added ? score + slope * half_to_float(*reinterpret_cast<const u16 *>(added)) : score;
+DEVICE float capped(float score, float cap) {
+    const float e = exp2_fast(-2.0f * LOG2_E * inverse_fast(cap) * magnitude(score)), y = (1.0f - e) * inverse_fast(1.0f + e) * cap;
+    return score == -infinity() ? score : score < 0.0f ? -y : y;
+}
+DEVICE float bent(float score, float cap, u64 added, float slope) {
+    if (cap > 0.0f) score = capped(score, cap);
+    if (added && score > -infinity()) score += slope * half_to_float(*reinterpret_cast<const u16 *>(added));
+    return score;
 }
 
 struct Unit {
@@ -26,23 +27,43 @@ struct Unit {
     i32 index, row_index, split, kv_head, first_head, heads, unit_heads;  // heads of this unit, and of the workspace
     i32 first, last, n_splits;                                            // tiles of the split, splits of the unit
 
-    DEVICE explicit Unit(const AttendParams &p) : Unit(p, block_z()) {}
-    DEVICE Unit(const AttendParams &p, i32 row_index) : p(p), row_index(row_index) {
+    // Blocks are (unit, query row, split): neighbours begin with the same splits of other units.
+    DEVICE explicit Unit(const AttendParams &p) : Unit(p, block_y(), block_z()) {}
+    DEVICE Unit(const AttendParams &p, i32 row_index, i32 split) : p(p), row_index(row_index), split(split) {
         const Shape &s = p.shape;
         i32 group = s.n_q_heads / s.n_kv_heads, units = (group + UNIT_HEADS - 1) / UNIT_HEADS;
-        kv_head = block_y() / units;
-        i32 part = block_y() % units;
+        kv_head = block_x() / units;
+        i32 part = block_x() % units;
         unit_heads = group < UNIT_HEADS ? group : UNIT_HEADS;
         first_head = kv_head * group + part * UNIT_HEADS;
         heads = group - part * UNIT_HEADS < UNIT_HEADS ? group - part * UNIT_HEADS : UNIT_HEADS;
         index = index_of(row_index);
         row = reinterpret_cast<const QueryRow *>(p.rows)[row_index];
         view = reinterpret_cast<const View *>(p.views)[row.sequence < 0 ? 0 : row.sequence];
-        split = block_x();
-        i32 tiles = (row.to + TILE - 1) / TILE;
         n_splits = splits_of(row);
+        go_to(split);
+    }
+    DEVICE void go_to(i32 to) {
+        i32 tiles = (row.to + TILE - 1) / TILE;
+        split = to;
         first = split * SPLIT > row.from / TILE ? split * SPLIT : row.from / TILE;
         last = (split + 1) * SPLIT < tiles ? (split + 1) * SPLIT : tiles;
+    }
+    // A split's tile i, or -1.
+    DEVICE i32 in_split(i32 split, i32 i) const {
+        Unit u = *this;
+        u.go_to(split);
+        return u.first + i < u.last ? u.first + i : -1;
+    }
+    // The unit's blocks, as few as take as many turns. Splits go backwards, as what is recent takes longest.
+    DEVICE i32 stride() const {
+        const i32 turns = (n_splits + p.blocks - 1) / p.blocks;
+        return (n_splits + turns - 1) / (turns > 0 ? turns : 1);
+    }
+    DEVICE Unit in_turn(i32 turn) const {
+        Unit u = *this;
+        u.go_to(n_splits - 1 - turn);
+        return u;
     }
 
     // Rows that the engine keeps itself: the pages are an index beside them, and finer digits are those of whole rows.
@@ -59,7 +80,7 @@ struct Unit {
 
     DEVICE i32 index_of(i32 row_index) const {
         const i32 group = p.shape.n_q_heads / p.shape.n_kv_heads;
-        return row_index * p.shape.n_kv_heads * ((group + UNIT_HEADS - 1) / UNIT_HEADS) + block_y();
+        return row_index * p.shape.n_kv_heads * ((group + UNIT_HEADS - 1) / UNIT_HEADS) + block_x();
     }
     DEVICE static i32 splits_of(const QueryRow &row) {
         i32 splits = (row.to + SPLIT * TILE - 1) / (SPLIT * TILE);
@@ -154,8 +175,8 @@ struct Queries {
     float *q;
     i32 words;  // of a digit row per lane
 
-    DEVICE void load(const Unit &u, i32 heads) const {
-        const i32 d = u.p.shape.dim_k;
+    DEVICE void load(const Unit &u) const {
+        const i32 d = u.p.shape.dim_k, heads = (u.unit_heads + 3) / 4 * 4;
         for (i32 at = thread(); at < 32 * words * heads; at += ATTEND_THREADS) {
             const i32 h = at / (32 * words), s = at / 32 % words, high = at / 16 % 2, t = at / 4 % 4, c = 4 * (words * t + s) + at % 4;
             float x = 0.0f;

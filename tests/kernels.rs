@@ -512,13 +512,13 @@ fn attention() {
                         got.lse[at],
                         want.lse[at]
                     );
-                    for (a, b, what) in [
-                        (got.bound[at], want.bound[at], "bound"),
-                        (got.lse_bound[at], want.lse_bound[at], "lse_bound"),
-                        (got.estimate[at], want.estimate[at], "estimate"),
-                        (got.amplitude[at], want.amplitude[at], "amplitude"),
+                    for (a, b, unit, what) in [
+                        (got.bound[at], want.bound[at], amplitude, "bound"),
+                        (got.lse_bound[at], want.lse_bound[at], 1.0, "lse_bound"),
+                        (got.estimate[at], want.estimate[at], amplitude, "estimate"),
+                        (got.amplitude[at], want.amplitude[at], amplitude, "amplitude"),
                     ] {
-                        assert!(near(a, b, 2e-3 * b.abs() + 1e-6 * amplitude), "{told}: {what} {a} {b}");
+                        assert!(near(a, b, 2e-3 * b.abs() + 1e-6 * unit), "{told}: {what} {a} {b}");
                     }
                 }
                 let out = &got.out[at * dv..(at + 1) * dv];
@@ -891,12 +891,13 @@ fn run_attention(
         softcap: bent.softcap,
         tolerance: how.tolerance,
         n_rows: n_rows as i32,
+        blocks: 1 + (seed % 3) as i32,
         ..told
     };
     let own = call.stats;
     workspace.place(scratch.get_mut().as_mut_ptr() as u64, &mut call);
     call.stats = own;
-    let grid = [splits, cuda::units(s), n_rows];
+    let grid = [cuda::units(s), n_rows, splits];
     let (scan, attend, words) = (cuda::scan_shared_bytes(s), cuda::attend_shared_bytes(s), cuda::words(s));
     // A context of one split does not need the scan: `akv_attend` scans it, too.
     let published = scans && layout.format == Format::Published;
@@ -911,7 +912,7 @@ fn run_attention(
         (dense, format!("dense_{}", cuda::dense_words(s)), cuda::dense_shared_bytes(s)),
     ];
     for (_, name, shared) in kernels.iter().filter(|kernel| kernel.0) {
-        let grid = if name == "published_align" { [1, grid[1], grid[2]] } else { grid };
+        let grid = if name == "published_align" { [grid[0], grid[1], 1] } else { grid };
         launch(&format!("akv_{name}"), grid, cuda::ATTEND_THREADS, *shared, &call, seed).unwrap();
         if let Some(view) = view.filter(|_| name.starts_with("scan")) {
             check_scores(&call, s, view, rows, bent.mask);
@@ -1414,6 +1415,34 @@ fn planted_fragments_are_found() {
     };
     assert_eq!(run(1), right);
     assert_ne!(run(0), right);
+    // And of f16.
+    let (a, b): (Vec<f32>, Vec<f32>) =
+        ((0..256).map(|_| rng.below(64) as f32).collect(), (0..128).map(|_| rng.below(64) as f32).collect());
+    let right: Vec<f32> = (0..128).map(|at| (0..16).map(|k| a[at / 8 * 16 + k] * b[k * 8 + at % 8]).sum()).collect();
+    let run = |n: i32| {
+        let mut out = vec![f32::NAN; 128];
+        let call = Planted { a: address(&a), b: address(&b), out: out.as_mut_ptr() as u64, n, reserved: 0 };
+        launch("planted_swapped_f16", [1, 1, 1], 32, 0, &call, 0).unwrap();
+        out
+    };
+    assert_eq!(run(1), right);
+    assert_ne!(run(0), right);
+}
+
+/// Copies that are read too early, that start before what they overwrite has been read, or that nobody waits for.
+#[test]
+fn planted_copies_are_found() {
+    let a: Vec<f32> = (0..256).map(|i| i as f32).collect();
+    let bytes: Vec<u8> = a.iter().flat_map(|x| x.to_ne_bytes()).collect();
+    let run = |n: i32, seed: u64| {
+        let (from, mut out) = (Aligned::copy(&bytes), [f32::NAN; 256]);
+        let call = Planted { a: address(from.get()), out: out.as_mut_ptr() as u64, n, ..Default::default() };
+        launch("planted_copies", [1, 1, 1], 32, 512, &call, seed).map(|()| out.as_slice() == a)
+    };
+    assert!((0..8).all(|seed| run(3, seed) == Ok(true)));
+    assert!((0..8).any(|seed| run(0, seed) == Ok(false)));
+    assert!((0..8).any(|seed| run(1, seed) == Ok(false)));
+    assert!((0..8).any(|seed| run(2, seed).is_err_and(|error| error.contains("nobody waits for"))));
 }
 
 /// What depends on the order of the blocks differs between seeds (attention is run twice, and must not).

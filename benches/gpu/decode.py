@@ -3,6 +3,7 @@
 
   decode.py --library libalignedkv.so [--quick] [--only WORDS] [--out FOLDER]
   decode.py --library libalignedkv.so --check        without PyTorch: small cases against float64, nothing is timed
+  decode.py --library libalignedkv.so --once         without PyTorch: each attention of the main case once, for a profiler
 
 Every contender attends over as many layers as are needed to leave the L2 cache behind, each with rows of its own, in one
 CUDA graph; graphs are replayed in turn, timed by CUDA events, and what counts is the median of a round's ratios. Times are
@@ -233,6 +234,17 @@ def check(library):
     return failed
 
 
+def once(library):
+    lib, memory = abi.Library(library, abi.CUDA), Driver()
+    heads, kv_heads, dim, n, batch, data, entropy = cases(True)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(lib, memory, load(heads, kv_heads, dim, n, batch, data, entropy, folder), 1)
+    for tolerance in TOLERANCES:
+        _, _, stats = ours.result(tolerance)
+        say(f"tolerance {tolerance:g}: {bits(stats, dim):.2f} bits, planes of K {list(stats.planes_k)}, of V {list(stats.planes_v)}")
+    return 0
+
+
 # ---- side by side ----
 
 def contenders(torch, lib, memory, data, layers, quick):
@@ -283,12 +295,19 @@ def contenders(torch, lib, memory, data, layers, quick):
     return found, ours
 
 
-def measure(torch, lib, case, quick, rounds):
+def kernels(torch, graph, layers):
+    """Microseconds of each kernel per layer, in one replay."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    return {e.key: e.device_time_total / layers for e in profile.key_averages() if e.device_time_total}
+
+
+def measure(torch, lib, case, quick, rounds, folder, copy):
     heads, kv_heads, dim, n, batch, data, entropy = case
     memory = Torch()
     layers = max(2, -(-int(BEYOND_CACHE) // (batch * n * kv_heads * dim * 4)))
-    with tempfile.TemporaryDirectory() as folder:
-        rows = load(heads, kv_heads, dim, n, batch, data, entropy, folder)
+    rows = load(heads, kv_heads, dim, n, batch, data, entropy, folder)
     found, ours = contenders(torch, lib, memory, rows, layers, quick)
     want = np.stack([truth(rows[0][i], rows[1][i], rows[2][i]) for i in range(min(batch, 2))])
     result, graphs = {}, {}
@@ -325,11 +344,14 @@ def measure(torch, lib, case, quick, rounds):
     for name in graphs:
         kept = times[name][3:]
         result[name]["us"] = statistics.median(kept)
+        result[name]["faster_than_copy"] = batch * n * kv_heads * dim * 4 / copy * 1e6 / result[name]["us"]
         for what, of in (("bf16", [p for p in peers if "bf16" in p]), ("fp8", [p for p in peers if "fp8" in p])):
             if of and name not in peers:
                 best = min(of, key=lambda p: statistics.median(times[p][3:]))
                 result[name][f"faster_than_{what}"] = statistics.median(a / b for a, b in zip(times[best][3:], kept))
                 result[name][f"best_{what}"] = best
+    for name, graph in graphs.items():
+        result[name]["kernels"] = kernels(torch, graph, layers)
     ours.lib("batch_commit", ours.batch)
     ours.close()
     memory.free()
@@ -337,25 +359,18 @@ def measure(torch, lib, case, quick, rounds):
     return [shape | r for r in result.values()]
 
 
-def bandwidths(torch):
-    """Bytes per second: a copy counts twice, gathered rows of 64 bytes once."""
-    def best(run, n):
-        for _ in range(3):
-            run()
-        times = []
-        for _ in range(20):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return n / statistics.median(times)
+def bandwidth(torch):
+    """Bytes per second of a copy, which counts twice."""
     a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    rows = a.view(-1, 8, 8).view(torch.int64).view(-1, 8)
-    index = torch.randperm(len(rows), device="cuda")[:len(rows) // 4]
-    return {"copy": best(lambda: b.copy_(a), 2 * len(a)), "gather_64": best(lambda: rows.index_select(0, index), 64 * len(index))}
+    b, times = torch.empty_like(a), []
+    for _ in range(23):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        b.copy_(a)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * len(a) / statistics.median(times[3:])
 
 
 def cases(quick):
@@ -378,14 +393,14 @@ def union_table(rows):
 
 
 def table(results):
-    lines = ["# Decode attention on a GPU", "", f"{results['device']}, driver {results['driver']}, PyTorch {results['torch']}. Copy {results['copy'] / 1e12:.2f} TB/s, "
-             f"random rows of 64 bytes {results['gather_64'] / 1e12:.2f} TB/s. Times are of one layer, in graphs; errors are relative L2 by head against float64.", "",
+    lines = ["# Decode attention on a GPU", "", f"{results['device']}, driver {results['driver']}, PyTorch {results['torch']}. alignedkv {results['library']}. Copy {results['copy'] / 1e12:.2f} TB/s. "
+             f"Times are of one layer, in graphs; errors are relative L2 by head against float64. \"Copying bf16\": the bytes of K and V in bf16 at the copy's rate, which no kernel that reads them all beats.", "",
              *union_table(results.get("union", [])),
-             "| case | contender | us | faster than bf16 | than fp8 | bits | error, median | p95 |", "|---" * 8 + "|"]
+             "| case | contender | us | faster than bf16 | than copying bf16 | than fp8 | bits | error, median | p95 |", "|---" * 9 + "|"]
     number = lambda r, key, form: format(r[key], form) if key in r else ""  # noqa: E731
     for r in results["rows"]:
         case = f"{r['heads']}/{r['kv_heads']}, d {r['dim']}, {r['batch']} x {r['n']}, {r['data']}"
-        cells = [case, r["contender"], r.get("failed") or number(r, "us", ".1f"), number(r, "faster_than_bf16", ".2f"), number(r, "faster_than_fp8", ".2f"),
+        cells = [case, r["contender"], r.get("failed") or number(r, "us", ".1f"), number(r, "faster_than_bf16", ".2f"), number(r, "faster_than_copy", ".2f"), number(r, "faster_than_fp8", ".2f"),
                  number(r, "bits", ".2f"), number(r, "error_median", ".1e"), number(r, "error_p95", ".1e")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -395,6 +410,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True, type=pathlib.Path)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--once", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="", help="cases whose description has all of these words")
     parser.add_argument("--rounds", type=int, default=20)
@@ -402,20 +418,23 @@ def main():
     args = parser.parse_args()
     if args.check:
         return check(args.library)
+    if args.once:
+        return once(args.library)
     import torch
     lib = abi.Library(args.library, abi.CUDA)
-    results = {"device": torch.cuda.get_device_name(), "driver": torch.version.cuda, "torch": torch.__version__} | bandwidths(torch) | {"rows": []}
+    results = {"device": torch.cuda.get_device_name(), "driver": torch.version.cuda, "torch": torch.__version__, "library": lib.version(),
+               "copy": bandwidth(torch), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         memory = Torch()
         results["union"] = union(lib, memory, 8192 if args.quick else 32768, 2, folder)
         memory.free()
-    for case in cases(args.quick):
-        if all(word in " ".join(map(str, case)) for word in args.only.split()):
-            say(f"heads {case[0]}/{case[1]}, d {case[2]}, {case[4]} x {case[3]} tokens, {case[5]}")
-            results["rows"] += measure(torch, lib, case, args.quick, args.rounds)
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "gpu_decode.json").write_text(json.dumps(results, indent=1) + "\n")
-            (args.out / "gpu_decode.md").write_text(table(results))
+        for case in cases(args.quick):
+            if all(word in " ".join(map(str, case)).split() for word in args.only.split()):
+                say(f"heads {case[0]}/{case[1]}, d {case[2]}, {case[4]} x {case[3]} tokens, {case[5]}")
+                results["rows"] += measure(torch, lib, case, args.quick, args.rounds, folder, results["copy"])
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / "gpu_decode.json").write_text(json.dumps(results, indent=1) + "\n")
+                (args.out / "gpu_decode.md").write_text(table(results))
     print(table(results))
     return 0
 

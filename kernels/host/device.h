@@ -53,7 +53,7 @@ struct Place {
 };
 extern Place place;
 
-enum Kind { BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, MMA_U8S8, MMA_TF32 };
+enum Kind { BARRIER, WARP_BARRIER, SHUFFLE, BALLOT, MMA_U8S8, MMA_TF32, MMA_F16 };
 
 // What a lane brings to a meeting of its warp, and takes from it.
 struct Operand {
@@ -157,9 +157,29 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, hos
     memcpy(c, operand.c, sizeof c);
 }
 
+inline void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site site = host::Site::here()) {
+    host::Operand operand = {};
+    memcpy(operand.a, a, sizeof a);
+    memcpy(operand.c, c, sizeof c);
+    operand.b[0] = b0, operand.b[1] = b1;
+    host::meet_warp(host::MMA_F16, site, operand);
+    memcpy(c, operand.c, sizeof c);
+}
+
 template <class T>
 T *global(T *p) {
     return p;
+}
+
+using Near = u8 *;
+inline Near near(void *p) { return static_cast<u8 *>(p); }
+// By the seed at once or when they are waited for: who reads too early, and who has not read yet, has something else.
+void copy_async(Near to, const uint4 *from);
+void commit();
+void wait_for(u32 groups);
+template <i32 n>
+void wait() {
+    wait_for(n);
 }
 
 // Loads must be aligned on the device: this one is checked, those through pointers by the sanitizer.
@@ -212,6 +232,11 @@ inline float inverse_fast(float x) { return 1.0f / x; }
 
 float half_to_float(u16 x);
 u16 float_to_half(float x);
+inline u32 halves(float low, float high) { return float_to_half(low) | u32(float_to_half(high)) << 16; }
+inline u32 fma_halves(u32 x, u32 a, u32 b) {
+    auto part = [=](i32 shift) { return half_to_float(u16(x >> shift)) * half_to_float(u16(a >> shift)) + half_to_float(u16(b >> shift)); };
+    return halves(part(0), part(16));
+}
 
 using std::exp;
 using std::expm1;

@@ -159,6 +159,7 @@ API cuDeviceGetName(char *name, int bytes, int) {
 }
 API cuDeviceGetAttribute(int *value, int attribute, int) {
     switch (attribute) {
+    case 16: *value = 2; return OK;
     case 75: *value = 9; return OK;
     case 76: *value = 0; return OK;
     case 97: *value = 227 << 10; return OK;

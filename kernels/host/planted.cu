@@ -82,6 +82,39 @@ KERNEL(planted_swapped_tf32, 32, 1, PlantedParams) {
     for (i32 n = 0; n < 4; n++) floats(p.out)[8 * (g + 8 * (n / 2)) + 2 * t + n % 2] = c[n];
 }
 
+// 16 x 16 f16 times 16 x 8, likewise.
+KERNEL(planted_swapped_f16, 32, 1, PlantedParams) {
+    const float *a = floats(p.a), *b = floats(p.b);
+    const i32 g = lane() / 4, t = lane() % 4;
+    u32 left[4], right[2];
+    for (i32 n = 0; n < 4; n++) {
+        const float *from = a + 16 * (g + 8 * (p.n ? n % 2 : n / 2)) + 8 * (p.n ? n / 2 : n % 2) + 2 * t;
+        left[n] = halves(from[0], from[1]);
+    }
+    for (i32 n = 0; n < 2; n++) right[n] = halves(b[8 * (8 * n + 2 * t) + g], b[8 * (8 * n + 2 * t + 1) + g]);
+    float c[4] = {};
+    mma_f16(c, left, right[0], right[1]);
+    for (i32 n = 0; n < 4; n++) floats(p.out)[8 * (g + 8 * (n / 2)) + 2 * t + n % 2] = c[n];
+}
+
+// Two groups of copies to the same place, each read when it has arrived. n = 0: the first is read too early, 1: the second
+// starts too early, 2: nobody waits for the second.
+KERNEL(planted_copies, 32, 1, PlantedParams) {
+    const uint4 *from = reinterpret_cast<const uint4 *>(p.a) + thread();
+    float4 *x = shared<float4>() + thread(), *out = reinterpret_cast<float4 *>(p.out) + thread();
+    *x = float4{-1.0f, -1.0f, -1.0f, -1.0f};
+    copy_async(near(x), from);
+    commit();
+    if (p.n == 1) copy_async(near(x), from + 32);
+    if (p.n == 0) wait<1>();
+    else wait<0>();
+    out[0] = *x;
+    if (p.n != 1) copy_async(near(x), from + 32);
+    commit();
+    if (p.n != 2) wait<0>();
+    out[32] = *x;
+}
+
 // Blocks that merge in the order in which they come.
 KERNEL(planted_order_of_blocks, 32, 1, PlantedParams) {
     if (thread() == 0) floats(p.out)[0] = floats(p.out)[0] * 0.5f + float(block_x());

@@ -51,6 +51,13 @@ struct Warp {
     Operand *operands[32];
 };
 
+// A thread's copies under way: groups of them, the last one still open.
+struct Copy {
+    Near to;
+    const uint4 *from;
+};
+using Copies = std::vector<std::vector<Copy>>;
+
 struct Block {
     const Kernel *kernel;
     const void *params;
@@ -60,6 +67,8 @@ struct Block {
     std::vector<Warp> warps;
 };
 
+std::vector<Copies> copies;  // by thread
+bool copies_wait;            // until they are waited for
 std::vector<Fibre> fibres;
 Block block;
 Fibre *current;
@@ -209,6 +218,27 @@ void product(Operand *const (&x)[32]) {
     }
 }
 
+// mma.m16n8k16 of f16: a pair of lane 4 g + t has columns 2 t, 2 t + 1 (+ 8) of rows g (+ 8), of b rows of the same kind of
+// column g.
+void product_f16(Operand **lanes) {
+    float a[16][16], b[16][8];
+    for (u32 l = 0; l < 32; l++) {
+        u32 g = l / 4, t = l % 4;
+        for (u32 i = 0; i < 2; i++) {
+            for (u32 j = 0; j < 4; j++) a[g + 8 * (j % 2)][2 * t + i + 8 * (j / 2)] = half_to_float(u16(lanes[l]->a[j] >> 16 * i));
+            for (u32 j = 0; j < 2; j++) b[2 * t + i + 8 * j][g] = half_to_float(u16(lanes[l]->b[j] >> 16 * i));
+        }
+    }
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 i = 0; i < 4; i++) {
+            float c;
+            memcpy(&c, &lanes[l]->c[i], 4);
+            for (u32 k = 0; k < 16; k++) c += a[l / 4 + 8 * (i / 2)][k] * b[k][2 * (l % 4) + i % 2];
+            memcpy(&lanes[l]->c[i], &c, 4);
+        }
+    }
+}
+
 void product_tf32(Operand *const (&x)[32]) {
     // Row-major A: lane 4 g + t has rows g and g + 8, columns t and 4 + t; B: column g, rows likewise.
     double a[16][8], b[8][8];
@@ -290,12 +320,28 @@ void meet_warp(Kind kind, Site site, Operand &operand) {
         product(w.operands);
     } else if (kind == MMA_TF32) {
         product_tf32(w.operands);
+    } else if (kind == MMA_F16) {
+        product_f16(w.operands);
     }
     w.arrived = 0;
     w.meetings++;
 }
 
 }  // namespace host
+
+void copy_async(Near to, const uint4 *from) {
+    if (reinterpret_cast<size_t>(to) % 16 != 0 || reinterpret_cast<size_t>(from) % 16 != 0) host::fail("a copy of 16 bytes is not aligned");
+    if (host::copies_wait) host::copies[host::place.thread].back().push_back({to, from});
+    else memcpy(to, from, sizeof *from);
+}
+void commit() { host::copies[host::place.thread].emplace_back(); }
+void wait_for(u32 groups) {
+    host::Copies &all = host::copies[host::place.thread];
+    while (all.size() > groups + 1) {
+        for (const host::Copy &copy : all.front()) memcpy(copy.to, copy.from, sizeof *copy.from);
+        all.erase(all.begin());
+    }
+}
 
 u32 load_u32(const void *p) {
     if (reinterpret_cast<size_t>(p) % 4 != 0) host::fail("a load of 4 bytes is not aligned");
@@ -341,6 +387,7 @@ __attribute__((visibility("default"))) int akv_host_launch(const char *name, con
     u8 *start = reinterpret_cast<u8 *>((reinterpret_cast<size_t>(shared.data()) + GUARD + 15) & ~size_t(15));
     place.shared = start;
     if (fibres.size() < threads) fibres.resize(threads);
+    copies_wait = seed % 2;
     block.kernel = kernel, block.params = params, block.threads = threads;
     const u64 n = u64(grid[0]) * grid[1] * grid[2];
     std::vector<u64> blocks(n);
@@ -359,7 +406,13 @@ __attribute__((visibility("default"))) int akv_host_launch(const char *name, con
         if (seed) std::shuffle(warps.begin(), warps.end(), random);
         memset(start, POISON, shared_bytes);
         place.block[0] = u32(i % grid[0]), place.block[1] = u32(i / grid[0] % grid[1]), place.block[2] = u32(i / grid[0] / grid[1]);
+        copies.assign(threads, Copies(1));
         run_block(warps);
+        for (const Copies &all : copies) {
+            for (const auto &group : all) {
+                if (!group.empty()) fail(std::string(name) + ": a copy that nobody waits for");
+            }
+        }
         if (!failure.empty()) break;
     }
 #if SANITIZED

@@ -41,6 +41,10 @@ class Library:
             self.lib.akv_last_error(text, C.c_size_t(512), None)
             raise RuntimeError(f"akv_{name}: {text.value.decode()}")
 
+    def version(self):
+        self.lib.akv_version_string.restype = C.c_char_p
+        return self.lib.akv_version_string().decode()
+
 
 def sized(struct, **fields):
     return struct(struct_size=C.sizeof(struct), **fields)

@@ -16,8 +16,13 @@ use crate::format::{Format, Layout, MAX_DIM, TILE};
 /// Most bytes of workspace, as far as one query row at a time keeps to it.
 const MOST: usize = 256 << 20;
 
-/// Most query rows of a launch: blocks in z.
+/// Most query rows of a launch: blocks in y.
 const MOST_ROWS: usize = 1 << 15;
+
+/// Blocks of a launch per multiprocessor, if there is work for them: of the scan as many as run at a time, of the second
+/// phase, whose blocks differ in what they read, four times as many.
+const SCANS: usize = 4;
+const ATTENDS: usize = 12;
 
 /// Where the parts of an attention call's workspace begin.
 #[derive(Debug, Clone, Copy)]
@@ -183,13 +188,16 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
     let heads = shape.n_q_heads as u64 * size_of::<f32>() as u64;
     for first in (0..call.n_rows).step_by(workspace.chunk) {
         let n = workspace.chunk.min(call.n_rows - first);
-        let grid = [splits, units(shape), n];
+        let grid = [units(shape), n, splits];
+        // Blocks take turns at a unit's splits, so that there are about so many on a multiprocessor.
+        let blocks = |of_each: usize| (of_each * device.multiprocessors).div_ceil(grid[0] * n).clamp(1, splits);
         params.n_rows = n as i32;
         if let Some(cells) = &call.cells {
             // SAFETY: the contract.
             unsafe { cells.launch(device, &mut params, workspace, start, (first, n), stream) }?;
         }
         let launch = |kernel: Kernel, grid: [usize; 3], shared: usize| {
+            let params = AttendParams { blocks: grid[2] as i32, ..params };
             // SAFETY: the contract.
             unsafe { device.launch(kernel, grid, shared, &params, stream) }
         };
@@ -198,15 +206,15 @@ pub unsafe fn attend(device: &Device, call: &Call, workspace: &Workspace, start:
                 let [peaks, scores, align, values] = kernels.published;
                 launch(peaks, grid, 0)?;
                 launch(scores, grid, PUBLISHED_SHARED_BYTES)?;
-                launch(align, [1, grid[1], n], 0)?;
+                launch(align, [grid[0], n, 1], 0)?;
                 launch(values, grid, PUBLISHED_SHARED_BYTES)?;
             }
             _ if call.scans => {
                 let (scan, attend) = kernels.attention(shape);
                 if splits > 1 {
-                    launch(scan, grid, scan_shared_bytes(shape))?;
+                    launch(scan, [grid[0], n, blocks(SCANS)], scan_shared_bytes(shape))?;
                 }
-                launch(attend, grid, attend_shared_bytes(shape))?;
+                launch(attend, [grid[0], n, blocks(ATTENDS)], attend_shared_bytes(shape))?;
             }
             _ => {}
         }

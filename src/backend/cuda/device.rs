@@ -30,6 +30,7 @@ impl Stream {
 const MAJOR: c_int = 75;
 const MINOR: c_int = 76;
 const MAX_SHARED_OPTIN: c_int = 97;
+const MULTIPROCESSORS: c_int = 16;
 /// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
 const DYNAMIC_SHARED: c_int = 8;
 /// CU_MEMHOSTALLOC_PORTABLE and _DEVICEMAP.
@@ -89,6 +90,8 @@ pub struct Device {
     failed: Mutex<Option<Error>>,
     name: String,
     image: &'static str,
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
 }
 
 // SAFETY: contexts, modules and functions may be used from any thread; nothing here is changed after creation but the
@@ -137,6 +140,7 @@ impl Device {
             failed: Mutex::new(None),
             name: String::new(),
             image: "",
+            multiprocessors: 1,
         };
         // SAFETY: out-pointers to locals, handles that the driver gave.
         unsafe {
@@ -194,6 +198,7 @@ impl Device {
         // SAFETY: a whole image, ended by 0 in case it is text; out-pointers to locals.
         driver.check(unsafe { (driver.module_load)(&mut module, image.as_ptr().cast()) }, "cuModuleLoadData")?;
         let limit = self.attribute(MAX_SHARED_OPTIN)?;
+        self.multiprocessors = self.attribute(MULTIPROCESSORS)?.max(1) as usize;
         let find = |name: &str, threads: u32, shared: bool| -> Result<Kernel> {
             let c_name = CString::new(name).map_err(|_| Error::Internal("a kernel's name".to_owned()))?;
             let mut function = null_mut();

@@ -76,17 +76,21 @@ fn shared_q(shape: &Shape) -> (usize, usize) {
     (heads, heads * 32 * words(shape) * 4)
 }
 
-/// Bytes of shared memory of a block that scans: q, and a tile's V scales for each warp.
+/// Bytes of shared memory of a block that scans: q, and for each warp a tile's V scales, and what it scans (`Ring` in
+/// `kernels/scan.cuh`).
 pub fn scan_shared_bytes(shape: &Shape) -> usize {
-    shared_q(shape).1 + WARPS * TILE * 4
+    let (group, scales) = (32 * words(shape), 2 * words(shape) + TILE / 16 + 1);
+    shared_q(shape).1 + WARPS * (TILE * 4 + 16 * (4 * group + scales))
 }
 
-/// Bytes of shared memory of a block that attends (`Memory` in `kernels/attend.cuh`).
+/// Bytes of shared memory of a block that attends (`Memory` in `kernels/attend.cuh`), and that may scan before.
 pub fn attend_shared_bytes(shape: &Shape) -> usize {
     let (heads, q) = shared_q(shape);
-    let work = 2 * 2 * TILE + 4 * 4 * TILE + 2 * 4 * 4;
-    let by_warp = heads * size_of::<Sums>() + work + heads * shape.dim_v * 4;
-    q + heads * size_of::<Share>() + WARPS * by_warp + 16
+    let (parts, part) = (WARPS + 1, 9 * size_of::<f32>());
+    let plan = 2 * TILE * size_of::<u16>() + 32 * size_of::<u32>() + 16 + 4 * (TILE + 1) * size_of::<f32>();
+    let own =
+        q + heads * size_of::<Share>() + SPLIT * plan + parts * heads * (shape.dim_v * size_of::<f32>() + part) + 16;
+    own.max(scan_shared_bytes(shape))
 }
 
 /// Units of attention of one query row.

@@ -323,6 +323,8 @@ pub struct AttendParams {
     pub layer: i32,
     pub first_row: i32,
     pub n_rows: i32,
+    pub blocks: i32,
+    pub reserved: i32,
 }
 
 /// What a call read; the counts of akv_stats. Scale bytes, exact rows and bytes follow from these.
@@ -494,7 +496,7 @@ const _: () = {
     assert!(size_of::<Shape>() == 40 && size_of::<Rows>() == 32 && size_of::<View>() == 56);
     assert!(size_of::<QueryRow>() == 24 && size_of::<Append>() == 72 && size_of::<EncodeParams>() == 128);
     assert!(size_of::<Fault>() == 40 && size_of::<Scanned>() == 48 && size_of::<Partial>() == 24);
-    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 384 && size_of::<Stats>() == 160);
+    assert!(size_of::<Sums>() == 72 && size_of::<AttendParams>() == 392 && size_of::<Stats>() == 160);
     assert!(size_of::<MergeParams>() == 3128 && size_of::<State>() == 48 && size_of::<DequantizeParams>() == 264);
     assert!(size_of::<CellWrite>() == 264 && size_of::<WriteParams>() == 3288 && size_of::<AdoptParams>() == 72);
     assert!(size_of::<MaskParams>() == 64 && size_of::<Span>() == 16 && size_of::<SpansParams>() == 1112);
