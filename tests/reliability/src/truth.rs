@@ -103,8 +103,8 @@ impl<'a> View<'a> {
         })
     }
 
-    /// What is added to the score of a cell.
-    fn added(&self, r: usize, t: usize) -> f64 {
+    /// What a mask adds to the score of a cell.
+    pub fn added(&self, r: usize, t: usize) -> f64 {
         match self.sight {
             Sight::Mask(mask) => f64::from(mask.added[(self.first_row + r) * mask.n_kv + t]),
             _ => 0.0,
@@ -150,12 +150,17 @@ pub struct Truth {
 }
 
 impl Truth {
-    /// Of row `r` of a view, whose K and V of the head are `rows`.
-    pub fn attend(&mut self, q: &[f32], rows: &HeadRows, view: &View, r: usize, ask: &Ask, window: i32, head: usize) {
+    /// Over the tokens that are seen, to whose scores something is added.
+    pub fn attend(
+        &mut self,
+        q: &[f32],
+        rows: &HeadRows,
+        seen: impl Iterator<Item = usize> + Clone,
+        added: impl Fn(usize) -> f64,
+        ask: &Ask,
+        sink: Option<f32>,
+    ) {
         let (dk, dv) = rows.dims;
-        let seen = view.seen(r, ask, window);
-        let sink = ask.sinks.as_ref().map(|sinks| sinks[head]);
-        let slope = ask.slopes.as_ref().map_or(1.0, |slopes| f64::from(slopes[head]));
         let scale = if ask.scale == 0.0 { 1.0 / (dk as f64).sqrt() } else { f64::from(ask.scale) };
         let cap = f64::from(ask.softcap);
         self.weights.clear();
@@ -164,7 +169,7 @@ impl Truth {
             let k = &rows.k[t * dk..(t + 1) * dk];
             let dot: f64 = k.iter().zip(q).map(|(k, &q)| k * f64::from(q)).sum();
             let score = if cap > 0.0 { cap * (scale * dot / cap).tanh() } else { scale * dot };
-            let score = score + slope * view.added(r, t);
+            let score = score + added(t);
             max = max.max(score);
             self.weights.push(score);
         }

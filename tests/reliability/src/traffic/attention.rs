@@ -116,9 +116,11 @@ impl Worker<'_, '_> {
         let spread = self.dice.pick(&[0.05f32, 0.5, 2.0]);
         self.q.resize(n_q * heads * dk, q_dtype);
         let mut noise = Dice::Seeded(self.dice.bits());
+        // Of all channels; or of one, so that errors do not average out and bounds are almost reached.
+        let channel = self.dice.one_in(6).then(|| self.dice.below(dk));
         for i in 0..n_q * heads * dk {
             let x = (noise.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0;
-            self.q.set(i, x * spread);
+            self.q.set(i, if channel.is_none_or(|c| c == i % dk) { x * spread } else { 0.0 });
         }
         let mut outputs = std::mem::take(&mut self.outputs);
         outputs.resize(n_q, &shape, out_dtype);
@@ -290,11 +292,14 @@ impl Worker<'_, '_> {
                 if view.is_removed(r) {
                     continue;
                 }
+                let seen = view.seen(r, ask, shape.window);
                 for head in kv_head * group..(kv_head + 1) * group {
                     let i = (view.first_row + r) * heads + head;
                     let mut q = [0.0; 256];
                     (0..dk).for_each(|c| q[c] = self.q.get(i * dk + c));
-                    truth.attend(&q[..dk], &rows, view, r, ask, shape.window, head);
+                    let slope = ask.slopes.as_ref().map_or(1.0, |s| f64::from(s[head]));
+                    let added = |t| slope * view.added(r, t);
+                    truth.attend(&q[..dk], &rows, seen.clone(), added, ask, ask.sinks.as_ref().map(|s| s[head]));
                     let mut out = [0.0; 256];
                     (0..dv).for_each(|c| out[c] = outputs.out.get(i * dv + c));
                     let floats = outputs.floats.each_ref().map(|f| f[i]);
@@ -304,7 +309,7 @@ impl Worker<'_, '_> {
                         let (name, tokens, n_q) = (setup.name, view.k.len(), view.n_q);
                         let place = if view.of_cells() { "cells" } else { "tokens" };
                         found(counter, 1, || {
-                            let seen = view.seen(r, ask, shape.window).count();
+                            let seen = seen.clone().count();
                             format!(
                                 "{name}: layer {layer}, row {r} of {n_q} over {tokens} {place}, head {head}: {what}; \
                                  sees {seen}, {ask:?}"

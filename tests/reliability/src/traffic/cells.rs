@@ -164,7 +164,8 @@ impl<'w> Worker<'w, '_> {
             let from = self.dice.below(STREAMS) * cells.n_slots;
             (from, cells.n() - cells.n_slots - from, cells.n_slots)
         } else {
-            let n = 1 + self.dice.below(150);
+            let most = self.dice.pick(&[4, 150]);
+            let n = 1 + self.dice.below(most);
             (self.dice.below(cells.n() - n), self.dice.below(cells.n() - n), n)
         };
         let before = self.before();
@@ -256,7 +257,9 @@ impl<'w> Worker<'w, '_> {
                 break;
             }
             let stream = self.dice.below(STREAMS);
-            let n_kv = if self.dice.one_in(3) { self.dice.below(cells.n_slots + 1) } else { cells.n_slots };
+            // A few cells: those that are kept as given, at the start, among them.
+            let most = self.dice.pick(&[cells.n_slots, cells.n_slots, 8]);
+            let n_kv = if self.dice.one_in(2) { self.dice.below(most + 1) } else { most };
             spans.push(akv_span { stream: stream as i32, n_q: n_q as i32, n_kv: n_kv as i64 });
             let [k, v] = rows.each_ref().map(|rows| &rows[stream * cells.n_slots..][..n_kv]);
             views.push(View { k, v, n_q, first_row, sight });
