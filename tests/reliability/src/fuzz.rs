@@ -348,8 +348,8 @@ fn sequences(dice: &mut Dice, arena: &mut Arena, context: Handle<akv_context>, c
     for _ in 0..1 + dice.below(3) {
         let n = 1 + dice.below(3);
         let all: Vec<u64> = (0..n).map(|i| if dice.one_in(10) { dice.bits() } else { ids[i] }).collect();
-        let n_new: Vec<i32> = (0..n).map(|_| few(dice) as i32).collect();
-        let n_q: Vec<i32> = (0..n).map(|_| few(dice) as i32).collect();
+        let n_new: Vec<i32> = (0..n).map(|_| few(dice).max(i32::MIN.into()) as i32).collect();
+        let n_q: Vec<i32> = (0..n).map(|_| few(dice).max(i32::MIN.into()) as i32).collect();
         let positions: Vec<i64> = (0..64).map(|i| if dice.one_in(12) { odd(dice) } else { i }).collect();
         let mut desc = akv_batch_desc {
             struct_size: struct_size::<akv_batch_desc>(dice),
