@@ -250,7 +250,7 @@ fn with_descriptors(dice: &mut Dice, arena: &mut Arena) {
     if made {
         let cache = Handle(out);
         match desc.desc.placement {
-            AKV_APPEND => sequences(dice, arena, cache),
+            AKV_APPEND => sequences(dice, arena, context, cache),
             _ => cells(dice, arena, context, cache, desc.desc.placement),
         }
         // SAFETY: a handle.
@@ -319,7 +319,7 @@ fn any_threads(dice: &mut Dice) -> akv_threads {
     threads
 }
 
-fn sequences(dice: &mut Dice, arena: &mut Arena, cache: Handle<akv_cache>) {
+fn sequences(dice: &mut Dice, arena: &mut Arena, context: Handle<akv_context>, cache: Handle<akv_cache>) {
     let mut bounds = akv_batch_desc { struct_size: struct_size::<akv_batch_desc>(dice), ..zeroed() };
     for _ in 0..dice.below(3) {
         let value = odd(dice);
@@ -348,8 +348,8 @@ fn sequences(dice: &mut Dice, arena: &mut Arena, cache: Handle<akv_cache>) {
     for _ in 0..1 + dice.below(3) {
         let n = 1 + dice.below(3);
         let all: Vec<u64> = (0..n).map(|i| if dice.one_in(10) { dice.bits() } else { ids[i] }).collect();
-        let n_new: Vec<i32> = (0..n).map(|_| few(dice) as i32).collect();
-        let n_q: Vec<i32> = (0..n).map(|_| few(dice) as i32).collect();
+        let n_new: Vec<i32> = (0..n).map(|_| few(dice).max(i32::MIN.into()) as i32).collect();
+        let n_q: Vec<i32> = (0..n).map(|_| few(dice).max(i32::MIN.into()) as i32).collect();
         let positions: Vec<i64> = (0..64).map(|i| if dice.one_in(12) { odd(dice) } else { i }).collect();
         let mut desc = akv_batch_desc {
             struct_size: struct_size::<akv_batch_desc>(dice),
@@ -399,8 +399,23 @@ fn sequences(dice: &mut Dice, arena: &mut Arena, cache: Handle<akv_cache>) {
             sane("shift", akv_sequence_shift(cache.0, ids[0], odd(dice), odd(dice), odd(dice), null()));
         }
     }
-    // SAFETY: a handle.
-    assert!(sane("batch_destroy", unsafe { akv_batch_destroy(batch.0) }));
+    // Into this cache, one of other layers most often, or none.
+    let (status, other) = Setup::kind(dice.below(KINDS), 4, 300).cache(context);
+    assert_eq!(status, AKV_OK, "{}", last_error());
+    for from in ids {
+        let (to, mut id) = (dice.pick(&[cache, cache, other, Handle(batch.0.cast())]), 0);
+        // SAFETY: handles or none, and an output.
+        unsafe {
+            if sane("copy", akv_sequence_copy(cache.0, from, to.0, &mut id)) {
+                assert!(sane("destroy", akv_sequence_destroy(to.0, id)));
+            }
+        }
+    }
+    // SAFETY: handles.
+    unsafe {
+        assert!(sane("cache_destroy", akv_cache_destroy(other.0)));
+        assert!(sane("batch_destroy", akv_batch_destroy(batch.0)));
+    }
 }
 
 fn cells(dice: &mut Dice, arena: &mut Arena, context: Handle<akv_context>, cache: Handle<akv_cache>, placement: i32) {
@@ -586,7 +601,7 @@ pub fn import(data: &[u8]) {
     }
 }
 
-/// Whatever is in it: it attends, forks, is cut and goes on.
+/// Whatever is in it: it attends, forks, is copied, is cut and goes on.
 fn use_it(setup: &Setup, cache: Handle<akv_cache>, id: akv_sequence) {
     let mut length = 0;
     // SAFETY: a handle and an output.
@@ -607,7 +622,7 @@ fn use_it(setup: &Setup, cache: Handle<akv_cache>, id: akv_sequence) {
         n_q: &one,
         ..zeroed()
     };
-    let (mut fork, mut copy) = (0, Vec::<u8>::new());
+    let (mut fork, mut copy, mut bytes) = (0, 0, [Vec::<u8>::new(), Vec::new()]);
     // SAFETY: handles, descriptors with their arrays, outputs.
     unsafe {
         if sane("begin", akv_batch_begin(batch.0, &step, null_mut())) {
@@ -619,7 +634,12 @@ fn use_it(setup: &Setup, cache: Handle<akv_cache>, id: akv_sequence) {
             sane("commit", akv_batch_commit(batch.0));
         }
         sane("dequantize", akv_dequantize_kv(cache.0, id, 0, 0, 0, null(), null(), null_mut()));
-        sane("export", akv_sequence_export(cache.0, id, null(), Some(collect), (&raw mut copy).cast()));
+        if sane("copy", akv_sequence_copy(cache.0, id, cache.0, &mut copy)) {
+            for (id, to) in [id, copy].into_iter().zip(&mut bytes) {
+                sane("export", akv_sequence_export(cache.0, id, null(), Some(collect), (&raw mut *to).cast()));
+            }
+            assert!(bytes[0] == bytes[1], "a copy is another sequence");
+        }
         sane("fork", akv_sequence_fork(cache.0, id, -1, &mut fork));
         sane("truncate", akv_sequence_truncate(cache.0, id, length / 2));
         sane("truncate", akv_sequence_truncate(cache.0, id, 0));

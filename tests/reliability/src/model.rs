@@ -12,6 +12,13 @@ pub struct Token {
     /// Positions that it has been moved by: as far its K has turned.
     pub turned: i64,
     pub removed: bool,
+    /// Times that it has been decoded and written anew.
+    pub copies: u32,
+}
+
+impl Token {
+    /// What a cell without a row holds.
+    pub const NONE: Token = Token { seed: 0, position: 0, turned: 0, removed: true, copies: 0 };
 }
 
 /// Tokens without those at the end that have been removed.
@@ -175,6 +182,9 @@ pub struct Setup {
     pub moves: bool,
 }
 
+/// Streams of a cache of cells.
+pub const STREAMS: usize = 2;
+
 /// Kinds of caches, see [`Setup::kind`].
 pub const KINDS: usize = 7;
 
@@ -224,16 +234,28 @@ impl Setup {
 
     /// Makes the cache.
     pub fn cache(&self, context: Handle<akv_context>) -> (akv_status, Handle<akv_cache>) {
+        self.create(context, akv_cache_desc { max_sequences: self.n_sequences as u32, ..zeroed() })
+    }
+
+    /// Makes one of cells, as many in each stream as the longest sequence has tokens.
+    pub fn cells(&self, context: Handle<akv_context>) -> (akv_status, Handle<akv_cache>) {
+        let n_slots = self.max_len as u64;
+        // Masks say who sees what, not windows.
+        let layers = self.layers.iter().map(|l| akv_layer_desc { window: 0, ..*l }).collect();
+        let of_cells = akv_cache_desc { placement: AKV_SLOTS, n_streams: STREAMS as u32, n_slots, ..zeroed() };
+        Setup { layers, ..self.clone() }.create(context, of_cells)
+    }
+
+    fn create(&self, context: Handle<akv_context>, desc: akv_cache_desc) -> (akv_status, Handle<akv_cache>) {
         let desc = akv_cache_desc {
             struct_size: size::<akv_cache_desc>(),
             format: self.format,
             n_layers: self.layers.len() as i32,
             layers: self.layers.as_ptr(),
-            max_sequences: self.n_sequences as u32,
             exact_head: self.exact_head,
             exact_tail: self.exact_tail,
             max_bytes: self.max_bytes,
-            ..zeroed()
+            ..desc
         };
         let mut out = std::ptr::null_mut();
         // SAFETY: a valid descriptor and output.
@@ -285,7 +307,7 @@ pub fn new_tokens(dice: &mut Dice, n: usize, last: Option<i64>) -> (Vec<Token>, 
             let step = dice.pick(&[0, 1, 1, 1, 4]);
             position = if i == 0 { position - 1 + step.max(i64::from(last.is_none())) } else { position - 1 + step };
         }
-        tokens.push(Token { seed: dice.bits() >> 24, position, turned: 0, removed: false });
+        tokens.push(Token { seed: dice.bits() >> 24, position, removed: false, ..Token::NONE });
         position += 1;
     }
     let first = last.map_or(0, |p| p + 1);

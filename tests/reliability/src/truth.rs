@@ -15,23 +15,101 @@ pub struct Ask {
     pub scale: f32,
     pub sinks: Option<Vec<f32>>,
     pub ranges: Option<(Vec<i64>, Vec<i64>)>,
+    /// Factors of what a mask adds.
+    pub slopes: Option<Vec<f32>>,
 }
 
-/// Tokens that a query row sees, the row of token `at`.
-pub fn seen<'a>(
-    tokens: &'a [Token],
-    at: usize,
-    ask: &'a Ask,
-    layer_window: i32,
-    row: usize,
-) -> impl Iterator<Item = usize> + Clone + 'a {
-    let position = tokens[at].position;
-    let window = if ask.window == 0 { layer_window } else { ask.window };
-    let first = if window == 0 { i64::MIN } else { position - i64::from(window) + 1 };
-    let last = if ask.full { i64::MAX } else { position };
-    let all = (0, tokens.len());
-    let (from, to) = ask.ranges.as_ref().map_or(all, |(a, b)| (a[row] as usize, tokens.len().min(b[row] as usize)));
-    (from..to).filter(move |&t| !tokens[t].removed && (first..=last).contains(&tokens[t].position))
+/// What a mask says, as it was last set.
+#[derive(Debug)]
+pub struct Shown {
+    n_kv: usize,
+    /// `[row][n_kv]`: what is added to a score, or -inf.
+    added: Vec<f32>,
+}
+
+impl Shown {
+    /// Nothing.
+    pub fn new(rows: usize, n_kv: usize) -> Shown {
+        Shown { n_kv, added: vec![f32::NEG_INFINITY; rows * n_kv] }
+    }
+
+    pub fn row(&mut self, row: usize) -> &mut [f32] {
+        &mut self.added[row * self.n_kv..][..self.n_kv]
+    }
+}
+
+/// What some query rows look at: the tokens of a sequence, of which they are the last, or cells.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub k: &'a [Token],
+    /// The same, but in cells, whose K and V may come from different tokens.
+    pub v: &'a [Token],
+    pub n_q: usize,
+    /// First of the rows among those of the call.
+    pub first_row: usize,
+    pub sight: Sight<'a>,
+}
+
+/// What decides on what is seen.
+#[derive(Clone, Copy)]
+pub enum Sight<'a> {
+    Positions,
+    AllCells,
+    Mask(&'a Shown),
+}
+
+impl<'a> View<'a> {
+    /// Of sequences, with their numbers of query rows.
+    pub fn sequences(all: impl IntoIterator<Item = (&'a [Token], usize)>) -> Vec<View<'a>> {
+        let mut first_row = 0;
+        let view = |(k, n_q)| {
+            let view = View { k, v: k, n_q, first_row, sight: Sight::Positions };
+            first_row += n_q;
+            view
+        };
+        all.into_iter().map(view).collect()
+    }
+
+    pub fn of_cells(&self) -> bool {
+        !matches!(self.sight, Sight::Positions)
+    }
+
+    /// True if row `r` is that of a token that has been removed: what it sees is nobody's business.
+    pub fn is_removed(&self, r: usize) -> bool {
+        !self.of_cells() && self.k[self.k.len() - self.n_q + r].removed
+    }
+
+    /// Tokens or cells that row `r` sees.
+    pub fn seen(&self, r: usize, ask: &Ask, layer_window: i32) -> impl Iterator<Item = usize> + Clone + use<'a> {
+        let (k, v, row) = (self.k, self.v, self.first_row + r);
+        let (mut positions, mut range) = (i64::MIN..=i64::MAX, 0..k.len());
+        let mut shown = None;
+        match self.sight {
+            Sight::Positions => {
+                let position = k[k.len() - self.n_q + r].position;
+                let window = if ask.window == 0 { layer_window } else { ask.window };
+                let first = if window == 0 { i64::MIN } else { position - i64::from(window) + 1 };
+                positions = first..=if ask.full { i64::MAX } else { position };
+                if let Some((from, to)) = &ask.ranges {
+                    range = from[row] as usize..k.len().min(to[row] as usize);
+                }
+            }
+            Sight::AllCells => {}
+            Sight::Mask(mask) => shown = Some(&mask.added[row * mask.n_kv..]),
+        }
+        range.filter(move |&t| {
+            let there = !k[t].removed && !v[t].removed;
+            there && positions.contains(&k[t].position) && shown.is_none_or(|added| added[t] > f32::NEG_INFINITY)
+        })
+    }
+
+    /// What a mask adds to the score of a cell.
+    pub fn added(&self, r: usize, t: usize) -> f64 {
+        match self.sight {
+            Sight::Mask(mask) => f64::from(mask.added[(self.first_row + r) * mask.n_kv + t]),
+            _ => 0.0,
+        }
+    }
 }
 
 /// K and V of one head of a sequence, in float64.
@@ -45,17 +123,17 @@ pub struct HeadRows {
 }
 
 impl HeadRows {
-    pub fn load(&mut self, tokens: &[Token], layer: usize, shape: &akv_layer_desc, head: usize) {
+    pub fn load(&mut self, view: &View, layer: usize, shape: &akv_layer_desc, head: usize) {
         let ((tk, dk), (tv, dv)) = (dtype_dim(shape, Part::K), dtype_dim(shape, Part::V));
         let mut x = [0.0f32; 256];
         self.dims = (dk, dv);
         self.k.clear();
         self.v.clear();
         self.peaks.clear();
-        for token in tokens {
-            row(token, layer, Part::K, head, tk, &mut x[..dk]);
+        for (k, v) in view.k.iter().zip(view.v) {
+            row(k, layer, Part::K, head, tk, &mut x[..dk]);
             self.k.extend(x[..dk].iter().map(|&x| f64::from(x)));
-            row(token, layer, Part::V, head, tv, &mut x[..dv]);
+            row(v, layer, Part::V, head, tv, &mut x[..dv]);
             self.v.extend(x[..dv].iter().map(|&x| f64::from(x)));
             self.peaks.push(x[..dv].iter().fold(0.0, |m, x| f64::from(x.abs()).max(m)));
         }
@@ -72,11 +150,13 @@ pub struct Truth {
 }
 
 impl Truth {
+    /// Over the tokens that are seen, to whose scores something is added.
     pub fn attend(
         &mut self,
         q: &[f32],
         rows: &HeadRows,
         seen: impl Iterator<Item = usize> + Clone,
+        added: impl Fn(usize) -> f64,
         ask: &Ask,
         sink: Option<f32>,
     ) {
@@ -85,9 +165,11 @@ impl Truth {
         let cap = f64::from(ask.softcap);
         self.weights.clear();
         let mut max = sink.map_or(f64::NEG_INFINITY, f64::from);
-        for k in seen.clone().map(|t| &rows.k[t * dk..(t + 1) * dk]) {
+        for t in seen.clone() {
+            let k = &rows.k[t * dk..(t + 1) * dk];
             let dot: f64 = k.iter().zip(q).map(|(k, &q)| k * f64::from(q)).sum();
             let score = if cap > 0.0 { cap * (scale * dot / cap).tanh() } else { scale * dot };
+            let score = score + added(t);
             max = max.max(score);
             self.weights.push(score);
         }

@@ -46,6 +46,11 @@ fn lost_tokens() {
 }
 
 #[test]
+fn lost_cells() {
+    finds("cell", &["lost_tokens"]);
+}
+
+#[test]
 fn forgotten_sequences() {
     finds("leak", &["leaks"]);
 }

@@ -30,6 +30,8 @@ struct Scene {
     setup: Setup,
     context: Handle<akv_context>,
     cache: Handle<akv_cache>,
+    /// Where copies go.
+    elsewhere: Handle<akv_cache>,
     cells: Handle<akv_cache>,
     mask: Handle<akv_mask>,
     batch: Handle<akv_batch>,
@@ -77,8 +79,10 @@ impl Scene {
     fn new(hooks: &'static Hooks) -> Scene {
         let setup = Setup::kind(0, 200, 1000);
         let context = context(0, hooks);
-        let (status, cache) = setup.cache(context);
-        ok(status);
+        let [cache, elsewhere] = [(); 2].map(|()| setup.cache(context)).map(|(status, cache)| {
+            ok(status);
+            cache
+        });
         let (mut cells, mut mask) = (null_mut(), null_mut());
         let desc = akv_cache_desc {
             struct_size: size::<akv_cache_desc>(),
@@ -103,6 +107,7 @@ impl Scene {
             setup,
             context,
             cache,
+            elsewhere,
             cells: Handle(cells),
             mask: Handle(mask),
             batch,
@@ -253,7 +258,7 @@ impl Scene {
     /// All that a call which fails must leave as it is.
     fn look(&mut self, scratch: bool) -> Vec<u64> {
         let mut seen = Vec::new();
-        for cache in [self.cache, self.cells] {
+        for cache in [self.cache, self.elsewhere, self.cells] {
             let u = usage(cache);
             let n = u64::from(u.n_sequences);
             let used = if scratch { 0 } else { u.bytes_used };
@@ -291,7 +296,7 @@ impl Scene {
         // SAFETY: handles that nobody uses any more, if they still live.
         unsafe {
             ok(akv_batch_destroy(self.batch.0));
-            for cache in [self.cache, self.cells] {
+            for cache in [self.cache, self.elsewhere, self.cells] {
                 ok(akv_cache_destroy(cache.0));
             }
             ok(akv_mask_destroy(self.mask.0));
@@ -502,6 +507,31 @@ fn operations() -> Vec<Operation> {
             },
             destroy_made,
         ),
+        op(
+            "akv_sequence_copy",
+            nothing,
+            // SAFETY: handles and an output.
+            |s| unsafe { akv_sequence_copy(s.cache.0, s.sequences[0], s.elsewhere.0, &mut s.made) },
+            |s| {
+                // SAFETY: a handle.
+                ok(unsafe { akv_sequence_destroy(s.elsewhere.0, s.made) });
+                s.made = 0;
+            },
+        ),
+        op(
+            "akv_sequence_copy of what has been removed from, beside it",
+            |s| {
+                forked(s);
+                // SAFETY: a handle.
+                ok(unsafe { akv_sequence_remove(s.cache.0, *s.sequences.last().unwrap(), 20, 300) });
+            },
+            // SAFETY: handles and an output.
+            |s| unsafe { akv_sequence_copy(s.cache.0, *s.sequences.last().unwrap(), s.cache.0, &mut s.made) },
+            |s| {
+                destroy_made(s);
+                destroy_last(s);
+            },
+        ),
         op("akv_batch_begin", mixed, |s| s.begin_again(), Scene::abort),
         op("akv_quantize_kv", begun, |s| s.append(0), Scene::abort),
         op(
@@ -613,6 +643,26 @@ fn operations() -> Vec<Operation> {
             nothing,
         ),
         op(
+            "akv_slots_write that closes a tile",
+            |s| {
+                s.rows(0, 300);
+                // The tile of the first cells has its rows kept no more.
+                ok(s.write_cells(0, &(300..600).collect::<Vec<_>>()));
+            },
+            |s| s.write_cells(0, &[0, 300]),
+            nothing,
+        ),
+        op(
+            "akv_slots_read",
+            |s| s.rows(0, 100),
+            |s| {
+                let (k, v) = (s.key.rows(), s.value.rows());
+                // SAFETY: a handle, and room for the rows.
+                unsafe { akv_slots_read(s.cells.0, 0, 3, 100, &k, &v, null_mut()) }
+            },
+            nothing,
+        ),
+        op(
             "akv_slots_attention",
             |s| s.outputs(1, 4),
             |s| {
@@ -647,6 +697,14 @@ fn operations() -> Vec<Operation> {
             nothing,
             // SAFETY: a handle.
             |s| unsafe { akv_slots_invalidate(s.cells.0, -1, 1, 1) },
+            nothing,
+        ),
+        op(
+            "akv_slots_copy of rows",
+            nothing,
+            // Some of tiles whose rows are kept as given, some not, into all layers; a stretch that is no whole tile.
+            // SAFETY: a handle.
+            |s| unsafe { akv_slots_copy(s.cells.0, -1, 1, 301, 200) },
             nothing,
         ),
         op(

@@ -58,7 +58,7 @@ fn put_together(folder: &str, to: &str) -> Result<u64, String> {
     };
     let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     let mut md = format!(
-        "# Reliability\n\nWritten by `make soak`: {} minutes of random traffic over {} sequences at a time, by one thread and by \
+        "# Reliability\n\nWritten by `make soak`: {} minutes of random traffic over {} sequences at a time, and cells beside them, by one thread and by \
          {}, over one kind of cache after another (three formats, all modes), with allocations that fail; the allocations of \
          every operation failed one at a time (of many, a sample); fuzzed operations, descriptors and streams; the same traffic under \
          ThreadSanitizer.\n\n| | found | of |\n|---|---|---|\n",

@@ -6,7 +6,7 @@ use crate::barrier::{Barrier, together};
 use crate::counts::{Counts, add, found};
 use crate::dice::Dice;
 use crate::model::*;
-use crate::truth::{Ask, Truth, seen};
+use crate::truth::{Ask, Sight, Truth, View};
 use std::ptr::{null, null_mut};
 use std::sync::atomic::AtomicU64;
 
@@ -34,16 +34,59 @@ impl Outputs {
     }
 }
 
+/// Where attention goes.
+#[derive(Clone, Copy)]
+pub(super) enum Over<'a> {
+    /// The step of a batch.
+    Step(Handle<akv_batch>),
+    /// Spans of cells, of which a mask, if there is one, shows some.
+    Cells(Handle<akv_cache>, &'a [akv_span], Option<Handle<akv_mask>>),
+}
+
+impl Over<'_> {
+    /// # Safety
+    /// The descriptor's arrays suffice for the rows of the step or the spans.
+    unsafe fn attention(self, layer: usize, desc: &akv_attention_desc) -> akv_status {
+        match self {
+            // SAFETY: the contract.
+            Over::Step(batch) => unsafe { akv_aligned_attention(batch.0, layer as i32, desc) },
+            Over::Cells(cache, spans, mask) => {
+                let desc = akv_attention_desc { mask: mask.map_or(null_mut(), |mask| mask.0), ..*desc };
+                // SAFETY: the contract.
+                unsafe { akv_slots_attention(cache.0, layer as i32, spans.as_ptr(), spans.len() as i32, &desc) }
+            }
+        }
+    }
+
+    /// Status, size and alignment of a workspace.
+    fn workspace(self) -> (akv_status, usize, usize) {
+        let (mut bytes, mut align) = (0, 0);
+        // SAFETY: handles and outputs.
+        let status = unsafe {
+            match self {
+                Over::Step(batch) => akv_batch_workspace(batch.0, &mut bytes, &mut align),
+                Over::Cells(cache, spans, _) => {
+                    let max_kv = spans.iter().map(|span| span.n_kv).max().unwrap_or(0);
+                    akv_slots_workspace(cache.0, max_kv, TEAM, &mut bytes, &mut align)
+                }
+            }
+        };
+        (status, bytes, align)
+    }
+}
+
 impl Worker<'_, '_> {
-    fn ask(&mut self, views: &[(&[Token], usize)], shape: &akv_layer_desc) -> Ask {
+    fn ask(&mut self, views: &[View], shape: &akv_layer_desc) -> Ask {
+        let cells = views.iter().any(View::of_cells);
+        let masked = views.iter().any(|view| matches!(view.sight, Sight::Mask(_)));
         let published = self.world.setup.format == AKV_FORMAT_PUBLISHED;
         let dice = &mut self.dice;
         let mode = dice.below(3) as i32;
         let sinks = dice.one_in(6) && !published;
-        let n_q: usize = views.iter().map(|v| v.1).sum();
+        let n_q: usize = views.iter().map(|v| v.n_q).sum();
         let mut ranges = None;
-        if dice.one_in(8) {
-            let longest = views.iter().map(|v| v.0.len()).max().unwrap_or(0);
+        if dice.one_in(8) && !cells {
+            let longest = views.iter().map(|v| v.k.len()).max().unwrap_or(0);
             let from = (0..n_q).map(|_| dice.below(longest / 2 + 1) as i64).collect::<Vec<_>>();
             let to = from.iter().map(|&f| f + dice.below(longest + 1) as i64).collect();
             ranges = Some((from, to));
@@ -51,29 +94,33 @@ impl Worker<'_, '_> {
         Ask {
             mode,
             tolerance: dice.pick(&[0.0, 0.0, 1e-2, 1e-1]),
-            full: dice.one_in(4),
-            window: if dice.one_in(5) { 1 + dice.below(300) as i32 } else { 0 },
+            full: dice.one_in(4) && !cells,
+            window: if dice.one_in(5) && !cells { 1 + dice.below(300) as i32 } else { 0 },
             softcap: if dice.one_in(6) && !published { 10.0 } else { 0.0 },
             scale: dice.pick(&[0.0, 0.0, 0.3]),
             sinks: sinks.then(|| (0..shape.n_q_heads).map(|_| dice.below(9) as f32 - 4.0).collect()),
             ranges,
+            slopes: (masked && dice.one_in(3))
+                .then(|| (0..shape.n_q_heads).map(|_| dice.pick(&[0.0, 0.5, 1.0, -0.25])).collect()),
         }
     }
 
-    /// Attends the last rows of some sequences in a layer, and looks at the results.
-    pub(super) fn attend(&mut self, batch: Handle<akv_batch>, layer: usize, views: &[(&[Token], usize)]) {
+    /// Attends in a layer, and looks at the results.
+    pub(super) fn attend(&mut self, over: Over, layer: usize, views: &[View]) {
         let world = self.world;
         let shape = world.setup.layers[layer];
-        let n_q: usize = views.iter().map(|v| v.1).sum();
+        let n_q: usize = views.iter().map(|v| v.n_q).sum();
         let ((_, dk), heads) = (dtype_dim(&shape, Part::K), shape.n_q_heads as usize);
         let ask = self.ask(views, &shape);
         let (q_dtype, out_dtype) = (self.dice.below(3) as i32, self.dice.below(3) as i32);
         let spread = self.dice.pick(&[0.05f32, 0.5, 2.0]);
         self.q.resize(n_q * heads * dk, q_dtype);
         let mut noise = Dice::Seeded(self.dice.bits());
+        // Of all channels; or of one, so that errors do not average out and bounds are almost reached.
+        let channel = self.dice.one_in(6).then(|| self.dice.below(dk));
         for i in 0..n_q * heads * dk {
             let x = (noise.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0;
-            self.q.set(i, x * spread);
+            self.q.set(i, if channel.is_none_or(|c| c == i % dk) { x * spread } else { 0.0 });
         }
         let mut outputs = std::mem::take(&mut self.outputs);
         outputs.resize(n_q, &shape, out_dtype);
@@ -89,6 +136,7 @@ impl Worker<'_, '_> {
             mode: ask.mode,
             visibility: if ask.full { AKV_FULL } else { AKV_CAUSAL },
             window: ask.window,
+            alibi_slopes: ask.slopes.as_ref().map_or(null(), |s| s.as_ptr()),
             sink_logits: ask.sinks.as_ref().map_or(null(), |s| s.as_ptr()),
             kv_from: ask.ranges.as_ref().map_or(null(), |r| r.0.as_ptr()),
             kv_to: ask.ranges.as_ref().map_or(null(), |r| r.1.as_ptr()),
@@ -105,16 +153,16 @@ impl Worker<'_, '_> {
             let good = self.q.get(i);
             self.q.set(i, f32::NAN);
             // SAFETY: a handle, a descriptor with its arrays.
-            let status = unsafe { akv_aligned_attention(batch.0, layer as i32, &desc) };
+            let status = unsafe { over.attention(layer, &desc) };
             self.refused("attention of NaN", status, &[AKV_E_NONFINITE]);
             self.q.set(i, good);
         }
         // SAFETY: a handle, a descriptor with its arrays.
-        let status = unsafe { akv_aligned_attention(batch.0, layer as i32, &desc) };
+        let status = unsafe { over.attention(layer, &desc) };
         if self.expect("attention", status, &[AKV_E_MEMORY, AKV_E_BUSY]) {
             self.attended += 1;
             if n_q > 0 && self.dice.one_in(150) {
-                self.again_by_threads(batch, layer, &desc, &mut outputs, n_q, out_dtype);
+                self.again_by_threads(over, layer, &desc, &mut outputs, n_q, out_dtype);
             }
             self.plant(&mut outputs);
             let check = n_q > 0 && (self.attended as usize).is_multiple_of(world.plan.check_one_in);
@@ -127,16 +175,14 @@ impl Worker<'_, '_> {
     }
 
     /// Tokens attended are the model's.
-    fn check_stats(&mut self, stats: &akv_stats, views: &[(&[Token], usize)], ask: &Ask, shape: &akv_layer_desc) {
-        let (mut row, mut tokens) = (0, 0);
-        for (all, n_q) in views {
-            for at in all.len() - n_q..all.len() {
-                // Where a token that is no more has moved to is nobody's business.
-                if all[at].removed {
+    fn check_stats(&mut self, stats: &akv_stats, views: &[View], ask: &Ask, shape: &akv_layer_desc) {
+        let mut tokens = 0;
+        for view in views {
+            for r in 0..view.n_q {
+                if view.is_removed(r) {
                     return;
                 }
-                tokens += seen(all, at, ask, shape.window, row).count() as u64 * shape.n_kv_heads as u64;
-                row += 1;
+                tokens += view.seen(r, ask, shape.window).count() as u64 * shape.n_kv_heads as u64;
             }
         }
         let counts = self.world.counts;
@@ -174,27 +220,24 @@ impl Worker<'_, '_> {
     /// The same call by several threads of ours: the same bits.
     fn again_by_threads(
         &mut self,
-        batch: Handle<akv_batch>,
+        over: Over,
         layer: usize,
         desc: &akv_attention_desc,
         outputs: &mut Outputs,
         n_q: usize,
         out_dtype: i32,
     ) {
-        let (mut bytes, mut align) = (0, 0);
-        // SAFETY: a handle and outputs.
-        let status = unsafe { akv_batch_workspace(batch.0, &mut bytes, &mut align) };
+        let (status, bytes, align) = over.workspace();
         self.expect("workspace", status, &[]);
         // The batch is bounded by far more tokens than there are: a workspace for these is enough.
         let bytes = bytes.min(4 << 20);
-        self.workspace.resize(bytes / 64 + 1, [0; 8]);
+        self.workspace.resize(bytes.div_ceil(64) + 1, [0; 8]);
         let offset = self.workspace.as_ptr().cast::<u8>().align_offset(align);
         let workspace = self.workspace.as_mut_ptr().wrapping_byte_add(offset).cast();
         let mut again = std::mem::take(&mut self.again);
         again.resize(n_q, &self.world.setup.layers[layer], out_dtype);
         let [lse, bound, lse_bound, estimate, amplitude] = again.floats.each_mut().map(|f| f.as_mut_ptr());
         let (stats, out) = (null_mut(), again.out.rows());
-        let workspace_bytes = bytes.saturating_sub(offset);
         let desc = akv_attention_desc {
             out,
             lse,
@@ -204,7 +247,7 @@ impl Worker<'_, '_> {
             amplitude,
             stats,
             workspace,
-            workspace_bytes,
+            workspace_bytes: bytes,
             ..*desc
         };
         let nth = 2 + self.dice.below(TEAM as usize - 1);
@@ -213,14 +256,14 @@ impl Worker<'_, '_> {
             // SAFETY: the barrier below.
             unsafe { &*user.cast::<Barrier>() }.wait();
         }
-        let (call, address, batch) = (&raw const desc as usize, &raw const barrier as usize, batch.0 as usize);
+        let (call, address) = (&raw const desc as usize, &raw const barrier as usize);
         let statuses = together(nth, |ith| {
             let (ith, nth, user) = (ith as i32, nth as i32, address as *mut std::ffi::c_void);
             let threads = akv_threads { ith, nth, barrier: Some(wait), user };
             // SAFETY: the descriptor and what it points to outlive the threads.
             unsafe {
                 let desc = akv_attention_desc { threads: &threads, ..*(call as *const akv_attention_desc) };
-                akv_aligned_attention(batch as *mut akv_batch, layer as i32, &desc)
+                over.attention(layer, &desc)
             }
         });
         let all_ok = statuses.iter().all(|&s| s == AKV_OK);
@@ -234,53 +277,47 @@ impl Worker<'_, '_> {
     }
 
     /// Outputs of some rows, against float64.
-    fn check_outputs(
-        &mut self,
-        outputs: &mut Outputs,
-        views: &[(&[Token], usize)],
-        ask: &Ask,
-        layer: usize,
-        out_dtype: i32,
-    ) {
+    fn check_outputs(&mut self, outputs: &mut Outputs, views: &[View], ask: &Ask, layer: usize, out_dtype: i32) {
         let (setup, counts) = (self.world.setup, self.world.counts);
         let shape = &setup.layers[layer];
         let ((_, dk), (_, dv)) = (dtype_dim(shape, Part::K), dtype_dim(shape, Part::V));
         let (heads, group) = (shape.n_q_heads as usize, (shape.n_q_heads / shape.n_kv_heads) as usize);
         let kv_head = self.dice.below(shape.n_kv_heads as usize);
         let (mut rows, mut truth) = (std::mem::take(&mut self.rows), std::mem::take(&mut self.truth));
-        let mut first = 0;
-        for (all, n_q) in views.iter().filter(|v| v.1 > 0) {
-            // A few rows of each sequence, of one KV head.
-            rows.load(all, layer, shape, kv_head);
-            for _ in 0..(*n_q).min(3) {
-                let r = self.dice.below(*n_q);
-                let (at, row) = (all.len() - n_q + r, first + r);
-                if all[at].removed {
+        for view in views.iter().filter(|v| v.n_q > 0) {
+            // A few rows of each sequence or span, of one KV head.
+            rows.load(view, layer, shape, kv_head);
+            for _ in 0..view.n_q.min(3) {
+                let r = self.dice.below(view.n_q);
+                if view.is_removed(r) {
                     continue;
                 }
-                let seen = seen(all, at, ask, shape.window, row);
+                let seen = view.seen(r, ask, shape.window);
                 for head in kv_head * group..(kv_head + 1) * group {
-                    let i = row * heads + head;
+                    let i = (view.first_row + r) * heads + head;
                     let mut q = [0.0; 256];
                     (0..dk).for_each(|c| q[c] = self.q.get(i * dk + c));
-                    truth.attend(&q[..dk], &rows, seen.clone(), ask, ask.sinks.as_ref().map(|s| s[head]));
+                    let slope = ask.slopes.as_ref().map_or(1.0, |s| f64::from(s[head]));
+                    let added = |t| slope * view.added(r, t);
+                    truth.attend(&q[..dk], &rows, seen.clone(), added, ask, ask.sinks.as_ref().map(|s| s[head]));
                     let mut out = [0.0; 256];
                     (0..dv).for_each(|c| out[c] = outputs.out.get(i * dv + c));
                     let floats = outputs.floats.each_ref().map(|f| f[i]);
                     let stored = setup.stored_error(layer, &q[..dk], ask.scale);
                     let what = check_output(&truth, &out[..dv], floats, ask, setup, out_dtype, stored, counts);
                     if let Some((counter, what)) = what {
-                        let (name, tokens) = (setup.name, all.len());
+                        let (name, tokens, n_q) = (setup.name, view.k.len(), view.n_q);
+                        let place = if view.of_cells() { "cells" } else { "tokens" };
                         found(counter, 1, || {
+                            let seen = seen.clone().count();
                             format!(
-                                "{name}: layer {layer}, row {at} of {tokens}, head {head}: {what}; sees {}, {ask:?}",
-                                seen.clone().count()
+                                "{name}: layer {layer}, row {r} of {n_q} over {tokens} {place}, head {head}: {what}; \
+                                 sees {seen}, {ask:?}"
                             )
                         });
                     }
                 }
             }
-            first += n_q;
         }
         (self.rows, self.truth) = (rows, truth);
     }
@@ -336,7 +373,9 @@ fn check_output<'c>(
         _ if ask.tolerance == 0.0 => 1e-3,
         _ => f64::from(ask.tolerance),
     };
-    let limit = (100.0 * tolerance + 1e-5 + 8.0 * stored) * truth.amplitude + f64::from(f32::MIN_POSITIVE);
+    // Scores are binary32: a mask can make them large.
+    let rounded = 1e-5 + if truth.lse.is_finite() { 1e-6 * truth.lse.abs() } else { 0.0 };
+    let limit = (100.0 * tolerance + rounded + 8.0 * stored) * truth.amplitude + f64::from(f32::MIN_POSITIVE);
     if error > limit && f64::from(bound) >= truth.amplitude {
         // Scores so large and so close that their digits do not tell the tokens apart: the certificate says so.
         add(&counts.off_as_certified, 1);

@@ -1,8 +1,10 @@
 //! A step that all threads attend at once, while each of them writes other sequences.
 
+use super::attention::Over;
 use super::{Live, Worker};
 use crate::api::*;
 use crate::model::*;
+use crate::truth::View;
 use std::ptr::null_mut;
 
 /// A step that all threads attend, while others write other sequences.
@@ -24,9 +26,9 @@ impl Worker<'_, '_> {
         }
         let Some(crowd) = world.crowd.try_read() else { return };
         if crowd.begun {
-            let views: Vec<_> = crowd.members.iter().map(|(live, n_q)| (&live.tokens[..], *n_q)).collect();
+            let views = View::sequences(crowd.members.iter().map(|(live, n_q)| (&live.tokens[..], *n_q)));
             let layer = self.dice.below(world.setup.layers.len());
-            self.attend(crowd.batch, layer, &views);
+            self.attend(Over::Step(crowd.batch), layer, &views);
         }
     }
 

@@ -1,7 +1,8 @@
-//! The traffic of an engine: sequences are made, extended in mixed batches, attended, forked, cut, read back and destroyed,
-//! by one thread or many, and every answer is held against the model.
+//! The traffic of an engine: sequences are made, extended in mixed batches, attended, forked, copied, cut, read back and
+//! destroyed, cells written and attended beside them, by one thread or many, and every answer is held against the model.
 
 mod attention;
+mod cells;
 mod crowd;
 
 use crate::api::*;
@@ -11,8 +12,9 @@ use crate::dice::Dice;
 use crate::memory::Hooks;
 use crate::model::*;
 use crate::stream::{Reading, collect, read};
-use crate::truth::{HeadRows, Truth};
-use attention::Outputs;
+use crate::truth::{HeadRows, Truth, View};
+use attention::{Outputs, Over};
+use cells::Cells;
 use crowd::Crowd;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::ptr::{null, null_mut};
@@ -29,6 +31,8 @@ pub enum Plant {
     Certificate,
     /// A token of a step is not appended.
     Token,
+    /// A cell of those written is forgotten.
+    Cell,
     /// A sequence is forgotten.
     Leak,
     /// A block of the heap is forgotten.
@@ -40,10 +44,11 @@ pub enum Plant {
 }
 
 impl Plant {
-    pub const ALL: [(&'static str, Plant); 7] = [
+    pub const ALL: [(&'static str, Plant); 8] = [
         ("output", Plant::Output),
         ("certificate", Plant::Certificate),
         ("token", Plant::Token),
+        ("cell", Plant::Cell),
         ("leak", Plant::Leak),
         ("heap", Plant::Heap),
         ("crash", Plant::Crash),
@@ -74,12 +79,16 @@ struct Live {
 
 type Slot = Mutex<Option<Live>>;
 
-/// A cache, and what must be in it.
+/// Caches, and what must be in them.
 pub struct World<'a> {
     setup: &'a Setup,
     plan: &'a Plan,
     counts: &'a Counts,
     cache: Handle<akv_cache>,
+    /// Of another context, with other rows kept as given: sequences come by on their way.
+    elsewhere: Handle<akv_cache>,
+    /// Not of every format.
+    cells: Option<Cells>,
     slots: Vec<Slot>,
     /// Their ids, for calls that do not care whom they disturb.
     ids: Vec<AtomicU64>,
@@ -90,13 +99,16 @@ pub struct World<'a> {
 /// Threads that the program brings to one call, at most.
 const TEAM: i32 = 4;
 
-/// Runs traffic over a new cache, ends it, and looks at what is left.
+/// Runs traffic over new caches, ends them, and looks at what is left.
 pub fn run(setup: &Setup, plan: &Plan, dice: Dice, hooks: &'static Hooks, counts: &Counts) {
     let before = hooks.failed.load(Relaxed);
-    let context = context(setup.n_threads, hooks);
+    let contexts = [setup.n_threads, 0].map(|n_threads| context(n_threads, hooks));
     hooks.fail_one_in.store(0, Relaxed);
     let setup = Setup { n_sequences: setup.n_sequences + 64, ..setup.clone() };
-    let (status, cache) = setup.cache(context);
+    let (status, cache) = setup.cache(contexts[0]);
+    assert_eq!(status, AKV_OK, "{}", last_error());
+    let exact = if setup.exact_tail == AKV_NONE { 0 } else { AKV_NONE };
+    let (status, elsewhere) = Setup { exact_head: exact, exact_tail: exact, ..setup.clone() }.cache(contexts[1]);
     assert_eq!(status, AKV_OK, "{}", last_error());
     let (status, crowd) = batch(cache, TEAM, 1 << 20);
     assert_eq!(status, AKV_OK, "{}", last_error());
@@ -106,6 +118,8 @@ pub fn run(setup: &Setup, plan: &Plan, dice: Dice, hooks: &'static Hooks, counts
         plan,
         counts,
         cache,
+        elsewhere,
+        cells: (setup.format != AKV_FORMAT_PUBLISHED).then(|| Cells::new(&setup, contexts[0])),
         slots: (0..n).map(|_| Mutex::default()).collect(),
         ids: (0..n).map(|_| AtomicU64::new(0)).collect(),
         crowd: RwLock::new(Crowd { batch: crowd, members: Vec::new(), begun: false }),
@@ -123,8 +137,10 @@ pub fn run(setup: &Setup, plan: &Plan, dice: Dice, hooks: &'static Hooks, counts
     hooks.fail_one_in.store(0, Relaxed);
     world.end();
     // SAFETY: handles that nobody uses any more.
-    let statuses = unsafe { [akv_cache_destroy(cache.0), akv_context_destroy(context.0)] };
-    if statuses != [AKV_OK; 2] {
+    let mut statuses = world.caches().map(|cache| unsafe { akv_cache_destroy(cache.0) }).collect::<Vec<_>>();
+    // SAFETY: the same.
+    statuses.extend(contexts.map(|context| unsafe { akv_context_destroy(context.0) }));
+    if statuses.iter().any(|&status| status != AKV_OK) {
         found(&counts.wrong_answers, 1, || format!("at the end: {statuses:?}: {}", last_error()));
     }
     let (blocks, bytes) = (hooks.blocks.load(Relaxed), hooks.bytes.load(Relaxed));
@@ -138,6 +154,10 @@ pub fn run(setup: &Setup, plan: &Plan, dice: Dice, hooks: &'static Hooks, counts
 }
 
 impl World<'_> {
+    fn caches(&self) -> impl Iterator<Item = Handle<akv_cache>> {
+        [self.cache, self.elsewhere].into_iter().chain(self.cells.as_ref().map(|cells| cells.cache))
+    }
+
     /// Ends all that lives, and counts what it leaves.
     fn end(&self) {
         let counts = self.counts;
@@ -168,13 +188,16 @@ impl World<'_> {
         // SAFETY: a handle.
         let status = unsafe { akv_batch_destroy(crowd.batch.0) };
         worker.expect("batch_destroy", status, &[]);
+        worker.end_of_cells();
         drop(worker);
-        let left = usage(self.cache);
-        add(&counts.leaks_checked, 1);
-        let of_sequences =
-            left.pages_used + left.pages_shared + left.tokens + left.bytes_kept + left.n_sequences as u64;
-        if of_sequences != 0 {
-            found(&counts.leaks, left.pages_used.max(1), || format!("with no sequence left: {left:?}"));
+        for cache in [self.cache, self.elsewhere] {
+            let left = usage(cache);
+            add(&counts.leaks_checked, 1);
+            let of_sequences =
+                left.pages_used + left.pages_shared + left.tokens + left.bytes_kept + left.n_sequences as u64;
+            if of_sequences != 0 {
+                found(&counts.leaks, left.pages_used.max(1), || format!("with no sequence left: {left:?}"));
+            }
         }
     }
 }
@@ -186,6 +209,8 @@ struct Worker<'w, 'd> {
     batch: Handle<akv_batch>,
     /// For steps that do nothing.
     other: Handle<akv_batch>,
+    /// The same, elsewhere.
+    away: Handle<akv_batch>,
     dead: Vec<akv_sequence>,
     operations: u64,
     attended: u64,
@@ -217,7 +242,7 @@ impl Member<'_> {
 
 impl Drop for Worker<'_, '_> {
     fn drop(&mut self) {
-        for batch in [self.batch, self.other] {
+        for batch in [self.batch, self.other, self.away] {
             // SAFETY: a handle.
             let status = unsafe { akv_batch_destroy(batch.0) };
             self.expect("batch_destroy", status, &[]);
@@ -227,16 +252,17 @@ impl Drop for Worker<'_, '_> {
 
 impl<'w, 'd> Worker<'w, 'd> {
     fn new(world: &'w World<'w>, dice: Dice<'d>) -> Self {
-        let new = || {
-            let (status, batch) = batch(world.cache, TEAM, 1 << 20);
+        let new = |cache| {
+            let (status, batch) = batch(cache, TEAM, 1 << 20);
             assert_eq!(status, AKV_OK, "{}", last_error());
             batch
         };
         Worker {
             world,
             dice,
-            batch: new(),
-            other: new(),
+            batch: new(world.cache),
+            other: new(world.cache),
+            away: new(world.elsewhere),
             dead: Vec::new(),
             operations: 0,
             attended: 0,
@@ -305,19 +331,20 @@ impl<'w, 'd> Worker<'w, 'd> {
     }
 
     /// Alone, a call that failed has changed nothing.
-    fn unchanged(&mut self, call: &str, before: &Option<akv_usage>) {
-        let Some(before) = before else { return };
-        let after = usage(self.world.cache);
+    fn unchanged(&mut self, call: &str, before: &[akv_usage]) {
         let of = |u: &akv_usage| (u.n_sequences, u.bytes_used, u.bytes_kept, u.pages_used, u.pages_shared, u.tokens);
-        if of(before) != of(&after) {
-            found(&self.world.counts.wrong_answers, 1, || {
-                format!("{call} failed and left {after:?}, after {before:?}")
-            });
+        for (before, after) in before.iter().zip(self.before()) {
+            if of(before) != of(&after) {
+                found(&self.world.counts.wrong_answers, 1, || {
+                    format!("{call} failed and left {after:?}, after {before:?}")
+                });
+            }
         }
     }
 
-    fn before(&self) -> Option<akv_usage> {
-        (self.world.plan.threads == 1).then(|| usage(self.world.cache))
+    /// What the caches hold; nothing to compare with if others may be changing it.
+    fn before(&self) -> Vec<akv_usage> {
+        if self.world.plan.threads == 1 { self.world.caches().map(usage).collect() } else { Vec::new() }
     }
 
     fn act(&mut self) {
@@ -334,6 +361,8 @@ impl<'w, 'd> Worker<'w, 'd> {
             41..43 if self.world.setup.moves => self.shift(),
             43..50 if self.world.plan.threads > 1 => self.disturb(),
             50..62 if self.world.plan.threads > 1 => self.join_crowd(),
+            62..66 => self.hand_over(),
+            66..78 if self.world.cells.is_some() => self.use_cells(),
             _ => self.step(),
         }
     }
@@ -505,27 +534,38 @@ impl<'w, 'd> Worker<'w, 'd> {
 
     /// Reads tokens back, as far as there are any, and compares.
     fn read_back(&mut self, live: &Live, first: usize, n: usize) {
-        let (setup, counts) = (self.world.setup, self.world.counts);
+        let setup = self.world.setup;
         let tokens = &live.tokens[first.min(live.tokens.len())..];
         let tokens = &tokens[..n.min(tokens.len())];
         let layer = self.dice.below(setup.layers.len());
         let shape = setup.layers[layer];
-        let heads = shape.n_kv_heads as usize;
-        let (_, dk) = dtype_dim(&shape, Part::K);
-        let (_, dv) = dtype_dim(&shape, Part::V);
-        self.key.resize(tokens.len() * heads * dk, AKV_F32);
-        self.value.resize(tokens.len() * heads * dv, AKV_F32);
-        let (key, value) = (self.key.rows(), self.value.rows());
+        let (key, value) = self.room(&shape, tokens.len());
         // SAFETY: a handle, an id, and room for the rows.
         let status = unsafe {
             let (first, n) = (first as i64, tokens.len() as i64);
             akv_dequantize_kv(self.world.cache.0, live.id, layer as i32, first, n, &key, &value, null_mut())
         };
-        if !self.expect("dequantize", status, &[AKV_E_BUSY]) {
-            return;
+        if self.expect("dequantize", status, &[AKV_E_BUSY]) {
+            self.check_stored(layer, first, [tokens; 2]);
         }
+    }
+
+    /// Room for K and V of `n` tokens or cells, to read them back.
+    fn room(&mut self, shape: &akv_layer_desc, n: usize) -> (akv_rows, akv_rows) {
+        let [dk, dv] = [Part::K, Part::V].map(|part| n * shape.n_kv_heads as usize * dtype_dim(shape, part).1);
+        self.key.resize(dk, AKV_F32);
+        self.value.resize(dv, AKV_F32);
+        (self.key.rows(), self.value.rows())
+    }
+
+    /// Compares what has been read back, K and V of some tokens or cells from `first` on.
+    fn check_stored(&mut self, layer: usize, first: usize, tokens: [&[Token]; 2]) {
+        let (setup, counts) = (self.world.setup, self.world.counts);
+        let shape = setup.layers[layer];
+        let heads = shape.n_kv_heads as usize;
         let mut given = [0.0; 256];
-        for (part, dim) in [(Part::K, dk), (Part::V, dv)] {
+        for (part, tokens) in [Part::K, Part::V].into_iter().zip(tokens) {
+            let (dtype, dim) = dtype_dim(&shape, part);
             for (i, token) in tokens.iter().enumerate() {
                 for head in 0..heads {
                     if part == Part::K && token.turned != 0 && !token.removed {
@@ -533,10 +573,10 @@ impl<'w, 'd> Worker<'w, 'd> {
                     }
                     match token.removed {
                         true => given[..dim].fill(0.0),
-                        false => row(token, layer, part, head, dtype_dim(&shape, part).0, &mut given[..dim]),
+                        false => row(token, layer, part, head, dtype, &mut given[..dim]),
                     }
                     let peak = given[..dim].iter().fold(0.0, |m: f32, x| m.max(x.abs()));
-                    let error = setup.row_error(layer, part, peak);
+                    let error = setup.row_error(layer, part, peak) * (1 + token.copies) as f32;
                     let stored = if part == Part::K { &mut self.key } else { &mut self.value };
                     let off = (0..dim).find(|&c| {
                         let x = stored.get((i * heads + head) * dim + c);
@@ -552,7 +592,50 @@ impl<'w, 'd> Worker<'w, 'd> {
                 }
             }
         }
-        add(&counts.outputs_checked, (2 * tokens.len() * heads) as u64);
+        add(&counts.outputs_checked, (2 * tokens[0].len() * heads) as u64);
+    }
+
+    /// A sequence is copied: to the same cache, or elsewhere, where it attends and from where it comes back.
+    fn hand_over(&mut self) {
+        let Some((_, slot)) = self.slot(true) else { return };
+        let Some((i, mut to)) = self.slot(false) else { return };
+        let (Some(live), cache, elsewhere) = (slot.as_ref(), self.world.cache, self.world.elsewhere) else { return };
+        let copied = if self.dice.one_in(3) {
+            self.copy(cache, live.id, cache)
+        } else {
+            let Some(away) = self.copy(cache, live.id, elsewhere) else { return };
+            let n_q = self.dice.below(live.tokens.len().min(12) + 1);
+            let status = look(self.away, away, n_q);
+            if self.expect("begin", status, &[AKV_E_MEMORY]) {
+                let views = View::sequences([(&live.tokens[..], n_q)]);
+                for layer in 0..self.world.setup.layers.len() {
+                    self.attend(Over::Step(self.away), layer, &views);
+                }
+                // SAFETY: a handle.
+                let status = unsafe { akv_batch_abort(self.away.0) };
+                self.expect("abort", status, &[]);
+            }
+            let back = self.copy(elsewhere, away, cache);
+            // SAFETY: a handle and an id.
+            let status = unsafe { akv_sequence_destroy(elsewhere.0, away) };
+            self.expect("destroy", status, &[]);
+            back
+        };
+        if let Some(id) = copied {
+            self.fill(i, &mut to, id, live.tokens.clone());
+            self.check_length(id, live.tokens.len());
+        }
+    }
+
+    fn copy(&mut self, from: Handle<akv_cache>, id: akv_sequence, to: Handle<akv_cache>) -> Option<akv_sequence> {
+        let (before, mut copy) = (self.before(), 0);
+        // SAFETY: handles, an id, an output.
+        let status = unsafe { akv_sequence_copy(from.0, id, to.0, &mut copy) };
+        let copied = self.expect("copy", status, &[AKV_E_MEMORY, AKV_E_BUSY]);
+        if !copied {
+            self.unchanged("copy", &before);
+        }
+        copied.then_some(copy)
     }
 
     /// A sequence goes out as bytes and comes in as another; or does not, if its bytes are damaged.
@@ -608,13 +691,14 @@ impl<'w, 'd> Worker<'w, 'd> {
         };
         // SAFETY: handles or none, and outputs.
         let (call, status) = unsafe {
-            match self.dice.below(7) {
+            match self.dice.below(8) {
                 0 => ("length", akv_sequence_length(cache, id, -1, &mut length)),
                 1 => ("truncate", akv_sequence_truncate(cache, id, 0)),
                 2 => ("destroy", akv_sequence_destroy(cache, id)),
                 3 => ("fork", akv_sequence_fork(cache, id, -1, &mut out)),
                 4 => ("begin", akv_batch_begin(self.batch.0, &step, null_mut())),
-                5 => ("a cache as a batch", akv_batch_commit(cache.cast())),
+                5 => ("copy", akv_sequence_copy(cache, id, self.world.elsewhere.0, &mut out)),
+                6 => ("a cache as a batch", akv_batch_commit(cache.cast())),
                 _ => ("dequantize", akv_dequantize_kv(cache, id, 0, 0, 0, null(), null(), null_mut())),
             }
         };
@@ -626,7 +710,6 @@ impl<'w, 'd> Worker<'w, 'd> {
         let cache = self.world.cache.0;
         let id = self.world.ids[self.dice.below(self.world.ids.len())].load(Relaxed);
         let (mut fork, mut length) = (0u64, 0i64);
-        let (zero, one) = (0, 1);
         let gone = [AKV_E_BUSY, AKV_E_HANDLE, AKV_E_ARGUMENT, AKV_E_MEMORY];
         match self.dice.below(5) {
             0 => {
@@ -650,16 +733,7 @@ impl<'w, 'd> Worker<'w, 'd> {
                 self.expect("length", status, &gone);
             }
             3 => {
-                let step = akv_batch_desc {
-                    struct_size: size::<akv_batch_desc>(),
-                    n_sequences: 1,
-                    sequences: &id,
-                    n_new: &zero,
-                    n_q: &one,
-                    ..zeroed()
-                };
-                // SAFETY: handles, a descriptor.
-                let status = unsafe { akv_batch_begin(self.other.0, &step, null_mut()) };
+                let status = look(self.other, id, 1);
                 if self.expect("begin", status, &gone) {
                     // SAFETY: a handle.
                     let status = unsafe { akv_batch_abort(self.other.0) };
@@ -759,8 +833,8 @@ impl<'w, 'd> Worker<'w, 'd> {
                 break; // aborted in the middle
             }
             self.append(self.batch, layer, n_new, |m| members[m].n_new, |m| members[m].tokens(), members.len());
-            let views: Vec<_> = members.iter().map(|m| (m.tokens(), m.n_q)).collect();
-            self.attend(self.batch, layer, &views);
+            let views = View::sequences(members.iter().map(|m| (m.tokens(), m.n_q)));
+            self.attend(Over::Step(self.batch), layer, &views);
         }
         if end <= 1 {
             // SAFETY: a handle.
@@ -824,6 +898,21 @@ impl<'w, 'd> Worker<'w, 'd> {
             std::thread::yield_now();
         }
     }
+}
+
+/// Begins a step in which one sequence's last tokens attend, and nothing is new.
+fn look(batch: Handle<akv_batch>, id: akv_sequence, n_q: usize) -> akv_status {
+    let (n_new, n_q) = (0, n_q as i32);
+    let step = akv_batch_desc {
+        struct_size: size::<akv_batch_desc>(),
+        n_sequences: 1,
+        sequences: &id,
+        n_new: &n_new,
+        n_q: &n_q,
+        ..zeroed()
+    };
+    // SAFETY: a handle, a descriptor with its arrays.
+    unsafe { akv_batch_begin(batch.0, &step, null_mut()) }
 }
 
 /// A plan's end.
