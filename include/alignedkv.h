@@ -554,7 +554,8 @@ typedef struct akv_attention_desc {
     float *bound;
     // The same for lse.
     float *lse_bound;
-    // Root mean square error of a channel that is to be expected.
+    // Root mean square error of a channel that is to be expected, if scores are known to a fraction of a nat. Where
+    // they are not (`lse_bound` of nats: huge scores, close to each other) it can be far too small; `bound` holds.
     float *estimate;
     // A = sum over tokens of p * max|v|: what tolerance is relative to.
     float *amplitude;

@@ -529,7 +529,8 @@ pub struct akv_attention_desc {
     pub bound: *mut f32,
     /// The same for lse.
     pub lse_bound: *mut f32,
-    /// Root mean square error of a channel that is to be expected.
+    /// Root mean square error of a channel that is to be expected, if scores are known to a fraction of a nat. Where
+    /// they are not (`lse_bound` of nats: huge scores, close to each other) it can be far too small; `bound` holds.
     pub estimate: *mut f32,
     /// A = sum over tokens of p * max|v|: what tolerance is relative to.
     pub amplitude: *mut f32,

@@ -1368,7 +1368,8 @@ namespace AlignedKV
         /// </summary>
         public float* lse_bound;
         /// <summary>
-        ///  Root mean square error of a channel that is to be expected.
+        ///  Root mean square error of a channel that is to be expected, if scores are known to a fraction of a nat. Where
+        ///  they are not (`lse_bound` of nats: huge scores, close to each other) it can be far too small; `bound` holds.
         /// </summary>
         public float* estimate;
         /// <summary>
