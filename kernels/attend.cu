@@ -23,6 +23,7 @@ DEVICE void scan_splits(const AttendParams &p) {
         const Unit u = Unit(anew(p)).in_turn(turn);
         scan_split<S>(u, turn + stride < n_splits ? u.split - stride : -1, in_ring);
     }
+    wait<0>();  // for a tile that was asked for and turned out to be of another kind
 }
 
 // The same of the second phase.

@@ -31,7 +31,7 @@ struct Plan {
     List k, v;             // who reads more than the scan has
     u32 planes[32];        // of tokens 4 lane .., a byte each: of K, plus 8 if it is not seen, and of V times 16
     i32 n_k, n_v, n_seen;  // tokens that are listed, and that are seen
-    float mean_peak;       // largest magnitude of the tile's mean of V
+    float mean_peak;       // largest magnitude of the tile's mean of V, and its rounding
     float weights[4][TILE];  // of four heads: e times the V scale; e alone of rows as the engine has them
     float rest[4];           // and the e of all tokens that the mean stands for
 };
@@ -54,7 +54,7 @@ struct Part {
 // Parts of a split: one of each warp, and one of the rows that are kept as given.
 constexpr i32 PARTS = ATTEND_WARPS + 1;
 
-// Shared memory of a block: q, then shares, parts, what its warps work with, and the parts' outputs.
+// Shared memory of a block: q, then shares, what its warps work with, and outputs and sums of the parts, of four heads.
 struct Memory {
     u8 *start;
     i32 heads, words, dim_v;
@@ -64,10 +64,16 @@ struct Memory {
     DEVICE Queries q() const { return {reinterpret_cast<float *>(start), words}; }
     DEVICE Share &share(i32 h) const { return reinterpret_cast<Share *>(start + heads * 32 * words * 4)[h]; }
     DEVICE Work &work(i32 warp) const { return reinterpret_cast<Work *>(&share(heads))[warp]; }
-    DEVICE float *outs(i32 part, i32 h) const { return reinterpret_cast<float *>(&work(ATTEND_WARPS)) + (part * heads + h) * dim_v; }
-    DEVICE Part &part(i32 part, i32 h) const { return reinterpret_cast<Part *>(outs(PARTS, 0))[part * heads + h]; }
+    DEVICE float *outs(i32 part, i32 hh) const { return reinterpret_cast<float *>(&work(ATTEND_WARPS)) + (4 * part + hh) * dim_v; }
+    DEVICE Part &part(i32 part, i32 hh) const { return reinterpret_cast<Part *>(outs(PARTS, 0))[4 * part + hh]; }
     DEVICE u32 &flag() const { return *reinterpret_cast<u32 *>(&part(PARTS, 0)); }
 };
+
+// Rounding of a warp's sums of V, relative to what is added up: tensor cores may cut each of 17 addends, and their sum, in
+// the last bit of the largest addend, two units in the last place; two tiles are up to 32 such sums. The rest of an output's
+// rounding is in ROUNDING (src/alignment/certificate.rs): weights are off by up to 202 (2.22 * 87 of a difference times
+// LOG2_E, 4 of ex2, 5 of its merging) through the token, 73 on average and 12 through the normaliser.
+constexpr float CUTS = 18 * 2 * 32 * 5.9604645e-8f;
 
 // exp(x) - 1 of x = b / LOG2_E >= 0, and two units in the last place of 1 more: no less, but for what `certificate` allows.
 DEVICE float grow_above(float b) { return exp2_fast(b) - (1.0f - 3e-7f); }
@@ -187,7 +193,7 @@ DEVICE void plan_tile(const Unit &u, const Memory &m, i32 t, Plan &plan) {
     // Of V those that read more come first: sixteen at a time are read alike.
     const i32 n_k = some ? plan.k.fill(planes_k, 2, PLANES, 0) : 0, n_v = some ? plan.v.fill(planes_v, 1, 1, plan.v.fill(planes_v, 2, PLANES, 0)) : 0;
     plan.planes[lane()] = packed;
-    if (lane() == 0) plan.n_k = n_k, plan.n_v = n_v, plan.n_seen = n_seen, plan.mean_peak = mean_peak;
+    if (lane() == 0) plan.n_k = n_k, plan.n_v = n_v, plan.n_seen = n_seen, plan.mean_peak = mean_peak * (1.0f + CUTS);
     sync_warp();
 }
 
@@ -280,7 +286,7 @@ DEVICE_CALL void add_rows(const AttendParams &p, i32 split, i32 t, const Plan &p
         }
         UNROLLED
         for (i32 h = 0; h < 4; h++) {
-            if (first + h < u.heads) m.outs(warp(), first + h)[c] += acc[h];
+            if (first + h < u.heads) m.outs(warp(), h)[c] += acc[h];
         }
     }
     sync_warp();
@@ -310,14 +316,14 @@ DEVICE float sum_apart(float (&x)[N]) {
 // the sums of head t. Digits are the integers that they are: first and second ones together, in units of 1 / 16.
 struct Values {
     float acc[8][4];  // by channels of a word: word g, and what the weights' second parts add; the same of word g + 8
-    float scale;      // of the weights of head g / 2: the largest is next to 2^14
+    float scale;      // of the weights of head g / 2: the largest is next to 2^14; at most 2^74, for the means' sake
     float centred;    // what belongs to all channels of head g / 2, in part
 
     DEVICE explicit Values(const float (&most_weight)[4]) {
         const i32 head = lane() / 8;
         const float w = head == 0 ? most_weight[0] : head == 1 ? most_weight[1] : head == 2 ? most_weight[2] : most_weight[3];
         const u32 exponent = float_bits(w) >> 23;
-        scale = bits_float((268 - (exponent > 27 ? exponent : 27)) << 23);
+        scale = bits_float((268 - (exponent > 67 ? exponent : 67)) << 23);
         centred = 0.0f;
         UNROLLED
         for (i32 i = 0; i < 32; i++) acc[i / 4][i % 4] = 0.0f;
@@ -497,8 +503,8 @@ DEVICE void weigh_tile(const Unit &u, i32 t, Plan &plan, i32 first, const float 
             const i32 k = planes >> 8 * i & 7, v = planes >> (8 * i + 4) & 15;
             vs[i] = scale_of(byte_of(v_scales, i));
             digits[i] = attached && k > 1 ? 0.0f : 1.0f, mean[i] = v == 0 ? 1.0f : 0.0f;
-            left_k[i] = digits[i] * left(k), left_v[i] = attached && v > 0 ? 0.0f : left(v);
-            square_k[i] = left_k[i] * left_k[i], square_v[i] = left_v[i] * left_v[i] * (1.0f / 3.0f);
+            left_k[i] = digits[i] * left(k), left_v[i] = v == 0 ? left(0) : attached ? CUTS * PEAK : left(v) + CUTS * PEAK;
+            square_k[i] = left_k[i] * left_k[i], square_v[i] = attached && v > 0 ? 0.0f : left(v) * left(v) * (1.0f / 3.0f);
             most_left = most(left_k[i], most_left);
         }
         most_left = bits_float(reduce_max(float_bits(most_left)));
@@ -575,7 +581,7 @@ DEVICE void add_tiles(const Unit &u, const Memory &m, i32 first) {
     UNROLLED
     for (i32 hh = 0; hh < 4; hh++) {
         if (first + hh >= u.heads) break;
-        Part &part = m.part(warp(), first + hh);
+        Part &part = m.part(warp(), hh);
         float x[8] = {};
         UNROLLED
         for (i32 i = 0; i < Part::FIELDS; i++) x[i] = sums.of[hh][i];
@@ -598,7 +604,7 @@ DEVICE void add_tiles(const Unit &u, const Memory &m, i32 first) {
             if (!u.attached()) values.add(tile, plan.v, plan.n_v, plan.weights, set);
             values.add_mean(tile, plan.rest, set);
         }
-        values.flush(m.outs(warp(), first), u.heads - first, m.dim_v / 2, set);
+        values.flush(m.outs(warp(), 0), u.heads - first, m.dim_v / 2, set);
     }
     sync_warp();
     ROLLED
@@ -613,7 +619,8 @@ DEVICE_CALL void attend_exact(const AttendParams &p, i32 h, i32 words) {
     const Memory m(u, words);
     const Shape &s = p.shape;
     const Scanned &scanned = u.scanned(-1, h);
-    float *out = m.outs(ATTEND_WARPS, h);
+    float *out = m.outs(ATTEND_WARPS, h % 4);
+    for (i32 c = lane(); c < s.dim_v; c += 32) out[c] = 0.0f;
     ROLLED
     for (i32 w = 0; w < 4; w++) {
         ROLLED
@@ -626,7 +633,7 @@ DEVICE_CALL void attend_exact(const AttendParams &p, i32 h, i32 words) {
     }
     if (lane() == 0) {
         const float bound = error_of(scanned).bound_of_rows(), grow = bound < float(LOOSE) ? grow_above(bound * LOG2_E) : 0.0f;
-        m.part(ATTEND_WARPS, h) = {{scanned.e, scanned.e_vs, grow * scanned.e, grow * scanned.e_vs, 0.0f, 0.0f}, scanned.max, bound, scanned.unit * PEAK};
+        m.part(ATTEND_WARPS, h % 4) = {{scanned.e, scanned.e_vs, grow * scanned.e, grow * scanned.e_vs, 0.0f, 0.0f}, scanned.max, bound, scanned.unit * PEAK};
     }
 }
 
@@ -634,15 +641,15 @@ DEVICE_CALL void attend_exact(const AttendParams &p, i32 h, i32 words) {
 DEVICE void sum_parts(const Unit &u, const Memory &m, i32 h, i32 n_parts, i32 n_tokens) {
     float max = -infinity(), bound = 0.0f, peak = 0.0f, factor[PARTS];
     for (i32 i = 0; i < n_parts; i++) {
-        const Part &part = m.part(i, h);
+        const Part &part = m.part(i, h % 4);
         max = larger(max, part.max), bound = larger(bound, part.bound), peak = larger(peak, part.peak);
     }
     UNROLLED
-    for (i32 i = 0; i < PARTS; i++) factor[i] = i < n_parts && m.part(i, h).max > -infinity() ? exp(m.part(i, h).max - max) : 0.0f;
+    for (i32 i = 0; i < PARTS; i++) factor[i] = i < n_parts && m.part(i, h % 4).max > -infinity() ? exp(m.part(i, h % 4).max - max) : 0.0f;
     for (i32 c = lane(); c < m.dim_v; c += 32) {
         float x = 0.0f;
         UNROLLED
-        for (i32 i = 0; i < PARTS; i++) x = i < n_parts ? fma_rn(factor[i], m.outs(i, h)[c], x) : x;
+        for (i32 i = 0; i < PARTS; i++) x = i < n_parts ? fma_rn(factor[i], m.outs(i, h % 4)[c], x) : x;
         u.outs(u.split, h)[c] = x;
     }
     Sums &sums = u.sums(u.split, h);
@@ -652,7 +659,7 @@ DEVICE void sum_parts(const Unit &u, const Memory &m, i32 h, i32 n_parts, i32 n_
         UNROLLED
         for (i32 i = 0; i < PARTS; i++) {
             const double f = factor[i];
-            if (i < n_parts) x += (lane() == Part::SQUARE ? f * f : f) * double(m.part(i, h).of[lane()]);
+            if (i < n_parts) x += (lane() == Part::SQUARE ? f * f : f) * double(m.part(i, h % 4).of[lane()]);
         }
         (&sums.sum)[lane()] = weighted ? x * double(PEAK) : x;
     }
@@ -692,9 +699,7 @@ DEVICE_CALL void count(const AttendParams &p, i32 split, i32 words) {
 template <i32 S>
 DEVICE void attend_split(const Unit &u, const Memory &m) {
     const i32 n_exact = u.count_exact(), n_parts = n_exact > 0 ? PARTS : ATTEND_WARPS;
-    sync_block();  // the split before is written
-    for (i32 i = thread(); i < (n_exact > 0 ? m.heads * m.dim_v : 0); i += ATTEND_THREADS) m.outs(ATTEND_WARPS, 0)[i] = 0.0f;
-    sync_block();
+    sync_block();  // shares are there, and the split before is written
 
     Work &work = m.work(warp());
     ROLLED
@@ -711,17 +716,19 @@ DEVICE void attend_split(const Unit &u, const Memory &m) {
         if (u.attached()) read_keys(u.p, u.split, t, plan, m.words);
         else refine_keys<S>(u, m, t, plan.k, plan.n_k);
     }
-    ROLLED
-    for (i32 first = 0; first < u.heads; first += 4) add_tiles(u, m, first);
-    if (n_exact > 0) {
-        for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) attend_exact(u.p, h, S);
-    }
     if (u.p.stats) count(u.p, u.split, m.words);
-    sync_block();
-
-    i32 n_tokens = n_exact;
-    for (i32 i = 0; i < SPLIT; i++) n_tokens += m.work(i % ATTEND_WARPS).plans[i / ATTEND_WARPS].n_seen;
-    for (i32 h = warp(); h < u.heads; h += ATTEND_WARPS) sum_parts(u, m, h, n_parts, n_tokens);
+    static_assert(ATTEND_WARPS == 4, "of four heads a warp has one");
+    ROLLED
+    for (i32 first = 0; first < u.heads; first += 4) {
+        const i32 h = first + warp();
+        if (first > 0) sync_block();  // the heads before are written
+        add_tiles(u, m, first);
+        if (n_exact > 0 && h < u.heads) attend_exact(u.p, h, S);
+        sync_block();
+        i32 n_tokens = n_exact;
+        for (i32 i = 0; i < SPLIT; i++) n_tokens += m.work(i % ATTEND_WARPS).plans[i / ATTEND_WARPS].n_seen;
+        if (h < u.heads) sum_parts(u, m, h, n_parts, n_tokens);
+    }
 }
 
 }  // namespace akv

@@ -218,30 +218,22 @@ void product(Operand *const (&x)[32]) {
     }
 }
 
-// mma.m16n8k16 of f16: a pair of lane 4 g + t has columns 2 t, 2 t + 1 (+ 8) of rows g (+ 8), of b rows of the same kind of
-// column g.
-void product_f16(Operand **lanes) {
-    float a[16][16], b[16][8];
-    for (u32 l = 0; l < 32; l++) {
-        u32 g = l / 4, t = l % 4;
-        for (u32 i = 0; i < 2; i++) {
-            for (u32 j = 0; j < 4; j++) a[g + 8 * (j % 2)][2 * t + i + 8 * (j / 2)] = half_to_float(u16(lanes[l]->a[j] >> 16 * i));
-            for (u32 j = 0; j < 2; j++) b[2 * t + i + 8 * j][g] = half_to_float(u16(lanes[l]->b[j] >> 16 * i));
-        }
-    }
-    for (u32 l = 0; l < 32; l++) {
-        for (u32 i = 0; i < 4; i++) {
-            float c;
-            memcpy(&c, &lanes[l]->c[i], 4);
-            for (u32 k = 0; k < 16; k++) c += a[l / 4 + 8 * (i / 2)][k] * b[k][2 * (l % 4) + i % 2];
-            memcpy(&lanes[l]->c[i], &c, 4);
-        }
-    }
+// The worst that a device may do with a sum of floats: each addend is cut in the last bit of the largest, and so is the sum.
+template <int N>
+float cut_sum(const double (&addends)[N]) {
+    double most = 0.0, sum = 0.0;
+    for (double y : addends) most = std::fabs(y) > most ? std::fabs(y) : most;
+    int exponent = 0;
+    std::frexp(most, &exponent);
+    const double unit = std::ldexp(1.0, exponent - 24), inverse = std::ldexp(1.0, 24 - exponent);
+    for (double y : addends) sum += most < HUGE_VAL ? double(i32(y * inverse)) * unit : y;
+    const float cut = float(sum);
+    return std::fabs(cut) > std::fabs(sum) && std::fabs(cut) < HUGE_VALF ? std::nextafterf(cut, 0.0f) : cut;
 }
 
 void product_tf32(Operand *const (&x)[32]) {
     // Row-major A: lane 4 g + t has rows g and g + 8, columns t and 4 + t; B: column g, rows likewise.
-    double a[16][8], b[8][8];
+    double a[16][8], b[8][8], addends[9];
     auto operand = [](u32 bits) {
         if (bits & 0x1fff) fail("an operand has more bits than tf32");
         return (bits & 0x7f800000) == 0 ? 0.0 : double(bits_float(bits));  // a device may flush what is subnormal
@@ -252,18 +244,28 @@ void product_tf32(Operand *const (&x)[32]) {
     }
     for (u32 l = 0; l < 32; l++) {
         for (u32 n = 0; n < 4; n++) {
-            // The worst that a device may do: each addend is cut in the last bit of the largest, and so is the sum.
-            double addends[9], most = 0.0, sum = 0.0;
             for (u32 k = 0; k < 8; k++) addends[k] = a[l / 4 + 8 * (n / 2)][k] * b[k][2 * (l % 4) + n % 2];
             addends[8] = bits_float(u32(x[l]->c[n]));
-            for (double y : addends) most = std::fabs(y) > most ? std::fabs(y) : most;
-            int exponent = 0;
-            std::frexp(most, &exponent);
-            const double unit = std::ldexp(1.0, exponent - 24), inverse = std::ldexp(1.0, 24 - exponent);
-            for (double y : addends) sum += most < HUGE_VAL ? double(i32(y * inverse)) * unit : y;
-            float cut = float(sum);
-            if (std::fabs(cut) > std::fabs(sum) && std::fabs(cut) < HUGE_VALF) cut = std::nextafterf(cut, 0.0f);
-            x[l]->c[n] = i32(float_bits(cut));
+            x[l]->c[n] = i32(float_bits(cut_sum(addends)));
+        }
+    }
+}
+
+void product_f16(Operand *const (&x)[32]) {
+    // Row-major A: lane 4 g + t has rows g and g + 8, columns 2 t, 2 t + 1, and 8 more; B: column g, rows likewise.
+    double a[16][16], b[16][8], addends[17];
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 i = 0; i < 2; i++) {
+            auto half = [&](u32 pair) { return double(half_to_float(u16(pair >> 16 * i))); };
+            for (u32 n = 0; n < 4; n++) a[l / 4 + 8 * (n % 2)][8 * (n / 2) + 2 * (l % 4) + i] = half(x[l]->a[n]);
+            for (u32 n = 0; n < 2; n++) b[8 * n + 2 * (l % 4) + i][l / 4] = half(x[l]->b[n]);
+        }
+    }
+    for (u32 l = 0; l < 32; l++) {
+        for (u32 n = 0; n < 4; n++) {
+            for (u32 k = 0; k < 16; k++) addends[k] = a[l / 4 + 8 * (n / 2)][k] * b[k][2 * (l % 4) + n % 2];
+            addends[16] = bits_float(u32(x[l]->c[n]));
+            x[l]->c[n] = i32(float_bits(cut_sum(addends)));
         }
     }
 }

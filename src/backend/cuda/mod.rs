@@ -88,12 +88,44 @@ pub fn attend_shared_bytes(shape: &Shape) -> usize {
     let (heads, q) = shared_q(shape);
     let (parts, part) = (WARPS + 1, 9 * size_of::<f32>());
     let plan = 2 * TILE * size_of::<u16>() + 32 * size_of::<u32>() + 16 + 4 * (TILE + 1) * size_of::<f32>();
-    let own =
-        q + heads * size_of::<Share>() + SPLIT * plan + parts * heads * (shape.dim_v * size_of::<f32>() + part) + 16;
+    let own = q + heads * size_of::<Share>() + SPLIT * plan + parts * 4 * (shape.dim_v * size_of::<f32>() + part) + 16;
     own.max(scan_shared_bytes(shape))
 }
 
 /// Units of attention of one query row.
 pub fn units(shape: &Shape) -> usize {
     shape.n_kv_heads * shape.group().div_ceil(UNIT_HEADS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Dtype;
+
+    /// A block of compute capability 8.6, 8.9 or 12.0 can have 99 KiB, the least of all.
+    #[test]
+    fn shared_memory_of_any_shape() {
+        for group in (1..=UNIT_HEADS).chain([24, 128]) {
+            for (dim_k, dim_v) in
+                (16..=MAX_DIM).step_by(16).flat_map(|k| (16..=MAX_DIM).step_by(16).map(move |v| (k, v)))
+            {
+                let (dtype_k, dtype_v) = (Dtype::F16, Dtype::F16);
+                let shape = Shape {
+                    n_q_heads: group,
+                    n_kv_heads: 1,
+                    dim_k,
+                    dim_v,
+                    dtype_k,
+                    dtype_v,
+                    planes_k: 4,
+                    planes_v: 4,
+                    window: 0,
+                    v_is_prefix: false,
+                };
+                for bytes in [scan_shared_bytes(&shape), attend_shared_bytes(&shape), dense_shared_bytes(&shape)] {
+                    assert!(bytes <= 99 << 10, "{bytes} bytes: group {group}, head_dim {dim_k} and {dim_v}");
+                }
+            }
+        }
+    }
 }
